@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage of a federated run on one device, and the talk with the two worker processes.
+
+The agent hands a `StageOrder` to the session's warm worker and gets a `StageDone`; the broker
+asks its aggregator one question at a time, numbered by `call`. Tensors travel as files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from fedml_protocol.blob import Blob
+from fedml_protocol.cause import Cause
+from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.ids import check_id
+
+
+class StageKind(IntEnum):
+    """What the worker is asked to do."""
+
+    TRAIN = 1
+    EVALUATE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec:
+    """One client's part of one round.
+
+    Attributes:
+        session: All stages of a run on a device share one warm worker.
+        client: The device's place among `clients`, from 0; data and seeds hang on it.
+        app: The user's file, relative to the package's root.
+        config: JSON, handed to the user's functions.
+        sent: What the algorithm sends beside the model.
+        evaluate: A training stage also evaluates the model it was given, before training.
+        labels: The device's, so that the user's data function can choose by them.
+    """
+
+    session: str
+    kind: StageKind
+    round: int
+    client: int
+    clients: int
+    seed: int
+    app: str
+    model: Blob
+    config: str = "{}"
+    algorithm: str = "fedavg"
+    algorithm_config: str = "{}"
+    sent: Blob | None = None
+    evaluate: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_id(self.session, "session")
+        if self.client >= self.clients:
+            raise MalformedMessage(f"client {self.client} of {self.clients}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReady:
+    """worker -> agent: the first thing said on every connection."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOrder:
+    """agent -> worker. Repeating one that is done brings the same StageDone, from disk."""
+
+    task: str
+    epoch: int
+    spec: StageSpec
+    model_path: str
+    out_dir: str
+    sent_path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageDone:
+    """worker -> agent: `files` lie in the order's `out_dir`."""
+
+    task: str
+    epoch: int
+    cause: Cause | None = None
+    files: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFrame:
+    """One length-delimited frame on the worker's socket."""
+
+    body: WorkerReady | StageOrder | StageDone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRun:
+    """broker -> aggregator: the first question. `app_dir` empty: no user code on this side."""
+
+    algorithm: str
+    seed: int
+    app_dir: str = ""
+    app: str = ""
+    config: str = "{}"
+    algorithm_config: str = "{}"
+    central: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeModel:
+    """broker -> aggregator: the first model, from the user's code and the seed."""
+
+    out_dir: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMade:
+    """aggregator -> broker: a global model, the algorithm's state, what it sends, its metrics."""
+
+    model_path: str
+    state_path: str = ""
+    sent_path: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRound:
+    """broker -> aggregator: choose `count` of these clients."""
+
+    round: int
+    clients: tuple[int, ...]
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlan:
+    """aggregator -> broker: the chosen clients, ascending."""
+
+    clients: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeginRound:
+    """broker -> aggregator: updates of this round are measured against this model.
+
+    Attributes:
+        clients: Whose updates may come; ascending is the canonical order of the fold.
+    """
+
+    round: int
+    model_path: str
+    clients: tuple[int, ...]
+    state_path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundBegun:
+    """aggregator -> broker: ready for updates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddUpdate:
+    """broker -> aggregator: one client's update on disk; folded once its turn has come."""
+
+    client: int
+    path: str
+    weight: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateAdded:
+    """aggregator -> broker. With a refusal (names, shapes, not finite) nothing was added."""
+
+    client: int
+    refusal: Cause | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishRound:
+    """broker -> aggregator: nobody else comes; the answer is ModelMade."""
+
+    out_dir: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """aggregator -> broker: the question could not be answered, and why."""
+
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregatorFrame:
+    """One length-delimited frame on the aggregator's standard streams."""
+
+    call: int
+    body: (
+        OpenRun | MakeModel | PlanRound | BeginRound | AddUpdate | FinishRound
+        | ModelMade | RoundPlan | RoundBegun | UpdateAdded | Failed
+    )  # fmt: skip
