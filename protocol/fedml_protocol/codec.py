@@ -9,7 +9,6 @@ numbers. Enum value 0 is never valid: it is what an unset field reads as.
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,13 +20,23 @@ from fedml_protocol.errors import MalformedMessage, UnsupportedMessage
 T = TypeVar("T")
 _Write = Callable[[Any, Any], None]
 _Read = Callable[[Any], Any]
+_Plan = tuple[tuple[_Write, _Read, str], ...]
+
+_PLANS: dict[type, _Plan] = {}
 
 
 def serialise(value: object) -> bytes:
-    """The bytes of one message; equal messages give equal bytes."""
+    """The bytes of one message; equal messages give equal bytes.
+
+    Raises:
+        MalformedMessage: A number does not fit its field, or a text is no UTF-8.
+    """
     proto = _proto_class(type(value))()
-    for write, _, name in _plan(type(value)):
-        write(proto, getattr(value, name))
+    try:
+        for write, _, name in _plan(type(value)):
+            write(proto, getattr(value, name))
+    except ValueError as error:
+        raise MalformedMessage(f"{type(value).__name__} cannot be sent: {error}") from error
     data: bytes = proto.SerializeToString(deterministic=True)
     return data
 
@@ -37,6 +46,7 @@ def parse(kind: type[T], data: bytes) -> T:
 
     Raises:
         MalformedMessage: The bytes are not such a message, or hold a value that it refuses.
+        UnsupportedMessage: A newer peer's: a member of a union or an enum is unknown here.
     """
     proto = _proto_class(kind)()
     try:
@@ -54,10 +64,14 @@ def _proto_class(kind: type) -> Any:
     return getattr(wire_pb2, kind.__name__)
 
 
-@cache
-def _plan(kind: type) -> tuple[tuple[_Write, _Read, str], ...]:
-    hints = get_type_hints(kind)
-    return tuple((*_field(kind, f.name, hints[f.name]), f.name) for f in fields(kind))  # type: ignore[arg-type]
+def _plan(kind: type) -> _Plan:
+    plan = _PLANS.get(kind)
+    if plan is None:
+        hints = get_type_hints(kind)
+        names = [f.name for f in fields(kind)]
+        plan = tuple((*_field(kind, name, hints[name]), name) for name in names)
+        _PLANS[kind] = plan
+    return plan
 
 
 def _field(kind: type, name: str, hint: Any) -> tuple[_Write, _Read]:
@@ -65,14 +79,14 @@ def _field(kind: type, name: str, hint: Any) -> tuple[_Write, _Read]:
     optional = _is_union(hint) and NoneType in get_args(hint)
     if len(members) > 1:
         return _oneof(kind, name, members)
-    inner = members[0]
+    inner: Any = members[0]
     if is_dataclass(inner):
         return _submessage(kind, name, inner, optional=optional)
     if get_origin(inner) is tuple:
         return _repeated(name, get_args(inner)[0])
     if get_origin(inner) is Mapping:
         return _mapping(name)
-    return _scalar(name, inner, optional=optional)
+    return _scalar(kind, name, inner, optional=optional)
 
 
 def _is_union(hint: Any) -> bool:
@@ -99,7 +113,7 @@ def _oneof(kind: type, name: str, members: list[type]) -> tuple[_Write, _Read]:
     return write, read
 
 
-def _submessage(kind: type, name: str, inner: type, *, optional: bool) -> tuple[_Write, _Read]:
+def _submessage(kind: type, name: str, inner: Any, *, optional: bool) -> tuple[_Write, _Read]:
     def write(proto: Any, value: Any) -> None:
         if value is None:
             return
@@ -144,7 +158,7 @@ def _mapping(name: str) -> tuple[_Write, _Read]:
     return write, lambda proto: dict(getattr(proto, name))
 
 
-def _scalar(name: str, inner: type, *, optional: bool) -> tuple[_Write, _Read]:
+def _scalar(kind: type, name: str, inner: type, *, optional: bool) -> tuple[_Write, _Read]:
     def write(proto: Any, value: Any) -> None:
         if value is not None:
             setattr(proto, name, value)
@@ -152,10 +166,14 @@ def _scalar(name: str, inner: type, *, optional: bool) -> tuple[_Write, _Read]:
     if issubclass(inner, IntEnum):
 
         def read(proto: Any) -> Any:
+            number = getattr(proto, name)
             try:
-                return inner(getattr(proto, name))
+                return inner(number)
             except ValueError as error:
-                raise MalformedMessage(f"{name}: {error}") from error
+                if number == 0:
+                    raise MalformedMessage(f"{kind.__name__}.{name} is missing") from error
+                # Numbers are only ever added: a newer peer's, not a wrong one.
+                raise UnsupportedMessage(f"{kind.__name__}.{name}: {error}") from error
 
     elif optional:
 

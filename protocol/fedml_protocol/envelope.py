@@ -57,13 +57,16 @@ class Envelope:
 
     def __post_init__(self) -> None:
         check_id(self.device, "device")
+        if self.schema < 1:
+            raise MalformedMessage("an envelope needs the schema that its sender speaks")
 
 
 def pack(envelope: Envelope) -> bytes:
     """The bytes that go over MQTT.
 
     Raises:
-        MalformedMessage: Longer than 128 KB: what is larger belongs into a blob.
+        MalformedMessage: Longer than 128 KB: what is larger belongs into a blob. Or a value that
+            does not fit its field.
     """
     data = serialise(envelope)
     if len(data) + _HEAD.size > MAX_BYTES:
@@ -79,7 +82,8 @@ def unpack(data: bytes) -> Envelope:
 
     Raises:
         MalformedMessage: Truncated, damaged, or not ours at all.
-        UnsupportedMessage: A newer peer's frame, schema or message.
+        UnsupportedMessage: A newer peer's frame, message or enum value. A newer schema alone is
+            no reason: it only adds.
     """
     if len(data) > MAX_BYTES:
         raise MalformedMessage(f"{len(data)} bytes, at most {MAX_BYTES} may travel over MQTT")

@@ -106,6 +106,7 @@ class OpenRun:
     config: str = "{}"
     algorithm_config: str = "{}"
     central: bool = False
+    clients: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

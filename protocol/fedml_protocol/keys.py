@@ -28,6 +28,9 @@ _PREFIX = "fedml1"
 _CONTEXT = b"fedml order 1\0"
 SECRET_BYTES = 24
 
+# Under what a device signs to get a certificate after its old one has expired.
+RECOVER_CONTEXT = b"fedml recover 1\0"
+
 
 class Scope(StrEnum):
     """What a login key is good for."""
@@ -50,6 +53,10 @@ class LoginKey:
     url: str
     ca_sha256: bytes
     secret: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.ca_sha256) != 32 or len(self.secret) != SECRET_BYTES:
+            raise BadKey(f"a login key holds a SHA-256 of 32 bytes and {SECRET_BYTES} secret ones")
 
     def __str__(self) -> str:
         body = self.ca_sha256 + self.secret + self.url.encode()
@@ -93,7 +100,11 @@ def parse_login_key(text: str, scope: Scope) -> LoginKey:
     ).to_bytes(4):
         raise BadKey("the login key is damaged; copy it again, whole")
     url = body[32 + SECRET_BYTES :].decode(errors="replace")
-    return LoginKey(scope=scope, url=url, ca_sha256=body[:32], secret=body[32 : 32 + SECRET_BYTES])
+    key = LoginKey(scope=scope, url=url, ca_sha256=body[:32], secret=body[32 : 32 + SECRET_BYTES])
+    # base64 writes the same bytes in several ways: only one of them was ever printed.
+    if str(key) != text.strip():
+        raise BadKey("the login key is damaged; copy it again, whole")
+    return key
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:

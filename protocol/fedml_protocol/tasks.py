@@ -150,6 +150,8 @@ class Cancel:
 
     def __post_init__(self) -> None:
         _check_task(self.task, self.epoch)
+        if not self.grace_s >= 0:
+            raise MalformedMessage("grace_s must be >= 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

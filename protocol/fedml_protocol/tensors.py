@@ -8,13 +8,18 @@ format (pickle above all) is ever read from the wire.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedml_protocol.errors import MalformedMessage
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
+
+# What NumPy and torch can hold. Without it, the product of a million sizes would take for ever.
+MAX_DIMENSIONS = 64
+_TOO_LARGE = 1 << 63
+_ENTRY = {"dtype", "shape", "data_offsets"}
 
 # Bytes of one element.
 DTYPES: Mapping[str, int] = {
@@ -48,6 +53,9 @@ def header_length(head: bytes, file_size: int) -> int:
 def read_header(header: bytes, file_size: int) -> dict[str, Tensor]:
     """The tensors that a header declares, in the order of their data.
 
+    Whatever is accepted here, the safetensors library accepts too: what this side has checked
+    cannot mean something else to the side that loads it.
+
     Args:
         header: The JSON, without the eight bytes before it.
         file_size: Of the whole file, bytes.
@@ -56,17 +64,18 @@ def read_header(header: bytes, file_size: int) -> dict[str, Tensor]:
         MalformedMessage: Not JSON, an unknown dtype, sizes that do not add up, gaps or overlaps.
     """
     try:
-        declared = json.loads(header)
-    except (ValueError, RecursionError) as error:
+        declared = json.loads(header.decode(), object_pairs_hook=_object, parse_int=_size)
+        if not isinstance(declared, dict):
+            raise TypeError("its header is no object")
+        metadata = declared.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise TypeError("its metadata is no object")
+        # Joining and encoding refuse what is no text at all, half a surrogate pair among it.
+        "".join([*declared, *metadata, *metadata.values()]).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise MalformedMessage(f"not a safetensors file: {error}") from error
-    if not isinstance(declared, dict):
-        raise MalformedMessage("not a safetensors file: its header is no object")
     first = 8 + len(header)
-    tensors = {
-        name: _tensor(name, entry, first)
-        for name, entry in declared.items()
-        if name != "__metadata__"
-    }
+    tensors = {name: _tensor(name, entry, first) for name, entry in declared.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)))
     end = first
     for name, tensor in ordered.items():
@@ -78,15 +87,35 @@ def read_header(header: bytes, file_size: int) -> dict[str, Tensor]:
     return ordered
 
 
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):  # readers disagree about which of the two counts
+        raise ValueError("a name occurs twice in its header")
+    return found
+
+
+def _size(digits: str) -> int:
+    number = int(digits)
+    if digits[0] == "-" or number >= _TOO_LARGE:
+        raise ValueError(f"no size in bytes: {digits[:40]}")
+    return number
+
+
 def _tensor(name: str, entry: Any, first: int) -> Tensor:
     try:
-        dtype, shape = entry["dtype"], entry["shape"]
-        start, stop = entry["data_offsets"]
-        numbers = [*shape, start, stop]
-        if not all(type(n) is int and n >= 0 for n in numbers):
-            raise TypeError("sizes must be whole numbers >= 0")
+        if entry.keys() != _ENTRY:
+            raise KeyError("other fields than dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if type(shape) is not list or type(offsets) is not list or len(shape) > MAX_DIMENSIONS:
+            raise TypeError("shape and data_offsets must be lists")
+        start, stop = offsets
+        if not all(type(n) is int for n in (*shape, start, stop)):
+            raise TypeError("sizes must be whole numbers")
+        # A size of 0 does not hide an overflow: some multiply before they see it.
+        if math.prod(n or 1 for n in shape) * DTYPES[dtype] >= _TOO_LARGE:
+            raise ValueError("larger than any file")
         expected = math.prod(shape) * DTYPES[dtype]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MalformedMessage(f"tensor {name[:80]!r} is not described correctly") from error
     if stop - start != expected:
         raise MalformedMessage(

@@ -24,6 +24,9 @@ DN_ACK = "dn/ack"
 
 CHANNELS = frozenset({UP_PRESENCE, UP_HEARTBEAT, UP_TASK, DN_TASK, DN_CONTROL, DN_ACK})
 
+_PUBLISHED = frozenset({UP_PRESENCE, UP_HEARTBEAT, UP_TASK})
+_SUBSCRIBED = frozenset({"dn/#", DN_TASK, DN_CONTROL, DN_ACK})
+
 ALL_UP = f"{ROOT}/+/d/+/up/#"
 
 
@@ -83,10 +86,20 @@ def parse_topic(topic: str) -> tuple[Address, str]:
 
 
 def may_publish(client_id: str, topic: str) -> bool:
-    """A device may publish under its own `up/`, nowhere else."""
-    return topic.startswith(f"{ROOT}/{client_id}/up/") and "+" not in topic and "#" not in topic
+    """A device may publish on its own `up/` channels, nowhere else."""
+    return _below(client_id, topic) in _PUBLISHED
 
 
 def may_subscribe(client_id: str, topic_filter: str) -> bool:
-    """A device may subscribe below its own `dn/`, nowhere else."""
-    return topic_filter.startswith(f"{ROOT}/{client_id}/dn/")
+    """A device may subscribe to its own `dn/` channels, one by one or all; to nothing else."""
+    return _below(client_id, topic_filter) in _SUBSCRIBED
+
+
+def _below(client_id: str, topic: str) -> str:
+    """What follows the device's own root; empty when the topic is another's."""
+    try:
+        address = parse_client_id(client_id)
+    except MalformedMessage:  # a user's connection, or a name that would itself be a wildcard
+        return ""
+    root = f"{ROOT}/{address.client_id}/"
+    return topic[len(root) :] if topic.startswith(root) else ""

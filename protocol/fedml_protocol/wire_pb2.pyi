@@ -509,7 +509,7 @@ class WorkerFrame(_message.Message):
     def __init__(self, worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., stage_order: _Optional[_Union[StageOrder, _Mapping]] = ..., stage_done: _Optional[_Union[StageDone, _Mapping]] = ...) -> None: ...
 
 class OpenRun(_message.Message):
-    __slots__ = ("app_dir", "app", "config", "algorithm", "algorithm_config", "seed", "central")
+    __slots__ = ("app_dir", "app", "config", "algorithm", "algorithm_config", "seed", "central", "clients")
     APP_DIR_FIELD_NUMBER: _ClassVar[int]
     APP_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -517,6 +517,7 @@ class OpenRun(_message.Message):
     ALGORITHM_CONFIG_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CENTRAL_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
     app_dir: str
     app: str
     config: str
@@ -524,7 +525,8 @@ class OpenRun(_message.Message):
     algorithm_config: str
     seed: int
     central: bool
-    def __init__(self, app_dir: _Optional[str] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., seed: _Optional[int] = ..., central: _Optional[bool] = ...) -> None: ...
+    clients: int
+    def __init__(self, app_dir: _Optional[str] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., seed: _Optional[int] = ..., central: _Optional[bool] = ..., clients: _Optional[int] = ...) -> None: ...
 
 class MakeModel(_message.Message):
     __slots__ = ("out_dir",)

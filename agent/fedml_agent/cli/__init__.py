@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `fedml-agent` command: one file per verb; exit codes are decided here.
+
+Data goes to stdout, talk to stderr. `--json` is for scripts. Exit codes: 0 done, 1 something else
+went wrong, 2 the command was typed wrongly, and those of `errors.py`.
+"""
+
+import importlib
+import sys
+
+import click
+
+from fedml_agent.errors import AgentError
+
+# Verb -> module. A command is imported when it is used: `run` must stay small.
+_VERBS = {
+    "login": "login",
+    "run": "run",
+    "status": "status",
+    "hardware": "hardware",
+    "diagnose": "diagnose",
+    "policy": "policy",
+    "logout": "logout",
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = _VERBS.get(cmd_name)
+        if module is None:
+            return None
+        found = importlib.import_module(f"fedml_agent.cli.{module}")
+        command = getattr(found, module)
+        return command if isinstance(command, click.Command) else None
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedml-agent")
+def command() -> None:
+    """Lets this machine work for a fedml broker: it takes tasks, and says no when you say no.
+
+    \b
+    First time:
+      fedml-agent login KEY     # the key is printed by `fedml-broker keys create`
+      fedml-agent run           # until Ctrl-C; as a service: see docs/agent.md
+    """
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        sys.exit(command.main(standalone_mode=False) or 0)
+    except AgentError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        if error.hint:
+            click.secho(f"  try: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(141)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedml-agent status`."""
+
+import json
+
+import click
+
+from fedml_agent import control, policy, room
+from fedml_agent.cli.options import home_option, json_option
+from fedml_agent.control import NotRunning
+from fedml_agent.home import Home
+
+
+@click.command()
+@home_option
+@json_option
+def status(home: Home, as_json: bool) -> None:
+    """Show the link, the tasks, the disk and the policy of the agent on this machine.
+
+    Exit code 0: connected; 3: no agent runs, or this machine has not joined; 5: it is not connected.
+    """
+    membership = home.membership()
+    rules = policy.load_or_refuse(home.policy)
+    free = room.disk_free(home.root)
+    try:
+        found = control.ask(home.control)
+    except NotRunning:
+        found = None
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "device": membership.device,
+                    "broker": membership.url,
+                    "running": found is not None,
+                    "agent": found,
+                    "disk_free_bytes": free,
+                    "policy": rules.broken or "ok",
+                }
+            )
+        )
+    else:
+        _show(home, membership.device, membership.url, found, free, rules.broken)
+    if found is None:
+        raise SystemExit(NotRunning.exit_code)
+    if found["link"] != "up":
+        raise SystemExit(5)
+
+
+def _show(
+    home: Home,
+    device: str,
+    url: str,
+    found: "dict[str, object] | None",
+    free: int,
+    broken: str | None,
+) -> None:
+    def row(name: str, text: str, colour: str | None = None) -> None:
+        click.echo(f"{name:<10}" + click.style(text, fg=colour))
+
+    row("device", device)
+    row("broker", url)
+    if found is None:
+        row("agent", "not running: `fedml-agent run`", "red")
+    else:
+        row("agent", f"pid {found['pid']}, up for {_time(float(str(found['up_s'])))}")
+        up = found["link"] == "up"
+        row("link", str(found["link"]), "green" if up else "red")
+        tasks = found["tasks"]
+        if isinstance(tasks, list):
+            for task in tasks:
+                gpus = f"  GPUs {', '.join(task['gpus'])}" if task["gpus"] else ""
+                row("task", f"{task['task']} (epoch {task['epoch']}) {task['state']}{gpus}")
+            if not tasks:
+                row("tasks", "none")
+        if isinstance(found["sessions"], list) and found["sessions"]:
+            row("workers", ", ".join(found["sessions"]))
+        if isinstance(found["owed"], list) and found["owed"]:
+            row("owed", f"{len(found['owed'])} results wait for the broker")
+        if found["refusing"]:
+            row("refusing", str(found["refusing"]), "yellow")
+        if found["draining"]:
+            row("draining", "takes no more tasks", "yellow")
+        if found["alarms"]:
+            row("alarms", f"{found['alarms']}: see the agent's log", "red")
+    row("disk", f"{free / 1e9:.1f} GB free")
+    row("policy", broken or str(home.policy), "red" if broken else None)
+
+
+def _time(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages of federated runs: one warm worker per run, one stage at a time.
+
+    sessions/RUN/shim-N/       of the shim of the N-th worker
+    sessions/RUN/work/         the worker's own: package, models, client state, its socket
+
+The worker has no network and no credentials: models come and updates go through this module. It prints
+a line when it listens, which is how we know when to connect. It answers a stage that it has done
+before from its disk, so that an agent that was restarted simply asks again.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from fedml_agent import sandbox, tending
+from fedml_agent.errors import AgentError
+from fedml_agent.home import Home
+from fedml_agent.https import BlobChanged, Https, file_blob
+from fedml_agent.journal import Entry, Journal
+from fedml_agent.launch import Reporter
+from fedml_agent.observe import LogShipper
+from fedml_agent.packages import BadPackage, Packages
+from fedml_agent.policy import Policy
+from fedml_agent.room import Room
+from fedml_agent.tending import Ended, Gone, Tended, TaskSpec
+from fedml_protocol.blob import Blob, NamedBlob
+from fedml_protocol.cause import Cause, Fault
+from fedml_protocol.codec import parse
+from fedml_protocol.errors import ProtocolError
+from fedml_protocol.federate import StageDone, StageOrder, StageSpec, WorkerFrame, WorkerReady
+from fedml_protocol.frames import HEAD_BYTES, frame, frame_length
+from fedml_protocol.tasks import Needs, Result, TaskState
+
+log = logging.getLogger(__name__)
+
+SOCKET = "worker.sock"
+# A worker that dies so often without finishing a stage dies of the user's code.
+_DEATHS = 3
+# A session that nobody closed (its message was lost) ends by itself.
+_IDLE_S = 3600.0
+
+
+class WorkerDied(Exception):
+    """The worker is gone; the text says how."""
+
+
+class Stages:
+    """The federated runs of this machine."""
+
+    def __init__(
+        self,
+        home: Home,
+        journal: Journal,
+        packages: Packages,
+        https: Callable[[], Https],
+        reporter: Reporter,
+        policy: Callable[[], Policy],
+        room: Room,
+    ) -> None:
+        """
+        Args:
+            room: A session keeps its place in it, between its stages too.
+        """
+        self._home = home
+        self._journal = journal
+        self._packages = packages
+        self._https = https
+        self._reporter = reporter
+        self._policy = policy
+        self._room = room
+        self._sessions: dict[str, Session] = {}
+        self._stages: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._deaths: dict[str, int] = {}
+
+    @property
+    def open(self) -> set[str]:
+        """Sessions that have a worker."""
+        return set(self._sessions)
+
+    async def run(self, entry: Entry) -> None:
+        """One stage from its offer to its result."""
+        current = asyncio.current_task()
+        if current is not None:
+            self._stages[entry.key] = current
+        try:
+            result = await self._stage(entry)
+        except asyncio.CancelledError:
+            if entry.key in self._stages:
+                raise  # the agent stops; the stage goes on in its worker
+            self._reporter.ended(entry, _result(entry, TaskState.STOPPED, None))
+            return
+        except BadPackage as error:
+            result = _failed(entry, Fault.MACHINE, str(error))
+        except WorkerDied as error:
+            result = self._worker_died(entry, str(error))
+        except (AgentError, tending.TendingError, OSError) as error:
+            result = _result(entry, TaskState.LOST, Cause(fault=Fault.MACHINE, message=str(error)))
+        finally:
+            self._stages.pop(entry.key, None)
+        self._reporter.ended(entry, result)
+
+    async def adopt(self, entry: Entry) -> None:
+        """A stage that a former agent gave to a worker: it is asked for again."""
+        session = await self._session(entry, only_adopt=True)
+        if session is None:
+            cause = Cause(fault=Fault.MACHINE, message="its worker did not survive")
+            self._reporter.ended(entry, _result(entry, TaskState.LOST, cause))
+            return
+        await self.run(entry)
+
+    def stop(self, entry: Entry) -> None:
+        """Forget a stage; its worker may finish it, nobody listens."""
+        task = self._stages.pop(entry.key, None)
+        if task is not None:
+            task.cancel()
+
+    def watch(self, task: str, on: bool) -> None:
+        """Somebody watches a run: its workers' logs go out at once."""
+        for session in self._sessions.values():
+            if session.log_task == task and session.shipper is not None:
+                session.shipper.watch(on)
+
+    async def close(self, name: str) -> None:
+        """The run is over: end its worker, forget its files."""
+        session = self._sessions.pop(name, None)
+        if session is not None:
+            await session.end()
+        self._room.give_back(name)
+        folder = self._home.sessions / name
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    async def take_up(self, folder: Path) -> None:
+        """A session without an open stage: its worker stays warm if it lives, else it goes."""
+        session = Session(folder.name, folder, None)
+        try:
+            found = await session.find()
+        except (tending.ShimSilent, ValueError) as error:
+            log.warning("%s", error)
+            found = None
+        if isinstance(found, Tended) and folder.name not in self._sessions:
+            lease = json.loads((folder / "lease.json").read_text())
+            self._room.take(folder.name, Needs(**lease["needs"]), tuple(lease["gpus"]))
+            session.take(found, None)
+            self._sessions[folder.name] = session
+        elif folder.name not in self._sessions:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    async def close_idle(self) -> None:
+        """End sessions that nobody has used for long."""
+        now = asyncio.get_running_loop().time()
+        for name, session in list(self._sessions.items()):
+            if now - session.used_at > _IDLE_S and not self._journal.knows_session(name):
+                log.info("the session %s was idle for %g s and is closed", name, _IDLE_S)
+                await self.close(name)
+
+    def detach(self) -> None:
+        """The agent stops; the workers go on without it."""
+        for session in self._sessions.values():
+            session.detach()
+
+    async def upload(self, entry: Entry) -> None:
+        """Offer the files that a result names (again)."""
+        if entry.result is None:
+            return
+        out = self._out_dir(entry)
+        for artifact in entry.result.artifacts:
+            file = out / f"{artifact.name}.safetensors"
+            await asyncio.to_thread(self._https().store, file, artifact.blob)
+
+    def clean(self, entry: Entry) -> None:
+        """The broker has the result: its files may go."""
+        shutil.rmtree(self._out_dir(entry), ignore_errors=True)
+
+    # ------------------------------------------------------------------ one stage
+
+    async def _stage(self, entry: Entry) -> Result:
+        spec = _stage_spec(entry)
+        session, model, sent = await asyncio.gather(
+            self._session(entry),
+            self._model(spec.session, spec.model),
+            self._model(spec.session, spec.sent),
+        )
+        if session is None:
+            raise WorkerDied("it could not be started")
+        out = self._out_dir(entry)
+        await asyncio.to_thread(out.mkdir, mode=0o700, parents=True, exist_ok=True)
+        done = await session.ask(
+            StageOrder(
+                task=entry.key[0],
+                epoch=entry.key[1],
+                spec=spec,
+                model_path=model,
+                sent_path=sent,
+                out_dir=str(out),
+            )
+        )
+        if done.cause is not None:
+            return _result(entry, TaskState.FAILED, done.cause)
+        artifacts = []
+        for name in done.files:
+            file = out / f"{name}.safetensors"
+            blob = await asyncio.to_thread(self._send, file)
+            artifacts.append(NamedBlob(name=name, blob=blob))
+        return Result(
+            task=entry.key[0],
+            epoch=entry.key[1],
+            state=TaskState.FINISHED,
+            artifacts=tuple(artifacts),
+            metrics=done.metrics,
+            weight=done.weight,
+        )
+
+    def _send(self, file: Path) -> Blob:
+        blob = file_blob(file)
+        self._https().store(file, blob)
+        return blob
+
+    async def _model(self, session: str, blob: Blob | None) -> str:
+        """A model or what the algorithm sends, in the session's directory."""
+        if blob is None:
+            return ""
+        folder = self._home.sessions / session / "work" / "models"
+        file = folder / f"{blob.sha256}.safetensors"
+        if not file.exists():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                await asyncio.to_thread(self._https().fetch, blob, file)
+            except BlobChanged as error:
+                raise BadPackage(f"the model is not the one that was offered: {error}") from error
+            for old in folder.glob("*.safetensors"):
+                # The worker has mapped what it uses; the round before the last is not asked again.
+                if old != file and old.stat().st_mtime < file.stat().st_mtime - 60:
+                    old.unlink(missing_ok=True)
+        return str(file)
+
+    def _worker_died(self, entry: Entry, how: str) -> Result:
+        name = _stage_spec(entry).session
+        session = self._sessions.pop(name, None)
+        deaths = (session.deaths if session is not None else 0) + 1
+        self._deaths[name] = deaths
+        if deaths >= _DEATHS:
+            return _failed(entry, Fault.TASK, f"its worker died {deaths} times: {how}")
+        cause = Cause(fault=Fault.MACHINE, message=f"its worker died: {how}")
+        return _result(entry, TaskState.LOST, cause)
+
+    # ------------------------------------------------------------------ sessions
+
+    async def _session(self, entry: Entry, *, only_adopt: bool = False) -> "Session | None":
+        name = _stage_spec(entry).session
+        session = self._sessions.get(name)
+        if session is None:
+            session = Session(name, self._home.sessions / name, entry)
+            self._sessions[name] = session
+        try:
+            async with session.starting:
+                if session.tended is None:
+                    await self._start(session, entry, only_adopt=only_adopt)
+                if session.tended is None:
+                    self._sessions.pop(name, None)
+                    return None
+        except BaseException:
+            if session.tended is None:
+                self._sessions.pop(name, None)
+            raise
+        return session
+
+    async def _start(self, session: "Session", entry: Entry, *, only_adopt: bool) -> None:
+        found = await session.find()
+        if isinstance(found, Tended):
+            log.info("the worker of %s goes on", session.name)
+            session.take(found, self._shipper(session, found))
+            return
+        if only_adopt:
+            return
+        work = session.folder / "work"
+        package = entry.offer.package
+        if package is not None and not (work / "package").exists():
+            work.mkdir(mode=0o700, parents=True, exist_ok=True)
+            await self._packages.unpack(package, work / "package")
+        (work / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
+        (work / SOCKET).unlink(missing_ok=True)
+        lease = {"needs": asdict(entry.offer.needs), "gpus": entry.gpus}
+        (session.folder / "lease.json").write_text(json.dumps(lease))
+        shim_dir = session.next_shim_dir()
+        tended = await tending.start(shim_dir, self._spec(session, entry, work))
+        session.deaths = self._deaths.get(session.name, 0)
+        session.take(tended, self._shipper(session, tended))
+
+    def _spec(self, session: "Session", entry: Entry, work: Path) -> TaskSpec:
+        policy = self._policy()
+        extra = {
+            "FEDML_CURRENT_RUN_ID": entry.offer.run,
+            "FEDML_CURRENT_EDGE_ID": self._home.membership().device,
+            "FEDML_DATA": json.dumps(dict(policy.data)),
+            "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),
+            # Many workers share a machine's cores: one thread each, unless the user's code says else.
+            "OMP_NUM_THREADS": os.environ.get("FEDML_WORKER_THREADS", "1"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if "OPENBLAS_CORETYPE" in os.environ:  # without it, some builds compute wrong results
+            extra["OPENBLAS_CORETYPE"] = os.environ["OPENBLAS_CORETYPE"]
+        python = os.environ.get("FEDML_WORKER_PYTHON", sys.executable)
+        return TaskSpec(
+            argv=(python, "-m", "fedml.federate.worker", session.name),
+            env=sandbox.clean_env(os.environ, extra, home=work),
+            cwd=work,
+            limits=sandbox.Limits(memory_bytes=entry.offer.needs.memory_bytes or None),
+            hide=(self._home.root,),
+            show=(session.folder,),
+            network=policy.federated_network,
+            optional=sandbox.PROTECTIONS,
+            marker=session.name,
+        )
+
+    def _shipper(self, session: "Session", tended: Tended) -> LogShipper:
+        return LogShipper(
+            tended,
+            session.log_task,
+            session.log_epoch,
+            https=self._https,
+            journal=self._journal,
+            watched=True,
+        )
+
+    def _out_dir(self, entry: Entry) -> Path:
+        spec = _stage_spec(entry)
+        return self._home.sessions / spec.session / "work" / "out" / entry.folder
+
+
+class Session:
+    """The warm worker of one run, and the socket to it.
+
+    The worker's log is filed under the first stage that it was started for.
+    """
+
+    def __init__(self, name: str, folder: Path, first: Entry | None) -> None:
+        self.name = name
+        self.folder = folder
+        self.log_task, self.log_epoch = first.key if first is not None else ("", 0)
+        self.tended: Tended | None = None
+        self.shipper: LogShipper | None = None
+        self.starting = asyncio.Lock()
+        self.deaths = 0
+        self.used_at = asyncio.get_running_loop().time()
+        self._turn = asyncio.Lock()
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def find(self) -> Tended | Ended | Gone | None:
+        """The worker that a former agent started, if it lives."""
+        dirs = sorted(self.folder.glob("shim-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        if not dirs:
+            return None
+        return await tending.adopt(dirs[-1])
+
+    def next_shim_dir(self) -> Path:
+        """A fresh directory for the next worker's shim."""
+        numbers = [int(p.name.rpartition("-")[2]) for p in self.folder.glob("shim-*")]
+        folder = self.folder / f"shim-{max(numbers, default=0) + 1}"
+        folder.mkdir(mode=0o700, parents=True)
+        return folder
+
+    def take(self, tended: Tended, shipper: LogShipper | None) -> None:
+        """The worker runs."""
+        self.tended, self.shipper = tended, shipper
+        if shipper is None:
+            return
+        shipping = asyncio.get_running_loop().create_task(shipper.run(), name=f"log.{self.name}")
+        self._background.add(shipping)
+        shipping.add_done_callback(self._background.discard)
+
+    async def ask(self, order: StageOrder) -> StageDone:
+        """Give the worker a stage and wait for its answer.
+
+        Raises:
+            WorkerDied: It ended before it answered.
+        """
+        async with self._turn:
+            self.used_at = asyncio.get_running_loop().time()
+            for attempt in (1, 2):
+                try:
+                    return await self._talk(order)
+                except (OSError, asyncio.IncompleteReadError, ProtocolError) as error:
+                    self._streams = None
+                    if attempt == 2 or self.tended is None or self.tended.is_over:
+                        raise WorkerDied(await self._how_it_ended(error)) from error
+            raise AssertionError("unreachable")
+
+    async def _talk(self, order: StageOrder) -> StageDone:
+        reader, writer = await self._connected()
+        writer.write(frame(WorkerFrame(body=order)))
+        await writer.drain()
+        while True:
+            body = await _read(reader)
+            if isinstance(body, StageDone) and (body.task, body.epoch) == (order.task, order.epoch):
+                self.deaths = 0
+                return body
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._streams is None:
+            if self.tended is None:
+                raise ConnectionError("there is no worker")
+            path = self.folder / "work"
+            # A worker says a line when it listens; each growth of its log is a reason to look.
+            async for _ in self.tended.events():
+                if (path / SOCKET).exists():
+                    break
+            self._streams = await _connect(path)
+            ready = await _read(self._streams[0])
+            if not isinstance(ready, WorkerReady):
+                raise ConnectionError("the worker did not introduce itself")
+        return self._streams
+
+    async def _how_it_ended(self, error: Exception) -> str:
+        if self.tended is None:
+            return str(error)
+        try:
+            async with asyncio.timeout(5):
+                end = await self.tended.ended()
+        except TimeoutError:
+            self.tended.kill()
+            return f"it closed the connection: {error}"
+        last = self.tended.log("err").read(max(self.tended.logs.err.size - 2000, 0), 2000)[1]
+        tail = last.decode(errors="replace").strip()
+        how = end.why if isinstance(end, Gone) else f"{end.reason}, {end.code or end.signal}"
+        return f"{how}\n{tail}" if tail else how
+
+    def detach(self) -> None:
+        """Stop listening; the worker goes on."""
+        for task in self._background:
+            task.cancel()
+        if self._streams is not None:
+            self._streams[1].close()
+        if self.tended is not None:
+            self.tended.detach()
+
+    async def end(self) -> None:
+        """End the worker and wait for it; what it wrote last is still shipped."""
+        if self._streams is not None:
+            self._streams[1].close()
+        if self.tended is None:
+            return
+        self.tended.stop(2.0)
+        await self.tended.ended()
+        if self._background:
+            await asyncio.wait(self._background, timeout=10)
+        for task in self._background:
+            task.cancel()
+
+
+async def _connect(folder: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    # Not by its own path, which may be longer than a socket address (108 bytes).
+    number = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        return await asyncio.open_unix_connection(f"/proc/self/fd/{number}/{SOCKET}")
+    finally:
+        os.close(number)
+
+
+async def _read(reader: asyncio.StreamReader) -> WorkerReady | StageOrder | StageDone:
+    head = await reader.readexactly(HEAD_BYTES)
+    return parse(WorkerFrame, await reader.readexactly(frame_length(head))).body
+
+
+def _stage_spec(entry: Entry) -> StageSpec:
+    spec = entry.offer.spec
+    if not isinstance(spec, StageSpec):
+        raise TypeError("not a stage of a federated run")
+    return spec
+
+
+def _failed(entry: Entry, fault: Fault, message: str) -> Result:
+    return _result(entry, TaskState.FAILED, Cause(fault=fault, message=message))
+
+
+def _result(entry: Entry, state: TaskState, cause: Cause | None) -> Result:
+    return Result(task=entry.key[0], epoch=entry.key[1], state=state, cause=cause)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTPS to the broker: small JSON calls, and bytes by their hash.
+
+Everything here blocks and is called in threads. The CA is the broker's own, pinned by the login key;
+the machine's certificate says who asks. No proxy and no other trust store is used.
+"""
+
+import hashlib
+import json
+import os
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import urllib3
+from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
+from urllib3.response import BaseHTTPResponse
+
+from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable, KeyRefused
+from fedml_agent.home import Home
+from fedml_protocol.blob import Blob
+
+_CHUNK = 1024 * 1024
+_TIMEOUT = urllib3.Timeout(connect=10, read=60)
+# An interrupted transfer is taken up where it stopped, this often.
+_RESUMPTIONS = 20
+
+
+class BlobChanged(AgentError):
+    """The bytes that came do not have the promised hash."""
+
+
+class Https:
+    """Connections to one broker, kept open."""
+
+    def __init__(self, url: str, context: ssl.SSLContext) -> None:
+        self._url = url.rstrip("/")
+        self._pool = urllib3.PoolManager(
+            ssl_context=context, maxsize=4, retries=False, timeout=_TIMEOUT
+        )
+
+    @classmethod
+    def of(cls, home: Home, url: str) -> "Https":
+        """Connections that show the device's certificate, if it has one."""
+        context = ssl.create_default_context(cafile=str(home.ca))
+        if home.certificate.exists():
+            context.load_cert_chain(home.certificate, home.key)
+        return cls(url, context)
+
+    @classmethod
+    def anonymous(cls, home: Home, url: str) -> "Https":
+        """Connections that trust the broker and show nothing of us."""
+        return cls(url, ssl.create_default_context(cafile=str(home.ca)))
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """One JSON question and its answer.
+
+        Raises:
+            BrokerUnreachable: No answer.
+            BrokerRefused: The answer is an error.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if data else {}
+        return json.loads(self._ask(method, path, data, headers).data)
+
+    def put_log(
+        self,
+        task: str,
+        epoch: int,
+        stream: str,
+        offset: int,
+        data: bytes,
+        *,
+        gap: int = 0,
+        gzipped: bool = False,
+    ) -> int:
+        """Append to a log, after `gap` bytes that nobody has any more; how long it is there now."""
+        headers = {"X-Chunk-Encoding": "gzip"} if gzipped else {}
+        path = f"/v1/agent/logs/{task}/{epoch}/{stream}?offset={offset}&gap={gap}"
+        return int(json.loads(self._ask("PUT", path, data, headers).data)["size"])
+
+    # ------------------------------------------------------------------ blobs
+
+    def fetch(self, blob: Blob, into: Path) -> None:
+        """Get a blob; an interrupted one goes on where it stopped.
+
+        Raises:
+            BlobChanged: The bytes do not have the hash.
+        """
+        part = into.with_name(into.name + ".part")
+        part.unlink(missing_ok=True)
+        digest = hashlib.sha256()
+        with part.open("wb") as file:
+            for attempt in range(_RESUMPTIONS):
+                try:
+                    self._receive(blob, file.tell(), file, digest)
+                    break
+                except (HTTPError, OSError) as error:
+                    if attempt == _RESUMPTIONS - 1:
+                        raise BrokerUnreachable(f"{blob.sha256} did not arrive: {error}") from error
+        if digest.hexdigest() != blob.sha256:
+            part.unlink()
+            raise BlobChanged(f"the bytes that came as {blob.sha256} are others")
+        part.replace(into)
+
+    def _receive(self, blob: Blob, start: int, file: Any, digest: Any) -> None:
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        response = self._ask("GET", f"/v1/blobs/{blob.sha256}", None, headers, preload=False)
+        try:
+            for chunk in response.stream(_CHUNK):
+                file.write(chunk)
+                digest.update(chunk)
+        finally:
+            response.release_conn()
+
+    def store(self, file: Path, blob: Blob) -> None:
+        """Put a blob; what the broker has of it already is not sent again."""
+        path = f"/v1/blobs/{blob.sha256}"
+        start = 0
+        for attempt in range(_RESUMPTIONS):
+            try:
+                with file.open("rb") as data:
+                    data.seek(start)
+                    headers = {"Content-Length": str(blob.size - start)}
+                    if start:
+                        last = blob.size - 1
+                        headers["Content-Range"] = f"bytes {start}-{last}/{blob.size}"
+                    self._ask("PUT", path, data, headers)
+                return
+            except BrokerUnreachable:
+                if attempt == _RESUMPTIONS - 1:
+                    raise
+            except BrokerRefused as error:
+                if error.status != 409 or attempt == _RESUMPTIONS - 1:
+                    raise
+            start = self.uploaded(blob)
+            if start >= blob.size:
+                return
+
+    def uploaded(self, blob: Blob) -> int:
+        """How many bytes of a blob the broker has."""
+        try:
+            response = self._pool.request("HEAD", f"{self._url}/v1/blobs/{blob.sha256}")
+        except (HTTPError, OSError) as error:
+            raise BrokerUnreachable(f"{self._url} does not answer: {error}") from error
+        if response.status == 200:
+            return blob.size
+        return min(int(response.headers.get("Upload-Offset", 0)), max(blob.size - 1, 0))
+
+    # ------------------------------------------------------------------ small print
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        headers: Mapping[str, str],
+        *,
+        preload: bool = True,
+    ) -> BaseHTTPResponse:
+        try:
+            response = self._pool.request(
+                method, self._url + path, body=body, headers=headers, preload_content=preload
+            )
+        except (HTTPError, OSError) as error:
+            raise BrokerUnreachable(
+                f"{self._url} does not answer: {_plainly(error)}",
+                "`fedml-agent diagnose` looks at the link step by step",
+            ) from error
+        if response.status < 400:
+            return response
+        text, hint = _problem(response)
+        raise BrokerRefused(response.status, text, hint)
+
+
+def pinned_ca(url: str, ca_sha256: bytes) -> bytes:
+    """The broker's CA certificate (PEM), if it is the one that the login key names.
+
+    The connection by which it comes proves nothing; its hash does.
+
+    Raises:
+        BrokerUnreachable: No answer.
+        KeyRefused: Another CA: this is not the broker that made the key.
+    """
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    pem = bytes(Https(url, context)._ask("GET", "/v1/ca", None, {}).data)
+    try:
+        der = ssl.PEM_cert_to_DER_cert(pem.decode())
+    except ValueError as error:
+        raise KeyRefused(f"{url} does not answer as a broker does") from error
+    if hashlib.sha256(der).digest() != ca_sha256:
+        raise KeyRefused(
+            f"the broker at {url} is not the one that made this key: its CA certificate differs",
+            "somebody may be in between, or the broker was set up anew: ask its admin for a new key",
+        )
+    return pem
+
+
+def file_blob(path: Path) -> Blob:
+    """The name of a file's content."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Blob(sha256=digest, size=os.stat(path).st_size)
+
+
+def _problem(response: BaseHTTPResponse) -> tuple[str, str]:
+    try:
+        problem = json.loads(response.data)
+        detail = problem.get("detail", "")
+        return problem["title"] + (f": {detail}" if detail else ""), problem.get("hint", "")
+    except (ValueError, KeyError, TypeError, HTTPError):
+        return f"the broker answered {response.status}", ""
+
+
+def _plainly(error: Exception) -> str:
+    """The innermost reason, without the library's wrapping."""
+    if isinstance(error, MaxRetryError | SSLError) and error.args:
+        return str(error.args[-1])
+    return str(error)

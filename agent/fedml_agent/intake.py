@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders as they come: verified, checked against the owner's policy, written down, then obeyed.
+
+The order of the checks is the order of trust: the signature first, then whether it is a replay, then
+the machine owner's say, then room. Nothing of an offer runs before all of them have passed, and its row
+is on the disk before the message is acknowledged.
+"""
+
+import datetime
+import logging
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from fedml_agent.home import Home, Membership
+from fedml_agent.journal import Entry, Journal
+from fedml_agent.policy import Policy, Request, check
+from fedml_agent.room import Room, disk_free
+from fedml_protocol.envelope import unpack
+from fedml_protocol.errors import BadSignature, ProtocolError, UnsupportedMessage
+from fedml_protocol.keys import verify
+from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.tasks import (
+    Accept,
+    Cancel,
+    CloseSession,
+    Drain,
+    Offer,
+    Order,
+    Reject,
+    RejectReason,
+    Resync,
+    ResultAck,
+    SignedOrder,
+    Tail,
+    TaskState,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Obeying(Protocol):
+    """What orders make happen; the daemon does it."""
+
+    def begin(self, entry: Entry) -> None:
+        """A task was taken: run it."""
+        ...
+
+    def answer(self, body: Accept | Reject) -> None:
+        """Tell the broker; nobody waits for it to arrive."""
+        ...
+
+    def cancel(self, order: Cancel) -> None:
+        """End a task."""
+        ...
+
+    def drain(self, on: bool) -> None:
+        """Take no more offers, or take them again."""
+        ...
+
+    def tail(self, task: str, on: bool) -> None:
+        """Somebody watches a log."""
+        ...
+
+    def resync(self) -> None:
+        """Say at once what runs here."""
+        ...
+
+    def close_session(self, session: str) -> None:
+        """A federated run is over."""
+        ...
+
+    def confirmed(self, task: str, epoch: int) -> None:
+        """The broker has a result."""
+        ...
+
+
+class Intake:
+    """Takes every message that the broker sends."""
+
+    def __init__(
+        self,
+        home: Home,
+        journal: Journal,
+        membership: Membership,
+        room: Room,
+        policy: Callable[[], Policy],
+        devices: tuple[tuple[int | str | None, ...], ...],
+        obeying: Obeying,
+    ) -> None:
+        self.refusing = ""
+        self.draining = False
+        self.alarms = 0
+        self._home = home
+        self._journal = journal
+        self._membership = membership
+        self._room = room
+        self._policy = policy
+        self._devices = devices
+        self._obeying = obeying
+        self._keys: dict[str, Ed25519PublicKey] = {}
+        self.use_keys(membership.verify_keys)
+
+    def use_keys(self, keys: Mapping[str, str]) -> None:
+        """Whose orders are obeyed: Ed25519 public keys (hex) under their ids."""
+        self._keys = {
+            name: Ed25519PublicKey.from_public_bytes(bytes.fromhex(raw))
+            for name, raw in keys.items()
+        }
+
+    async def take(self, topic: str, payload: bytes) -> None:
+        """Handle one message; on return it may be acknowledged."""
+        try:
+            body = unpack(payload).body
+            if isinstance(body, ResultAck):
+                self._obeying.confirmed(body.task, body.epoch)
+            elif isinstance(body, SignedOrder):
+                self._obey(verify(body, self._keys, self._membership.device))
+            else:
+                self._alarm(f"a broker does not send {type(body).__name__}")
+        except BadSignature as error:
+            self._alarm(f"an order was refused: {error}")
+        except UnsupportedMessage as error:
+            log.warning("a message of a newer broker was left alone: %s", error)
+        except ProtocolError as error:
+            self._alarm(f"a message on {topic} was refused: {error}")
+
+    def _obey(self, order: Order) -> None:
+        what = order.what
+        match what:
+            case Offer():
+                self._offer(order, what)
+            case Cancel():
+                self._obeying.cancel(what)
+            case Drain(on=on):
+                self.draining = on
+                self._obeying.drain(on)
+            case Tail(task=task, on=on):
+                self._obeying.tail(task, on)
+            case Resync():
+                self._obeying.resync()
+            case CloseSession(session=session):
+                self._obeying.close_session(session)
+
+    def _offer(self, order: Order, offer: Offer) -> None:
+        known = self._journal.get(offer.task, offer.epoch)
+        if known is not None:  # said twice: the answer may have been lost
+            if known.result is None:
+                self._obeying.answer(Accept(task=offer.task, epoch=offer.epoch))
+            return
+        epochs = [e.offer.epoch for e in self._journal.of_task(offer.task)]
+        if order.counter <= self._journal.floor or max(epochs, default=0) > offer.epoch:
+            self._alarm(f"an old offer of {offer.task} came again and was refused")
+            self._reject(offer, RejectReason.STALE, "this offer is a replay")
+            return
+        refusal = self._refusal(offer)
+        if refusal is not None:
+            self._reject(offer, *refusal)
+            return
+        self._give_up_older(offer)
+        gpus = self._room.take(room_name(offer), offer.needs)
+        entry = Entry(offer=offer, counter=order.counter, state=TaskState.LEASED, gpus=gpus)
+        self._journal.add(entry)
+        self._obeying.answer(Accept(task=offer.task, epoch=offer.epoch))
+        self._obeying.begin(entry)
+
+    def _refusal(self, offer: Offer) -> tuple[RejectReason, str] | None:
+        """Why this offer is not taken; None: it is."""
+        if self.draining:
+            return RejectReason.DRAINING, "this agent takes no more tasks"
+        if self.refusing:
+            return RejectReason.DISK, self.refusing
+        policy = self._policy()
+        refused = check(policy, self._request(offer))
+        if refused is not None:
+            return RejectReason.POLICY_REFUSED, str(refused)
+        if room_name(offer) in self._room.taken:
+            return None
+        if len(self._room.taken) >= self._room.slots:
+            return RejectReason.SLOTS, f"{len(self._room.taken)} tasks run already"
+        free = self._room.free_devices(offer.needs)
+        if len(free) < offer.needs.gpus:
+            return RejectReason.RESOURCES, f"{len(free)} fitting GPUs are free"
+        return None
+
+    def _request(self, offer: Offer) -> Request:
+        launched = isinstance(offer.spec, LaunchSpec)
+        needs = offer.needs
+        return Request(
+            kind="launch" if launched else "federate",
+            publisher=offer.publisher.replace("/", "_"),
+            tenant=self._membership.tenant,
+            at=datetime.datetime.now().astimezone().time(),
+            # A session holds its room already: its next stage does not ask for it twice.
+            held=self._room.held(but=room_name(offer)),
+            disk_free=disk_free(self._home.root),
+            epsilon_spent=0.0,
+            devices=self._devices,
+            commands=launched,
+            gpus=needs.gpus,
+            cpus=float(needs.cpus),
+            memory=needs.memory_bytes,
+            disk=needs.disk_bytes,
+            deadline_s=offer.deadline_s or None,
+            network=launched,
+        )
+
+    def _give_up_older(self, offer: Offer) -> None:
+        """An older epoch of the task is still here: the broker has fenced it off already."""
+        for entry in self._journal.of_task(offer.task):
+            if entry.result is None:
+                self._obeying.cancel(
+                    Cancel(task=entry.key[0], epoch=entry.key[1], grace_s=0, reason="superseded")
+                )
+
+    def _reject(self, offer: Offer, reason: RejectReason, detail: str) -> None:
+        log.info("the offer of %s was not taken: %s", offer.task, detail)
+        self._obeying.answer(
+            Reject(task=offer.task, epoch=offer.epoch, reason=reason, detail=detail[:2000])
+        )
+
+    def _alarm(self, text: str) -> None:
+        self.alarms += 1
+        log.error("%s", text)
+
+
+def room_name(offer: Offer) -> str:
+    spec = offer.spec
+    return offer.task if isinstance(spec, LaunchSpec) else spec.session
+
+

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logs of tasks to the broker: at once while somebody watches, else in large pieces.
+
+The shim's files are the truth; the journal remembers how far the broker has them. A cut, a crash or
+an answer that was lost makes a piece come twice, and the broker skips what it has.
+"""
+
+import asyncio
+import gzip
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol
+
+from fedml_agent.errors import AgentError, BrokerRefused
+from fedml_agent.https import Https
+from fedml_agent.journal import Journal
+from fedml_agent.capped_log import LogReader
+from fedml_agent.tending import End, Ended, LogGrown, Stream
+
+log = logging.getLogger(__name__)
+
+PIECE_BYTES = 256 * 1024
+LAZY_S = 5.0
+# While somebody watches, lines that come close together travel together.
+EAGER_S = 0.03
+_GZIP_ABOVE = 2048
+_RETRY_S = 5.0
+_STREAMS: tuple[tuple[Stream, str], ...] = (("out", "stdout"), ("err", "stderr"))
+
+
+class Logged(Protocol):
+    """A task that writes, or has written, two logs: `tending.Tended`, or `Finished`."""
+
+    logs: LogGrown
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it writes no more."""
+        ...
+
+    def log(self, stream: Stream) -> LogReader:
+        """A reader of one log."""
+        ...
+
+    def events(self) -> AsyncIterator[LogGrown | End]:
+        """Growth, and at last the end."""
+        ...
+
+
+class Finished:
+    """The logs of a task that ended while no agent was there."""
+
+    is_over = True
+
+    def __init__(self, taskdir: Path, end: Ended) -> None:
+        self.logs = end.logs
+        self._taskdir = taskdir
+        self._end = end
+
+    def log(self, stream: Stream) -> LogReader:
+        """A reader of one log."""
+        return LogReader(self._taskdir, stream)
+
+    async def events(self) -> AsyncIterator[LogGrown | End]:
+        """Only the end is left."""
+        yield self._end
+
+
+class LogShipper:
+    """Ships the two logs of one task while it runs, and the rest when it has ended."""
+
+    def __init__(
+        self,
+        tended: Logged,
+        task: str,
+        epoch: int,
+        *,
+        https: Callable[[], Https],
+        journal: Journal,
+        watched: bool,
+    ) -> None:
+        self._tended = tended
+        self._task = task
+        self._epoch = epoch
+        self._https = https
+        self._journal = journal
+        self._watched = watched
+        self._look = asyncio.Event()
+
+    def watch(self, on: bool) -> None:
+        """Somebody starts or stops watching."""
+        self._watched = on
+        self._look.set()
+
+    async def run(self) -> None:
+        """Ship until the task has ended and the broker has everything."""
+        ended = False
+        first = True
+        following = asyncio.get_running_loop().create_task(self._follow())
+        try:
+            while True:
+                self._look.clear()
+                ended = ended or self._tended.is_over
+                await self._ship()
+                if ended:
+                    return
+                await self._look.wait()
+                # The first line goes at once; what follows it is collected for a moment.
+                if not first and not self._tended.is_over:
+                    await self._collect()
+                first = False
+        finally:
+            following.cancel()
+
+    async def _follow(self) -> None:
+        async for _ in self._tended.events():
+            self._look.set()
+        self._look.set()
+
+    async def _collect(self) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + (EAGER_S if self._watched else LAZY_S)
+        try:
+            async with asyncio.timeout_at(until):
+                while not self._tended.is_over and not self._watched and not self._much():
+                    self._look.clear()
+                    await self._look.wait()
+                if self._watched:
+                    await asyncio.sleep(until - loop.time())
+        except TimeoutError:
+            pass
+
+    def _much(self) -> bool:
+        size = sum(size.size for size in self._tended.logs)
+        known = sum(self._journal.shipped(self._task, self._epoch, name) for _, name in _STREAMS)
+        return size - known >= PIECE_BYTES
+
+    async def _ship(self) -> None:
+        for stream, name in _STREAMS:
+            reader = self._tended.log(stream)
+            offset = self._journal.shipped(self._task, self._epoch, name)
+            while True:
+                begin, data, dropped = reader.read(offset, PIECE_BYTES)
+                if not data:
+                    break
+                offset = await self._put(name, begin, data, dropped)
+
+    async def _put(self, stream: str, offset: int, data: bytes, gap: int) -> int:
+        while True:
+            try:
+                size = await asyncio.to_thread(self._send, stream, offset, data, gap)
+            except BrokerRefused as error:
+                # The task is another's now, or unknown there: nobody will ever read this.
+                log.warning("the log of %s is not wanted: %s", self._task, error)
+                size = offset + len(data)
+            except AgentError as error:
+                log.debug("the log of %s waits: %s", self._task, error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._journal.set_shipped(self._task, self._epoch, stream, size)
+            return size
+
+    def _send(self, stream: str, offset: int, data: bytes, gap: int) -> int:
+        gzipped = len(data) > _GZIP_ABOVE
+        body = gzip.compress(data, compresslevel=1) if gzipped else data
+        return self._https().put_log(
+            self._task, self._epoch, stream, offset, body, gap=gap, gzipped=gzipped
+        )
+

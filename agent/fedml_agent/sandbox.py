@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a task is locked into: its limits, its environment, and what this machine can enforce.
+
+How the locks work is in namespaces.py and view.py. What each of them gives:
+
+hide        directories are empty to the task: the agent's keys and journal, the shim's files, the
+            sockets through which a process of this user could start another one outside
+read_only   outside its own directory and /tmp the task changes nothing, so it cannot leave
+            something behind that runs later without a sandbox
+network     off means loopback only
+pids        the task sees and signals its own processes only, and none of them survives it
+
+An agent that runs as root gives its tasks user 0 of the machine, without capabilities outside
+their namespaces. That is weaker than an ordinary user: whatever belongs to root can be read,
+unless it is hidden.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedml_agent import view
+from fedml_agent.namespaces import (
+    HIDE,
+    NETWORK,
+    PIDS,
+    PROCESSES,
+    PROTECTIONS,
+    READ_ONLY,
+    SandboxError,
+    harden_process,
+)
+
+__all__ = [
+    "HIDE",
+    "NETWORK",
+    "PIDS",
+    "PROCESSES",
+    "PROTECTIONS",
+    "READ_ONLY",
+    "Capability",
+    "Limits",
+    "SandboxError",
+    "capabilities",
+    "clean_env",
+    "delegated_cgroup",
+    "harden_process",
+]
+
+_CONTROLLERS = frozenset({"memory", "pids"})
+_PASSED_ON = ("PATH", "LANG", "LANGUAGE", "TZ")
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much one task may use. None means: as much as the agent itself may.
+
+    Attributes:
+        memory_bytes: With a control group, of the whole task, caches included. Without one, the
+            private data of each of its processes (RLIMIT_DATA). RLIMIT_AS is not used: CUDA
+            reserves far more addresses than memory.
+        processes: Processes and threads together.
+        open_files: Descriptors of each process.
+        file_bytes: Size of each file that it writes.
+        nice: Added to the agent's own niceness, 0 to 19. Core dumps are always off.
+    """
+
+    memory_bytes: int | None = None
+    processes: int | None = None
+    open_files: int | None = None
+    file_bytes: int | None = None
+    nice: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "processes", "open_files", "file_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be > 0 or None, got {value}")
+        if not 0 <= self.nice <= 19:
+            raise ValueError(f"nice must be from 0 to 19, got {self.nice}")
+
+    def to_dict(self) -> dict[str, int]:
+        """Give the limits that are set."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def clean_env(base: Mapping[str, str], extra: Mapping[str, str], *, home: Path) -> dict[str, str]:
+    """Make a task's whole environment: of the agent's own, it gets only how to find programs.
+
+    Args:
+        base: The agent's environment; PATH, the language and the time zone are taken from it.
+        extra: What the task asked for and what the agent adds. It wins.
+        home: The task's own directory. Caches and temporary files go there.
+    """
+    env = {"PATH": _DEFAULT_PATH, "LANG": "C.UTF-8"}
+    env |= {key: value for key, value in base.items() if key in _PASSED_ON or key[:3] == "LC_"}
+    return env | {"HOME": str(home), "TMPDIR": str(home / "tmp")} | dict(extra)
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """Whether this machine can do something for a task, and why not."""
+
+    works: bool
+    why_not: str = ""
+
+
+def delegated_cgroup() -> str:
+    """Find the control group in which this agent may make one for each task.
+
+    That is its own one, or the one above where the agent sits in a leaf called `agent` (systemd:
+    `Delegate=yes` and `DelegateSubgroup=agent`): the kernel gives controllers only to groups
+    beside which no process lives.
+
+    Raises:
+        SandboxError: There is none; the text says what is missing.
+    """
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    roots = [mount[1] for mount in mounts if mount[2] == "cgroup2"]
+    if not roots:
+        raise SandboxError("", "control groups (version 2) are not mounted")
+    own = next(
+        (
+            line[3:]
+            for line in Path("/proc/self/cgroup").read_text().splitlines()
+            if line.startswith("0::")
+        ),
+        "/",
+    )
+    group = Path(roots[0] + own)
+    if group.name == "agent":
+        group = group.parent
+    if not os.access(group, os.W_OK):
+        raise SandboxError("", f"the control group {group} is not delegated to this user")
+    present = set((group / "cgroup.controllers").read_text().split())
+    if missing := _CONTROLLERS - present:
+        raise SandboxError("", f"the control group {group} lacks {', '.join(sorted(missing))}")
+    if not set((group / "cgroup.subtree_control").read_text().split()) >= _CONTROLLERS:
+        try:
+            (group / "cgroup.subtree_control").write_text("+memory +pids")
+        except OSError as error:
+            raise SandboxError("", f"{group} cannot pass controllers on: {error}") from error
+    return str(group)
+
+
+@functools.cache
+def capabilities() -> dict[str, Capability]:
+    """Find out what this machine can do for tasks, by trying, in a process of its own.
+
+    Keys: `user_namespaces`, each of `PROTECTIONS` (`processes`: whether their number can be limited
+    without control groups) and `cgroups`. It takes about 0.1 s the first time.
+    """
+    command = [sys.executable, "-I", "-S", view.__file__]
+    tried = subprocess.run(command, capture_output=True, text=True, env={}, check=False)
+    if tried.returncode:
+        why = tried.stderr.strip().rpartition("\n")[2] or f"status {tried.returncode}"
+        names = ("user_namespaces", *PROTECTIONS)
+        found = {name: Capability(False, f"it could not be tried: {why}") for name in names}
+    else:
+        reasons: dict[str, str] = json.loads(tried.stdout)
+        found = {name: Capability(not why, why) for name, why in reasons.items()}
+    try:
+        delegated_cgroup()
+        found["cgroups"] = Capability(True)
+    except SandboxError as missing:
+        found["cgroups"] = Capability(False, str(missing))
+    return found

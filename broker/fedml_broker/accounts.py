@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Users and their tokens, and the keys with which machines join.
+
+Secrets are kept as SHA-256 only: 24 random bytes need no slow hash. A secret is shown once, when it
+is made.
+"""
+
+import hashlib
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from fedml_broker.problems import Problem
+from fedml_broker.store import Store
+from fedml_broker.tables import login_keys, tokens, users
+from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.ids import check_id
+from fedml_protocol.keys import SECRET_BYTES, LoginKey, Scope
+
+DEFAULT_TENANT = "default"
+ROLES = ("admin", "member")
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Who asks."""
+
+    name: str
+    tenant: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """What a login key grants to the machine that used it."""
+
+    tenant: str
+    labels: Mapping[str, str]
+
+
+class Accounts:
+    """Makes and checks secrets; `url` and `ca_sha256` go into each key."""
+
+    def __init__(self, store: Store, *, url: str, ca_sha256: bytes) -> None:
+        self._store = store
+        self._url = url
+        self._ca_sha256 = ca_sha256
+
+    # ------------------------------------------------------------------ users
+
+    async def create_user(self, name: str, role: str, tenant: str = DEFAULT_TENANT) -> None:
+        """Add a user.
+
+        Raises:
+            Problem: 409 exists, 422 a name or role that cannot be.
+        """
+        _check_name(name, "user")
+        _check_name(tenant, "tenant")
+        if role not in ROLES:
+            raise Problem(422, "no such role", f"{role!r} is none of {', '.join(ROLES)}")
+        row = {"name": name, "tenant": tenant, "role": role, "created_at": time.time()}
+        try:
+            await self._store.write(lambda tx: tx.execute(users.insert().values(row)))
+        except sa.exc.IntegrityError as error:
+            raise Problem(409, "this user exists", f"there is a user {name!r} already") from error
+
+    async def create_token(self, user: str, days: float | None = None) -> str:
+        """A new token of a user, as the one string that `fedml login` takes.
+
+        Raises:
+            Problem: 404 no such user.
+        """
+        secret = secrets.token_bytes(SECRET_BYTES)
+        now = time.time()
+        row = {
+            "secret_sha256": _hash(secret),
+            "user": user,
+            "created_at": now,
+            "expires_at": None if days is None else now + days * 86400,
+        }
+
+        def insert(tx: Connection) -> None:
+            if not tx.execute(sa.select(users.c.name).where(users.c.name == user)).first():
+                raise Problem(
+                    404, "no such user", f"{user!r} is unknown", hint="`fedml-broker users create`"
+                )
+            tx.execute(tokens.insert().values(row))
+
+        await self._store.write(insert)
+        return self._key(Scope.USER, secret)
+
+    async def list_users(self, tenant: str) -> list[dict[str, Any]]:
+        """The users of a tenant with the number of their tokens."""
+        query = (
+            sa.select(users, sa.func.count(tokens.c.secret_sha256).label("tokens"))
+            .outerjoin(tokens, tokens.c.user == users.c.name)
+            .where(users.c.tenant == tenant)
+            .group_by(users.c.name)
+            .order_by(users.c.name)
+        )
+        return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
+
+    async def authenticate(self, secret: bytes) -> User | None:
+        """The user behind a token; None when it is unknown or has expired."""
+        query = (
+            sa.select(users.c.name, users.c.tenant, users.c.role, tokens.c.expires_at)
+            .join(tokens, tokens.c.user == users.c.name)
+            .where(tokens.c.secret_sha256 == _hash(secret))
+        )
+        row = await self._store.read(lambda tx: tx.execute(query).first())
+        if row is None or (row.expires_at is not None and row.expires_at < time.time()):
+            return None
+        return User(row.name, row.tenant, row.role)
+
+    # ------------------------------------------------------------------ login keys
+
+    async def create_key(
+        self,
+        by: User,
+        *,
+        uses: int | None,
+        days: float | None,
+        labels: Mapping[str, str],
+    ) -> tuple[str, str]:
+        """A key with which `uses` machines may join: its id, and the string to hand out.
+
+        Raises:
+            Problem: 422 a limit or label that cannot be.
+        """
+        if uses is not None and uses < 1:
+            raise Problem(422, "a key needs at least one use", f"got {uses}")
+        if days is not None and not days > 0:
+            raise Problem(422, "a key must expire in the future", f"got {days} days")
+        check_labels(labels)
+        secret = secrets.token_bytes(SECRET_BYTES)
+        now = time.time()
+        row = {
+            "id": "k-" + secrets.token_hex(4),
+            "secret_sha256": _hash(secret),
+            "tenant": by.tenant,
+            "labels": dict(labels),
+            "uses": uses,
+            "used": 0,
+            "expires_at": None if days is None else now + days * 86400,
+            "revoked": False,
+            "created_at": now,
+            "created_by": by.name,
+        }
+        await self._store.write(lambda tx: tx.execute(login_keys.insert().values(row)))
+        return str(row["id"]), self._key(Scope.DEVICE, secret)
+
+    async def list_keys(self, tenant: str) -> list[dict[str, Any]]:
+        """The keys of a tenant, newest first, without their secrets."""
+        query = (
+            sa.select(login_keys)
+            .where(login_keys.c.tenant == tenant)
+            .order_by(login_keys.c.created_at.desc())
+        )
+
+        def rows(tx: Connection) -> list[dict[str, Any]]:
+            found = [dict(row) for row in tx.execute(query).mappings()]
+            for row in found:
+                del row["secret_sha256"]
+            return found
+
+        return await self._store.read(rows)
+
+    async def revoke_key(self, tenant: str, key_id: str) -> None:
+        """No further machine joins with this key; those that did stay.
+
+        Raises:
+            Problem: 404 no such key.
+        """
+        query = (
+            login_keys.update()
+            .where(login_keys.c.id == key_id, login_keys.c.tenant == tenant)
+            .values(revoked=True)
+        )
+        if not await self._store.write(lambda tx: tx.execute(query).rowcount):
+            raise Problem(404, "no such key", f"{key_id!r} is unknown")
+
+    def _key(self, scope: Scope, secret: bytes) -> str:
+        key = LoginKey(scope=scope, url=self._url, ca_sha256=self._ca_sha256, secret=secret)
+        return str(key)
+
+
+def use_key(tx: Connection, secret: bytes, *, again: bool) -> Enrolment:
+    """Count one use of a login key, in the transaction that enrols the machine.
+
+    Args:
+        again: The machine joined with its present key before: this use is not counted.
+
+    Raises:
+        Problem: 401 unknown, 403 revoked, expired or used up; each says what to ask for.
+    """
+    row = tx.execute(
+        sa.select(login_keys).where(login_keys.c.secret_sha256 == _hash(secret))
+    ).first()
+    ask = "ask the broker's admin for a new key: `fedml-broker keys create`"
+    if row is None:
+        raise Problem(401, "unknown login key", "this broker never made it", hint=ask)
+    if row.revoked:
+        raise Problem(403, "this login key was revoked", f"key {row.id}", hint=ask)
+    if row.expires_at is not None and row.expires_at < time.time():
+        ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(row.expires_at))
+        raise Problem(403, "this login key has expired", f"key {row.id} ended {ended}", hint=ask)
+    if not again:
+        if row.uses is not None and row.used >= row.uses:
+            raise Problem(
+                403, "this login key is used up", f"key {row.id} was good for {row.uses}", hint=ask
+            )
+        tx.execute(login_keys.update().where(login_keys.c.id == row.id).values(used=row.used + 1))
+    return Enrolment(row.tenant, row.labels)
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Labels are short words: they are typed on command lines and shown in tables.
+
+    Raises:
+        Problem: 422.
+    """
+    for name, value in labels.items():
+        _check_name(name, "label")
+        if not 0 < len(value) <= 80 or any(c.isspace() or not c.isprintable() for c in value):
+            raise Problem(422, "a label's value is one short word", f"{name}={value!r}")
+
+
+def _check_name(name: str, what: str) -> None:
+    try:
+        check_id(name, what)
+    except MalformedMessage as error:
+        raise Problem(422, f"not a {what}'s name", str(error)) from error
+
+
+def _hash(secret: bytes) -> str:
+    return hashlib.sha256(secret).hexdigest()

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker: everything that lives and dies together, in one lifespan.
+
+`Broker.running` nests what must outlive what: the store outlives the MQTT endpoint, which outlives
+the drivers of runs, which outlive the HTTPS server. What is killed instead of stopped loses nothing:
+each part reads at its start what it needs from the store.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import mqtt5
+import sqlalchemy as sa
+from aiohttp import web
+from sqlalchemy import Connection
+
+from fedml_broker.accounts import Accounts
+from fedml_broker.api import Api
+from fedml_broker.blobs import Blobs
+from fedml_broker.devices import Devices
+from fedml_broker.dispatch import Dispatcher, Timing
+from fedml_broker.federate import Federation
+from fedml_broker.fleet import Fleet
+from fedml_broker.identity import Identity, common_name
+from fedml_broker.launch import Launcher
+from fedml_broker.mqtt import Post
+from fedml_broker.mqtt.endpoint import Endpoint, Refusal
+from fedml_broker.mqtt.external import external_post
+from fedml_broker.observe import Observer
+from fedml_broker.orders import Orders
+from fedml_broker.problems import Problem
+from fedml_broker.reports import Reports
+from fedml_broker.routes import application
+from fedml_broker.runs import Runs
+from fedml_broker.store import Store
+from fedml_broker.tables import blob_refs, settings
+from fedml_protocol import topics
+from fedml_protocol.errors import MalformedMessage
+
+log = logging.getLogger(__name__)
+
+HTTPS_PORT = 8443
+MQTTS_PORT = 8883
+
+
+class PortInUse(Exception):
+    """Somebody else listens there; the text says on what and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How one broker is run.
+
+    Attributes:
+        home: Everything it keeps lies below; nothing is written elsewhere.
+        host: The address to listen on.
+        name: Under which machines reach it; goes into the login keys and the certificate.
+        https_port, mqtt_port: 0 chooses a free one at the first start, and keeps it.
+        external_mqtt: ``mqtts://host:port`` of another broker; empty: the embedded endpoint.
+    """
+
+    home: Path
+    host: str = "127.0.0.1"
+    name: str = "localhost"
+    https_port: int = HTTPS_PORT
+    mqtt_port: int = MQTTS_PORT
+    external_mqtt: str = ""
+    timing: Timing = field(default_factory=Timing)
+    disk_reserve_bytes: int = 1 << 30
+
+
+class Broker:
+    """All parts of one broker, wired."""
+
+    def __init__(self, config: Settings, store: Store, identity: Identity) -> None:
+        self.config = config
+        self.store = store
+        self.identity = identity
+        self.version = our_version()
+        self.started_at = time.monotonic()
+        self.url = ""
+        self.mqtt_url = ""
+        self.fleet = Fleet(heartbeat_s=config.timing.heartbeat_s)
+        self.blobs = Blobs(config.home / "blobs", reserve_bytes=config.disk_reserve_bytes)
+        self.observer = Observer(store, config.home / "logs")
+        self.runs = Runs(store)
+        # These need ports, which are known once they are open.
+        self.post: Post
+        self.orders: Orders
+        self.devices: Devices
+        self.accounts: Accounts
+        self.dispatcher: Dispatcher
+        self.launcher: Launcher
+        self.federation: Federation
+        self.reports: Reports
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, config: Settings) -> AsyncIterator[Self]:
+        """A broker that serves inside this context.
+
+        Raises:
+            PortInUse: Another process listens there.
+        """
+        config.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        identity = Identity.open(config.home / "identity", names=[config.name, config.host])
+        store = await asyncio.to_thread(Store.open, config.home / "broker.db")
+        try:
+            broker = cls(config, store, identity)
+            async with broker._serving():
+                yield broker
+        finally:
+            await asyncio.to_thread(store.close)
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[None]:
+        config = self.config
+        async with contextlib.AsyncExitStack() as stack:
+            # Bound first, so that keys can name the port; served last, when everything is there.
+            listener = await self._bind("https_port", config.https_port)
+            stack.callback(listener.close)
+            self.url = f"https://{config.name}:{listener.getsockname()[1]}"
+            self.post = await self._open_post()
+            self._wire()
+            stack.callback(self.blobs.close)
+            await self.devices.load()
+            await self.dispatcher.load()
+            await self._enter_post(stack)
+            await self.blobs.sweep(self._referenced)
+            runner = web.AppRunner(application(Api(self)), access_log=None, shutdown_timeout=1.0)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            async with asyncio.TaskGroup() as loops:
+                tasks = [
+                    loops.create_task(self.dispatcher.serve(), name="broker.dispatch"),
+                    loops.create_task(self._keep_house(), name="broker.house"),
+                ]
+                await self.federation.resume()
+                await web.SockSite(
+                    runner, listener, ssl_context=self.identity.server_context()
+                ).start()
+                try:
+                    yield
+                finally:
+                    await self.federation.close()
+                    for task in tasks:
+                        task.cancel()
+
+    def _wire(self) -> None:
+        """Everything that needs the addresses."""
+        timing = self.config.timing
+        self.orders = Orders(self.store, self.identity, self.post)
+        self.devices = Devices(self.store, self.fleet, self.identity)
+        self.accounts = Accounts(self.store, url=self.url, ca_sha256=self.identity.ca_sha256)
+        self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
+        self.dispatcher.on_waiting = self.observer.ring
+        self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)
+        self.federation = Federation(
+            self.store,
+            self.fleet,
+            self.dispatcher,
+            self.observer,
+            self.blobs,
+            self.config.home / "work",
+        )
+        self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}
+        self.reports = Reports(self.fleet, self.dispatcher)
+        self.post.subscribe(topics.ALL_UP, self.reports.take)
+
+    # ------------------------------------------------------------------ what routes ask for
+
+    def waiting(self, run: str) -> str:
+        """What a run waits for, in words; empty when it does not."""
+        return self.federation.waiting(run) or self.dispatcher.waiting(run)
+
+    async def stop(self, run: dict[str, Any], by: str) -> None:
+        """End a run."""
+        if run["kind"] == "federate":
+            self.federation.stop(run["id"], by)
+        else:
+            await self.dispatcher.stop_run(run["id"], f"stopped by {by}")
+        self.observer.ring(run["id"])
+
+    # ------------------------------------------------------------------ addresses
+
+    async def _bind(self, name: str, port: int) -> socket.socket:
+        """A bound socket; a port that was chosen once is kept: keys that are out name it."""
+        kept = await self._setting(name)
+        wanted = port or int(kept or 0)
+        try:
+            listener = socket.create_server((self.config.host, wanted), backlog=1024)
+        except OSError as error:
+            raise _port_error(error, self.config.host, wanted) from error
+        await self._keep_setting(name, listener.getsockname()[1])
+        return listener
+
+    async def _open_post(self) -> Post:
+        if self.config.external_mqtt:
+            return external_post(self.config.external_mqtt, self.identity)
+        return Endpoint(
+            self.config.home / "mqtt.db",
+            authenticate=self._authenticate,
+            may_publish=topics.may_publish,
+            may_subscribe=topics.may_subscribe,
+            host=self.config.host,
+            port=self.config.mqtt_port or int(await self._setting("mqtt_port") or 0),
+            ssl_context=self.identity.mqtt_context(),
+        )
+
+    async def _enter_post(self, stack: contextlib.AsyncExitStack) -> None:
+        try:
+            await stack.enter_async_context(self.post)
+        except OSError as error:
+            raise _port_error(error, self.config.host, self.config.mqtt_port) from error
+        if isinstance(self.post, Endpoint):
+            await self._keep_setting("mqtt_port", self.post.port)
+            self.devices.mqtt = (self.config.name, self.post.port)
+        else:
+            parts = urlsplit(self.config.external_mqtt)
+            self.devices.mqtt = (parts.hostname or "", parts.port or MQTTS_PORT)
+        self.mqtt_url = "mqtts://{}:{}".format(*self.devices.mqtt)
+
+    def _authenticate(
+        self, connect: mqtt5.ConnectPacket, peer: Mapping[str, Any] | None
+    ) -> str | Refusal:
+        """Who an MQTT client is: the name in its certificate, if we still know it."""
+        name = common_name(peer)
+        try:
+            known = name is not None and self.devices.known(topics.parse_client_id(name))
+        except MalformedMessage:
+            known = False
+        if name is None or not known:
+            return Refusal(text="this device is not known here: revoked, or removed")
+        return name
+
+    async def _setting(self, name: str) -> Any:
+        query = sa.select(settings.c.value).where(settings.c.name == name)
+        return await self.store.read(lambda tx: tx.execute(query).scalar())
+
+    async def _keep_setting(self, name: str, value: Any) -> None:
+        def put(tx: Connection) -> None:
+            tx.execute(settings.delete().where(settings.c.name == name))
+            tx.execute(settings.insert().values(name=name, value=value))
+
+        await self.store.write(put)
+
+    # ------------------------------------------------------------------ house-keeping
+
+    async def _keep_house(self) -> None:
+        """Once a minute: write down who was seen; renew our own certificate in time."""
+        while True:
+            await asyncio.sleep(60)
+            try:
+                await self.devices.seen()
+                if self.identity.renew():
+                    log.info("the broker's own certificate was renewed")
+            except (Problem, OSError) as error:
+                log.warning("house-keeping: %s", error)
+
+    async def _referenced(self) -> set[str]:
+        query = sa.select(blob_refs.c.sha256)
+        return await self.store.read(lambda tx: set(tx.execute(query).scalars()))
+
+
+def our_version() -> str:
+    """The installed version, or that of a source tree."""
+    try:
+        return version("fedml-agent")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def _port_error(error: OSError, host: str, port: int) -> Exception:
+    if error.errno == errno.EADDRINUSE:
+        return PortInUse(
+            f"port {port} on {host} is taken by another program; "
+            "stop it, or choose another port (0 chooses a free one)"
+        )
+    if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL):
+        return PortInUse(f"cannot listen on {host} port {port}: {error.strerror}")
+    return error

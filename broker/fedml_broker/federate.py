@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Federated runs: checked, started, stopped, and taken up again after a restart.
+
+What happens inside a run is `driver.py`; this module is what people and the dispatcher talk to.
+"""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import msgspec
+from sqlalchemy import Connection
+
+from fedml_broker import runs
+from fedml_broker.accounts import User
+from fedml_broker.blobs import Blobs
+from fedml_broker.dispatch import Dispatcher
+from fedml_broker.driver import Driver
+from fedml_broker.fleet import Fleet
+from fedml_broker.launch import NeedsBody, PackageRef, check_package, possible
+from fedml_broker.observe import Observer
+from fedml_broker.problems import Problem
+from fedml_broker.store import Store
+from fedml_broker.tasks import Task
+from fedml_protocol.tasks import Needs, Result
+
+log = logging.getLogger(__name__)
+
+
+class ClientsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who takes part.
+
+    Attributes:
+        count: How many devices the run has.
+        labels: What each of them must wear.
+        per_round: How many are asked in each round; 0 means all.
+        over_select: How many more are asked than must answer, as a part of `per_round`.
+        minimum: How many must have answered before a round may close at its deadline; 0: all.
+        deadline_s: Of one round; 0 waits for every client that was asked.
+    """
+
+    count: int
+    labels: dict[str, str] = {}
+    per_round: int = 0
+    over_select: float = 0.0
+    minimum: int = 0
+    deadline_s: float = 0.0
+
+
+class EvaluateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where models are evaluated. `every` counts rounds; the last one is always evaluated."""
+
+    every: int = 1
+    devices: bool = True
+    central: bool = True
+
+
+class FederateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A federated run, as `fedml federate` sends it."""
+
+    app: str
+    package: PackageRef
+    clients: ClientsBody
+    rounds: int
+    name: str = "federate"
+    seed: int = 0
+    algorithm: str = "fedavg"
+    algorithm_config: str = "{}"
+    config: str = "{}"
+    evaluate: EvaluateBody = EvaluateBody()
+    needs: NeedsBody = NeedsBody()
+
+
+class Federation:
+    """All federated runs; the dispatcher's `Work` for their tasks."""
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        observer: Observer,
+        blobs: Blobs,
+        work_dir: Path,
+    ) -> None:
+        self.store = store
+        self.fleet = fleet
+        self.dispatcher = dispatcher
+        self.observer = observer
+        self.blobs = blobs
+        self.work_dir = work_dir
+        self._drivers: dict[str, Driver] = {}
+        self._walking: dict[str, asyncio.Task[None]] = {}
+
+    async def submit(self, user: User, request: FederateRequest) -> str:
+        """Start a run; its id.
+
+        Raises:
+            Problem: 422 when the run cannot be, or too few machines could ever take part.
+        """
+        _check(request)
+        package = check_package(self.blobs, request.package)
+        needs = Needs(**msgspec.to_builtins(request.needs))
+        clients = request.clients
+        possible(self.fleet, user.tenant, "federate", needs, clients.labels, clients.count)
+        run = runs.new_id()
+
+        def commit(tx: Connection) -> None:
+            runs.create(
+                tx,
+                user,
+                run=run,
+                kind="federate",
+                name=request.name,
+                spec=msgspec.to_builtins(request),
+                package=package,
+            )
+
+        await self.store.write(commit)
+        self._drive(run, user.tenant, user.name, request)
+        return run
+
+    async def resume(self) -> None:
+        """Take up every run that has not ended."""
+        for row in await runs.Runs(self.store).open("federate"):
+            request = msgspec.convert(row["spec"], FederateRequest)
+            self._drive(row["id"], row["tenant"], row["user"], request)
+            if row["stopped_by"] is not None:
+                self._drivers[row["id"]].stop(row["stopped_by"])
+
+    def stop(self, run: str, by: str) -> None:
+        """End a run; its driver tells the devices."""
+        driver = self._drivers.get(run)
+        if driver is not None:
+            driver.stop(by)
+
+    def waiting(self, run: str) -> str:
+        """What a run waits for; empty when it does not wait."""
+        driver = self._drivers.get(run)
+        return driver.waiting if driver is not None else ""
+
+    async def close(self) -> None:
+        """Leave every run where it is; `resume` takes it up again."""
+        for task in self._walking.values():
+            task.cancel()
+        await asyncio.gather(*self._walking.values(), return_exceptions=True)
+
+    def _drive(self, run: str, tenant: str, publisher: str, request: FederateRequest) -> None:
+        driver = Driver(self, run, tenant, publisher, request)
+        self._drivers[run] = driver
+        walking = asyncio.get_running_loop().create_task(driver.drive(), name=f"federate.{run}")
+        self._walking[run] = walking
+
+        def gone(task: asyncio.Task[None]) -> None:
+            self._drivers.pop(run, None)
+            self._walking.pop(run, None)
+            if not task.cancelled() and task.exception() is not None:
+                log.error("the driver of %s broke", run, exc_info=task.exception())
+
+        walking.add_done_callback(gone)
+
+    # ------------------------------------------------------------------ Work
+
+    def ended(self, tx: Connection, task: Task, result: Result) -> None:
+        """Keep what the client sent until its round is done."""
+        for artifact in result.artifacts:
+            owner = f"run/{task.run}/updates/{task.round}/{task.client}"
+            runs.refer(tx, artifact.blob.sha256, owner)
+
+    def told(self, task: Task, result: Result) -> None:
+        """Wake the driver."""
+        driver = self._drivers.get(task.run)
+        if driver is not None:
+            driver.told.set()
+
+    def running(self, task: Task) -> None:
+        """Stages are short: nobody waits for this."""
+
+
+def _check(request: FederateRequest) -> None:
+    clients = request.clients
+    wrong = []
+    if request.rounds < 1:
+        wrong.append(f"rounds must be >= 1, got {request.rounds}")
+    if clients.count < 1:
+        wrong.append(f"clients.count must be >= 1, got {clients.count}")
+    if not 0 <= clients.per_round <= clients.count:
+        wrong.append(f"clients.per_round is {clients.per_round}, there are {clients.count} clients")
+    per_round = clients.per_round or clients.count
+    if not 0 <= clients.minimum <= per_round:
+        wrong.append(f"clients.minimum is {clients.minimum}, {per_round} take part in a round")
+    if not 0 <= clients.over_select <= 10:
+        wrong.append(f"clients.over_select must be in [0, 10], got {clients.over_select}")
+    if clients.deadline_s < 0:
+        wrong.append(f"clients.deadline_s must be >= 0, got {clients.deadline_s}")
+    if request.evaluate.every < 1:
+        wrong.append(f"evaluate.every must be >= 1, got {request.evaluate.every}")
+    if request.seed < 0:
+        wrong.append(f"seed must be >= 0, got {request.seed}")
+    if wrong:
+        raise Problem(422, "this federated run cannot be", "\n".join(wrong))
+    for text in (request.config, request.algorithm_config):
+        try:
+            msgspec.json.decode(text.encode(), type=dict)
+        except msgspec.MsgspecError as error:
+            raise Problem(422, "config must be a JSON object", str(error)) from error

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machines as this process hears them: who beats, who is silent, who has room.
+
+Nothing here is on disk. After a restart the fleet is empty until the agents reconnect and beat,
+which they do at once; what the store says of them is in `devices.py`.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedml_broker.match import Candidate, Capacity, Gpu
+from fedml_protocol.devices import Heartbeat
+from fedml_protocol.tasks import Needs
+from fedml_protocol.topics import Address
+
+# A device that has been silent for this many intervals is offline.
+SILENT_AFTER = 3.5
+
+
+@dataclass(slots=True)
+class Machine:
+    """One enrolled device.
+
+    Attributes:
+        heard_at: Of the last heartbeat, on the monotonic clock; None before the first.
+        holds: What the tasks and sessions on it were promised, by their id.
+    """
+
+    address: Address
+    name: str
+    labels: dict[str, str]
+    capacity: Capacity
+    draining: bool = False
+    heard_at: float | None = None
+    boot_n: int = 0
+    beat: Heartbeat | None = None
+    holds: dict[str, Needs] = field(default_factory=dict)
+
+
+class Fleet:
+    """All machines of all tenants, by device id."""
+
+    def __init__(self, *, heartbeat_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.heartbeat_s = heartbeat_s
+        self.clock = clock
+        self._machines: dict[str, Machine] = {}
+        self._bell = asyncio.Event()
+
+    def bell(self) -> asyncio.Event:
+        """Set when a machine joins or comes online. Get it first, look second, then wait."""
+        return self._bell
+
+    def _ring(self) -> None:
+        self._bell.set()
+        self._bell = asyncio.Event()
+
+    def __iter__(self) -> Iterator[Machine]:
+        return iter(self._machines.values())
+
+    def get(self, device: str) -> Machine | None:
+        """The machine, if it is enrolled."""
+        return self._machines.get(device)
+
+    def put(self, machine: Machine) -> None:
+        """Add a machine, or replace what is known of it; what was heard of it stays."""
+        known = self._machines.get(machine.address.device)
+        if known is not None:
+            machine.heard_at, machine.boot_n = known.heard_at, known.boot_n
+            machine.beat, machine.holds = known.beat, known.holds
+        self._machines[machine.address.device] = machine
+
+    def drop(self, device: str) -> None:
+        """Forget a machine that was revoked or removed."""
+        self._machines.pop(device, None)
+
+    def heard(self, device: str, boot_n: int, beat: Heartbeat) -> Machine | None:
+        """Note a heartbeat; None when the device is unknown or the beat is of an older boot."""
+        machine = self._machines.get(device)
+        if machine is None or boot_n < machine.boot_n:
+            return None
+        was_online = self.online(machine)
+        machine.heard_at = self.clock()
+        machine.boot_n = boot_n
+        machine.beat = beat
+        if not was_online:
+            self._ring()
+        return machine
+
+    def gone(self, device: str, boot_n: int) -> None:
+        """Note a will or a goodbye; that of an older boot says nothing."""
+        machine = self._machines.get(device)
+        if machine is not None and boot_n >= machine.boot_n:
+            machine.heard_at = None
+
+    def online(self, machine: Machine) -> bool:
+        """Whether it has beaten lately."""
+        if machine.heard_at is None:
+            return False
+        return self.clock() - machine.heard_at < SILENT_AFTER * self.heartbeat_s
+
+    def away(self, machine: Machine) -> str:
+        """Why it takes nothing now; empty: it does."""
+        if not self.online(machine):
+            return "offline"
+        if machine.draining:
+            return "draining"
+        if machine.beat is not None and machine.beat.draining:
+            return "its agent is stopping"
+        return machine.beat.refusing if machine.beat is not None else ""
+
+    def candidates(self, tenant: str) -> list[Candidate]:
+        """The tenant's machines, for `match`."""
+        return [
+            Candidate(
+                device=m.address.device,
+                name=m.name,
+                capacity=m.capacity,
+                labels=m.labels,
+                busy=tuple(m.holds.values()),
+                away=self.away(m),
+            )
+            for m in self._machines.values()
+            if m.address.tenant == tenant
+        ]
+
+
+def read_capacity(inventory: Mapping[str, Any]) -> Capacity:
+    """The capacity in an inventory that an agent posted (checked by `devices.Inventory`)."""
+    told = inventory["capacity"]
+    return Capacity(
+        slots=told["slots"],
+        cpus=told["cpus"],
+        memory_bytes=told["memory_bytes"],
+        disk_bytes=told["disk_bytes"],
+        gpus=tuple(Gpu(**gpu) for gpu in told["gpus"]),
+        kinds=frozenset(told["kinds"]),
+    )

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launched jobs: checked, queued, and ended with the exit code of their command."""
+
+import logging
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection
+
+from fedml_broker import match, runs, tasks
+from fedml_broker.accounts import User
+from fedml_broker.blobs import Blobs
+from fedml_broker.dispatch import Dispatcher
+from fedml_broker.fleet import Fleet
+from fedml_broker.observe import LogFile, Observer, add_event
+from fedml_broker.problems import Problem
+from fedml_broker.store import Store
+from fedml_broker.tasks import Task
+from fedml_protocol.blob import Blob
+from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.tasks import Needs, Offer, OnLost, Result
+
+log = logging.getLogger(__name__)
+
+MAX_SCRIPT_BYTES = 64 * 1024
+
+
+class PackageRef(msgspec.Struct, frozen=True):
+    """An uploaded package."""
+
+    sha256: str
+    size: int
+
+
+class NeedsBody(msgspec.Struct, frozen=True):
+    """What a task asks of a machine; 0 means no demand."""
+
+    gpus: int = 0
+    gpu_memory_bytes: int = 0
+    cpus: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+
+class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A job, as `fedml launch` sends it."""
+
+    command: str
+    name: str = "job"
+    bootstrap: str = ""
+    env: dict[str, str] = {}
+    package: PackageRef | None = None
+    needs: NeedsBody = NeedsBody()
+    labels: dict[str, str] = {}
+    deadline_s: float = 0.0
+    grace_s: float = 10.0
+    retries: int = 3
+    follow: bool = True
+
+
+class Launcher:
+    """Starts job runs, and is the dispatcher's `Work` for their tasks."""
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        observer: Observer,
+        blobs: Blobs,
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._observer = observer
+        self._blobs = blobs
+
+    async def submit(self, user: User, request: LaunchRequest) -> str:
+        """Queue a job; the run's id.
+
+        Raises:
+            Problem: 422 when the job cannot be, or no machine could ever take it.
+        """
+        if len(request.command) + len(request.bootstrap) > MAX_SCRIPT_BYTES:
+            raise Problem(
+                422,
+                "the job's commands are too long",
+                f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
+                hint="put them into a script in the workspace and call that",
+            )
+        run = runs.new_id()
+        package = check_package(self._blobs, request.package)
+        try:
+            offer = Offer(
+                task=f"{run}-t",
+                epoch=1,
+                run=run,
+                spec=LaunchSpec(
+                    command=request.command,
+                    bootstrap=request.bootstrap,
+                    env=request.env,
+                ),
+                publisher=user.name,
+                lease_s=self._dispatcher.timing.lease_s,
+                on_lost=OnLost.FINISH_AND_HOLD,
+                grace_s=request.grace_s,
+                deadline_s=request.deadline_s,
+                package=package,
+                needs=Needs(**msgspec.to_builtins(request.needs)),
+                tail=request.follow,
+            )
+        except MalformedMessage as error:
+            raise Problem(422, "this job cannot be", str(error)) from error
+        task = Task(
+            offer=offer,
+            tenant=user.tenant,
+            tries_left=request.retries,
+            labels=request.labels,
+        )
+        possible(self._fleet, user.tenant, "launch", offer.needs, request.labels)
+
+        def commit(tx: Connection) -> None:
+            runs.create(
+                tx,
+                user,
+                run=run,
+                kind="launch",
+                name=request.name,
+                spec=msgspec.to_builtins(request),
+                package=package,
+            )
+            tasks.insert(tx, [task])
+
+        await self._store.write(commit)
+        self._dispatcher.added([task])
+        return run
+
+    # ------------------------------------------------------------------ Work
+
+    def ended(self, tx: Connection, task: Task, result: Result) -> None:
+        """The run ends as its task did; how long its logs are is known first."""
+        for stream, size in (("stdout", result.stdout_bytes), ("stderr", result.stderr_bytes)):
+            self._observer.finish(task.run, LogFile(task.id, result.epoch, stream), size)
+        runs.end(tx, task.run, result.state, cause=result.cause, exit_code=result.exit_code)
+
+    def told(self, task: Task, result: Result) -> None:
+        """Wake who follows."""
+        self._observer.ring(task.run)
+
+    def running(self, task: Task) -> None:
+        """The device has started the command."""
+        machine = self._fleet.get(task.device or "")
+        data: dict[str, Any] = {
+            "device": task.device,
+            "name": machine.name if machine is not None else task.device,
+            "epoch": task.epoch,
+        }
+
+        def commit(tx: Connection) -> None:
+            runs.running(tx, task.run)
+            add_event(tx, task.run, "started", data)
+
+        self._dispatcher.soon(self._store.write(commit), then=lambda: self._observer.ring(task.run))
+
+
+def possible(
+    fleet: Fleet, tenant: str, kind: str, needs: Needs, labels: dict[str, str], count: int = 1
+) -> None:
+    """Refuse what could never run, with the reason for each machine that was looked at.
+
+    Raises:
+        Problem: 422.
+    """
+    wanted = match.Wanted(kind=kind, needs=needs, labels=labels)
+    candidates = fleet.candidates(tenant)
+    reasons = {c.name: match.never(wanted, c) for c in candidates}
+    fitting = [name for name, reason in reasons.items() if not reason]
+    if len(fitting) >= count:
+        return
+    if not candidates:
+        raise Problem(
+            422,
+            "no machine has joined yet",
+            "there is nobody to run this",
+            hint="`fedml-broker keys create`, then `fedml-agent login KEY` on a machine",
+        )
+    looked_at = "\n".join(f"  {name}: {why}" for name, why in sorted(reasons.items()) if why)
+    asked = f"{count} machines are asked for, {len(fitting)} fit" if count > 1 else "none fits"
+    raise Problem(
+        422,
+        "no machine can ever run this",
+        f"{asked} of {len(candidates)} that were looked at:\n{looked_at}",
+        hint="ask for less, or let a machine join that has it",
+    )
+
+
+def check_package(blobs: Blobs, package: PackageRef | None) -> Blob | None:
+    if package is None:
+        return None
+    size = blobs.size(package.sha256)
+    if size is None:
+        raise Problem(
+            422, "the package was not uploaded", package.sha256, hint="upload it first, then submit"
+        )
+    return Blob(sha256=package.sha256, size=size)

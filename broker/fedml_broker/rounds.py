@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds in the store: each function is one step, to be run inside a transaction.
+
+Round 0 is the first model. A round with `ended_at` is done: its model, the algorithm's state and the
+metrics are there, and the updates that made it are not needed any more.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from fedml_broker import runs
+from fedml_broker.observe import add_event
+from fedml_broker.tables import clients, rounds, tasks
+from fedml_protocol.blob import Blob
+from fedml_protocol.tasks import FINAL, TaskState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round, as the driver needs it."""
+
+    number: int
+    clients: tuple[int, ...]
+    model: Blob | None
+    state: Blob | None
+    sent: Blob | None
+    done: bool
+
+
+def load(tx: Connection, run: str) -> list[Round]:
+    """The rounds of a run, ascending; only the last may be open."""
+    query = sa.select(rounds).where(rounds.c.run == run).order_by(rounds.c.round)
+    return [
+        Round(
+            number=row.round,
+            clients=tuple(row.clients),
+            model=_blob(row.model),
+            state=_blob(row.state),
+            sent=_blob(row.sent),
+            done=row.ended_at is not None,
+        )
+        for row in tx.execute(query)
+    ]
+
+
+def begin(tx: Connection, run: str, number: int, asked: Sequence[int]) -> None:
+    """Open a round, in the transaction that queues its tasks."""
+    tx.execute(
+        rounds.insert().values(
+            run=run, round=number, clients=list(asked), metrics={}, started_at=time.time()
+        )
+    )
+    add_event(tx, run, "round_begins", {"round": number, "clients": len(asked)})
+
+
+def finish(
+    tx: Connection,
+    run: str,
+    number: int,
+    *,
+    model: Blob,
+    state: Blob | None,
+    sent: Blob | None,
+    metrics: Mapping[str, float],
+    replies: int,
+    refused: int,
+) -> list[str]:
+    """Close a round with its model; the blobs that nobody needs any more."""
+    runs.refer(tx, model.sha256, f"run/{run}/model/{number}")
+    for what, blob in (("state", state), ("sent", sent)):
+        if blob is not None:
+            runs.refer(tx, blob.sha256, f"run/{run}/{what}/{number}")
+    now = time.time()
+    tx.execute(
+        rounds.update()
+        .where(rounds.c.run == run, rounds.c.round == number)
+        .values(
+            model=_json(model),
+            state=_json(state),
+            sent=_json(sent),
+            metrics=dict(metrics),
+            ended_at=now,
+        )
+    )
+    data = {
+        "round": number,
+        "metrics": dict(metrics),
+        "model": model.sha256,
+        "replies": replies,
+        "refused": refused,
+    }
+    add_event(tx, run, "round_ends", data)
+    idle = runs.release(tx, f"run/{run}/updates/{number}")
+    # A model is kept for every round; what the algorithm needs is the latest.
+    for what in ("state", "sent"):
+        idle += runs.release(tx, f"run/{run}/{what}/{number - 1}")
+    return idle
+
+
+def add_metrics(tx: Connection, run: str, number: int, metrics: Mapping[str, float]) -> None:
+    """What became known later of a round's model: the devices evaluate it in the next one."""
+    if not metrics:
+        return
+    where = sa.and_(rounds.c.run == run, rounds.c.round == number)
+    known = tx.execute(sa.select(rounds.c.metrics).where(where)).scalar() or {}
+    tx.execute(rounds.update().where(where).values(metrics={**known, **metrics}))
+    add_event(tx, run, "metrics", {"round": number, "metrics": dict(metrics)})
+
+
+def stop_waiting(tx: Connection, run: str, number: int) -> list[str]:
+    """Stop the tasks of a round that have not answered: it goes on without them."""
+    condition = sa.and_(
+        tasks.c.run == run,
+        tasks.c.round == number,
+        tasks.c.state.not_in([int(s) for s in FINAL]),
+    )
+    ids = list(tx.execute(sa.select(tasks.c.id).where(condition)).scalars())
+    tx.execute(
+        tasks.update().where(condition).values(state=int(TaskState.STOPPED), ended_at=time.time())
+    )
+    return ids
+
+
+def set_clients(tx: Connection, run: str, devices: Sequence[str]) -> None:
+    """Which device is which client, for the whole run."""
+    tx.execute(
+        clients.insert(),
+        [{"run": run, "client": i, "device": device} for i, device in enumerate(devices)],
+    )
+
+
+def mean_metrics(reports: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
+    """Metrics under a prefix, averaged over clients by their `{prefix}examples`.
+
+    ``{"eval.examples": 10, "eval.accuracy": 0.5}`` of two clients gives ``{"accuracy": …}`` with the
+    prefix taken off, and ``examples`` added up.
+    """
+    totals: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    examples = 0.0
+    for report in reports:
+        weight = report.get(prefix + "examples", 0.0)
+        examples += weight
+        for name, value in report.items():
+            if name.startswith(prefix) and name != prefix + "examples":
+                key = name.removeprefix(prefix)
+                totals[key] = totals.get(key, 0.0) + value * weight
+                weights[key] = weights.get(key, 0.0) + weight
+    means = {key: totals[key] / weights[key] for key in sorted(totals) if weights[key] > 0}
+    return {**means, "examples": examples} if means else {}
+
+
+def _blob(value: Mapping[str, Any] | None) -> Blob | None:
+    return None if value is None else Blob(sha256=value["sha256"], size=value["size"])
+
+
+def _json(blob: Blob | None) -> dict[str, Any] | None:
+    return None if blob is None else {"sha256": blob.sha256, "size": blob.size}

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs: what a person asked for, from its submission to a final state with its cause.
+
+Every word (`launch.py`, `federate.py`) starts its runs here and ends them here, so that a run looks
+the same whatever it does.
+"""
+
+import secrets
+import time
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from fedml_broker.accounts import User
+from fedml_broker.observe import add_event
+from fedml_broker.problems import Problem
+from fedml_broker.store import Store
+from fedml_broker.tables import blob_refs, clients, rounds, runs, tasks
+from fedml_broker.tasks import cause_json
+from fedml_protocol.blob import Blob
+from fedml_protocol.cause import Cause
+from fedml_protocol.tasks import FINAL, TaskState
+
+_FINAL_NAMES = [s.name for s in FINAL]
+
+
+def new_id() -> str:
+    """An id that sorts by nothing and fits into a topic."""
+    return "r-" + secrets.token_hex(5)
+
+
+class Runs:
+    """Reading and listing; the steps that change a run are the functions below."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def row(self, run: str) -> dict[str, Any]:
+        """The run, as the API shows it.
+
+        Raises:
+            Problem: 404.
+        """
+        query = sa.select(runs).where(runs.c.id == run)
+        row = await self._store.read(lambda tx: tx.execute(query).mappings().first())
+        if row is None:
+            raise Problem(404, "no such run", f"{run!r} is unknown", hint="`fedml run list`")
+        return dict(row)
+
+    async def of_tenant(self, tenant: str, run: str) -> dict[str, Any]:
+        """The run, if it is the tenant's.
+
+        Raises:
+            Problem: 404, also for another tenant's.
+        """
+        row = await self.row(run)
+        if row["tenant"] != tenant:
+            raise Problem(404, "no such run", f"{run!r} is unknown", hint="`fedml run list`")
+        return row
+
+    async def newest(self, tenant: str, *, limit: int = 50) -> list[dict[str, Any]]:
+        """The tenant's runs, newest first, without their specs."""
+        columns = [c for c in runs.c if c.name != "spec"]
+        query = (
+            sa.select(*columns)
+            .where(runs.c.tenant == tenant)
+            .order_by(runs.c.created_at.desc())
+            .limit(limit)
+        )
+        return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
+
+    async def open(self, kind: str) -> list[dict[str, Any]]:
+        """Runs of a kind that have not ended."""
+        query = sa.select(runs).where(runs.c.kind == kind, runs.c.state.not_in(_FINAL_NAMES))
+        return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
+
+    async def tasks(self, run: str) -> list[dict[str, Any]]:
+        """The tasks of a run, for people."""
+        columns = [tasks.c[n] for n in ("id", "device", "state", "epoch", "round", "client")]
+        query = sa.select(*columns).where(tasks.c.run == run).order_by(tasks.c.created_at)
+        found = await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
+        for row in found:
+            row["state"] = TaskState(row["state"]).name
+        return found
+
+    async def rounds(self, run: str) -> list[dict[str, Any]]:
+        """The rounds of a federated run, ascending."""
+        query = sa.select(rounds).where(rounds.c.run == run).order_by(rounds.c.round)
+        return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
+
+    async def clients(self, run: str) -> dict[int, str]:
+        """Which device is which client of a federated run."""
+        query = sa.select(clients.c.client, clients.c.device).where(clients.c.run == run)
+        return await self._store.read(lambda tx: {r.client: r.device for r in tx.execute(query)})
+
+
+def create(
+    tx: Connection,
+    user: User,
+    *,
+    run: str,
+    kind: str,
+    name: str,
+    spec: dict[str, Any],
+    package: Blob | None,
+) -> None:
+    """Write down a new run, queued."""
+    tx.execute(
+        runs.insert().values(
+            id=run,
+            tenant=user.tenant,
+            user=user.name,
+            kind=kind,
+            name=name,
+            spec=spec,
+            package=None if package is None else {"sha256": package.sha256, "size": package.size},
+            state=TaskState.QUEUED.name,
+            created_at=time.time(),
+        )
+    )
+    if package is not None:
+        refer(tx, package.sha256, f"run/{run}/package")
+    add_event(tx, run, "state", {"state": TaskState.QUEUED.name})
+
+
+def running(tx: Connection, run: str) -> None:
+    """The run has begun to do something; again is harmless."""
+    changed = tx.execute(
+        runs.update()
+        .where(runs.c.id == run, runs.c.state == TaskState.QUEUED.name)
+        .values(state=TaskState.RUNNING.name, started_at=time.time())
+    ).rowcount
+    if changed:
+        add_event(tx, run, "state", {"state": TaskState.RUNNING.name})
+
+
+def end(
+    tx: Connection,
+    run: str,
+    state: TaskState,
+    *,
+    cause: Cause | None = None,
+    exit_code: int | None = None,
+) -> bool:
+    """The run's final state with its cause; False when it had ended before."""
+    changed = tx.execute(
+        runs.update()
+        .where(runs.c.id == run, runs.c.state.not_in(_FINAL_NAMES))
+        .values(
+            state=state.name,
+            cause=cause_json(cause),
+            exit_code=exit_code,
+            ended_at=time.time(),
+        )
+    ).rowcount
+    if changed:
+        data = {"state": state.name, "cause": cause_json(cause), "exit_code": exit_code}
+        add_event(tx, run, "state", data)
+    return bool(changed)
+
+
+def stop_asked(tx: Connection, run: str, by: str) -> bool:
+    """Note who stopped the run first; False when it has ended or was asked before."""
+    changed = tx.execute(
+        runs.update()
+        .where(runs.c.id == run, runs.c.state.not_in(_FINAL_NAMES), runs.c.stopped_by.is_(None))
+        .values(stopped_by=by)
+    ).rowcount
+    if changed:
+        add_event(tx, run, "stopping", {"by": by})
+    return bool(changed)
+
+
+# ---------------------------------------------------------------------- blobs of a run
+
+
+def refer(tx: Connection, sha256: str, owner: str) -> None:
+    """Keep a blob as long as `owner` is there; again is harmless."""
+    present = sa.select(blob_refs).where(blob_refs.c.sha256 == sha256, blob_refs.c.owner == owner)
+    if tx.execute(present).first() is None:
+        tx.execute(blob_refs.insert().values(sha256=sha256, owner=owner))
+
+
+def release(tx: Connection, owner: str) -> list[str]:
+    """Drop what `owner` and everything below it refers to; the blobs that nobody needs now."""
+    mine = sa.or_(blob_refs.c.owner == owner, blob_refs.c.owner.startswith(owner + "/"))
+    hashes = set(tx.execute(sa.select(blob_refs.c.sha256).where(mine)).scalars())
+    tx.execute(blob_refs.delete().where(mine))
+    still = set(
+        tx.execute(sa.select(blob_refs.c.sha256).where(blob_refs.c.sha256.in_(hashes))).scalars()
+    )
+    return sorted(hashes - still)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the store. What changes here needs a migration in `migrations/versions/`.
+
+Times are seconds since 1970 and only ever shown to people; nothing is decided by them except the
+end of keys and certificates. Leases and deadlines are durations, counted on monotonic clocks.
+"""
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+settings = Table(
+    "settings",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("value", JSON, nullable=False),
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("role", String, nullable=False),  # admin | member
+    Column("created_at", Float, nullable=False),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("secret_sha256", String, primary_key=True),
+    Column("user", String, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+)
+
+login_keys = Table(
+    "login_keys",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("secret_sha256", String, nullable=False, unique=True),
+    Column("tenant", String, nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("uses", Integer),  # how many machines may use it; NULL: any number
+    Column("used", Integer, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("created_by", String, nullable=False),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("machine_id", String, nullable=False),
+    Column("public_key", LargeBinary, nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("inventory", JSON, nullable=False),
+    Column("state", String, nullable=False),  # active | draining | revoked
+    Column("counter", Integer, nullable=False),  # of orders: grows with every one that is signed
+    Column("boot_n", Integer, nullable=False),
+    Column("agent_version", String, nullable=False),
+    Column("enrolled_at", Float, nullable=False),
+    Column("last_seen_at", Float),
+    Column("certificate_expires_at", Float, nullable=False),
+    UniqueConstraint("tenant", "machine_id", "public_key"),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("user", String, nullable=False),
+    Column("kind", String, nullable=False),  # launch | federate
+    Column("name", String, nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("package", JSON),  # {"sha256", "size"}
+    Column("state", String, nullable=False),  # a TaskState's name
+    Column("cause", JSON),
+    Column("exit_code", Integer),
+    Column("stopped_by", String),
+    Column("created_at", Float, nullable=False),
+    Column("started_at", Float),
+    Column("ended_at", Float),
+    Index("runs_by_age", "tenant", "created_at"),
+    Index("runs_by_state", "state"),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("run", String, nullable=False, index=True),
+    Column("tenant", String, nullable=False),
+    Column("device", String),  # chosen beforehand (a federated client), or by the match
+    Column("bound", Boolean, nullable=False),  # only ever this device
+    Column("state", Integer, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("tries_left", Integer, nullable=False),
+    Column("offer", LargeBinary, nullable=False),  # a serialised Offer; its epoch is filled in
+    Column("labels", JSON, nullable=False),  # what the device must wear
+    Column("round", Integer),
+    Column("client", Integer),
+    Column("result", LargeBinary),  # a serialised Result
+    Column("created_at", Float, nullable=False),
+    Column("ended_at", Float),
+    Index("tasks_by_state", "state"),
+    Index("tasks_by_round", "run", "round"),
+)
+
+clients = Table(
+    "clients",
+    metadata,
+    Column("run", String, primary_key=True),
+    Column("client", Integer, primary_key=True),
+    Column("device", String, nullable=False),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("run", String, primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("clients", JSON, nullable=False),  # who was asked
+    Column("model", JSON),  # {"sha256", "size"} once the round is done
+    Column("state", JSON),  # the algorithm's, same form
+    Column("sent", JSON),  # what goes to clients beside the model, same form
+    Column("metrics", JSON, nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("ended_at", Float),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("run", String, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("data", JSON, nullable=False),
+    Index("events_by_run", "run", "id"),
+    sqlite_autoincrement=True,
+)
+
+# A blob lives as long as somebody names it here.
+blob_refs = Table(
+    "blob_refs",
+    metadata,
+    Column("sha256", String, primary_key=True),
+    Column("owner", String, primary_key=True),
+    Index("blob_refs_by_owner", "owner"),
+)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks in the store: each function is one step, to be run inside a transaction.
+
+The fence lives here: a step names the (task, epoch) that it believes in, and changes nothing when
+that is no longer the current one. `open_tasks` in the dispatcher mirrors the rows that are not final.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from fedml_broker.tables import tasks
+from fedml_protocol.cause import Cause, Fault
+from fedml_protocol.codec import parse, serialise
+from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.tasks import FINAL, HELD, Offer, Result, TaskState
+
+_FINAL = [int(s) for s in FINAL]
+_HELD = [int(s) for s in HELD]
+
+
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """One task that is not final, as the dispatcher holds it in memory.
+
+    Attributes:
+        offer: The template; `epoch` there is not the current one.
+        device: Whom it was offered to last, or is bound to.
+        lease_until: On the monotonic clock; 0 while nobody holds it.
+        refused: Devices that rejected it for good, and why.
+        not_before: Devices that rejected it for now, and until when (monotonic).
+    """
+
+    offer: Offer
+    tenant: str
+    tries_left: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    device: str | None = None
+    bound: bool = False
+    state: TaskState = TaskState.QUEUED
+    epoch: int = 0
+    round: int | None = None
+    client: int | None = None
+    lease_until: float = 0.0
+    accepted_seq: int = -1
+    refused: dict[str, str] = field(default_factory=dict)
+    not_before: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """The task's id."""
+        return self.offer.task
+
+    @property
+    def run(self) -> str:
+        """The run it belongs to."""
+        return self.offer.run
+
+    @property
+    def kind(self) -> str:
+        """The word that asked for it."""
+        return "launch" if isinstance(self.offer.spec, LaunchSpec) else "federate"
+
+    @property
+    def room(self) -> str:
+        """Under which name it takes room on a device: its own, or its session's."""
+        spec = self.offer.spec
+        return self.id if isinstance(spec, LaunchSpec) else spec.session
+
+    def current_offer(self) -> Offer:
+        """The offer with the current epoch."""
+        return replace(self.offer, epoch=self.epoch)
+
+
+def insert(tx: Connection, new: Sequence[Task]) -> None:
+    """Add queued tasks."""
+    now = time.time()
+    tx.execute(
+        tasks.insert(),
+        [
+            {
+                "id": t.id,
+                "run": t.run,
+                "tenant": t.tenant,
+                "device": t.device,
+                "bound": t.bound,
+                "state": int(TaskState.QUEUED),
+                "epoch": 0,
+                "tries_left": t.tries_left,
+                "offer": serialise(t.offer),
+                "labels": dict(t.labels),
+                "round": t.round,
+                "client": t.client,
+                "created_at": now,
+            }
+            for t in new
+        ],
+    )
+
+
+def load_open(tx: Connection) -> list[Task]:
+    """Every task that is not final, oldest first."""
+    query = sa.select(tasks).where(tasks.c.state.not_in(_FINAL)).order_by(tasks.c.created_at)
+    return [
+        Task(
+            offer=parse(Offer, row.offer),
+            tenant=row.tenant,
+            tries_left=row.tries_left,
+            labels=row.labels,
+            device=row.device,
+            bound=row.bound,
+            state=TaskState(row.state),
+            epoch=row.epoch,
+            round=row.round,
+            client=row.client,
+        )
+        for row in tx.execute(query)
+    ]
+
+
+def offered(tx: Connection, task: str, epoch: int, device: str) -> bool:
+    """QUEUED -> OFFERED with the next epoch; False when it is no longer queued."""
+    return _step(
+        tx,
+        sa.and_(
+            tasks.c.id == task, tasks.c.epoch == epoch - 1, tasks.c.state == int(TaskState.QUEUED)
+        ),
+        state=int(TaskState.OFFERED),
+        epoch=epoch,
+        device=device,
+    )
+
+
+def queued_again(tx: Connection, task: str, epoch: int, tries_left: int) -> bool:
+    """OFFERED, LEASED or RUNNING -> QUEUED; False when somebody was faster."""
+    return _step(
+        tx,
+        sa.and_(tasks.c.id == task, tasks.c.epoch == epoch, tasks.c.state.in_(_HELD)),
+        state=int(TaskState.QUEUED),
+        tries_left=tries_left,
+    )
+
+
+def ended(tx: Connection, device: str | None, result: Result) -> bool:
+    """To the result's final state, if (task, epoch, device) is current; else False: refused."""
+    fence = [
+        tasks.c.id == result.task,
+        tasks.c.epoch == result.epoch,
+        tasks.c.state.not_in(_FINAL),
+    ]
+    if device is not None:
+        fence.append(tasks.c.device == device)
+    return _step(
+        tx,
+        sa.and_(*fence),
+        state=int(result.state),
+        result=serialise(result),
+        ended_at=time.time(),
+    )
+
+
+def stop_queued(tx: Connection, run: str) -> list[str]:
+    """Stop what nobody holds yet."""
+    condition = sa.and_(tasks.c.run == run, tasks.c.state == int(TaskState.QUEUED))
+    ids = list(tx.execute(sa.select(tasks.c.id).where(condition)).scalars())
+    _step(tx, condition, state=int(TaskState.STOPPED), ended_at=time.time())
+    return ids
+
+
+def results(tx: Connection, run: str, round_n: int) -> list[tuple[int, str, Result]]:
+    """What the clients of one round have sent: client, device, result; ascending by client."""
+    query = (
+        sa.select(tasks.c.client, tasks.c.device, tasks.c.result)
+        .where(tasks.c.run == run, tasks.c.round == round_n, tasks.c.result.is_not(None))
+        .order_by(tasks.c.client)
+    )
+    return [(r.client, r.device, parse(Result, r.result)) for r in tx.execute(query)]
+
+
+def lost(task: Task, why: str) -> Result:
+    """The end of a task that no machine brought to an end."""
+    return Result(
+        task=task.id,
+        epoch=max(task.epoch, 1),
+        state=TaskState.LOST,
+        cause=Cause(fault=Fault.MACHINE, message=why),
+    )
+
+
+def cause_json(cause: Cause | None) -> dict[str, Any] | None:
+    """A cause as the API and the run's row show it."""
+    if cause is None:
+        return None
+    return {**asdict(cause), "fault": cause.fault.name.lower()}
+
+
+def _step(tx: Connection, condition: Any, **values: Any) -> bool:
+    return bool(tx.execute(tasks.update().where(condition).values(values)).rowcount)

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much privacy is spent: (epsilon, delta) of many rounds of sampled Gaussian noise.
+
+Own code for Renyi differential privacy (RDP), which needs nothing but the standard library; and the
+tighter privacy-loss distributions (PLD) of Google's `dp-accounting`, where it is installed.
+
+"Noise multiplier" is the standard deviation of the noise over the L2 bound of one contribution.
+
+* Poisson sampling (each client takes part with probability q; neighbours differ by one client):
+  Mironov, Talwar, Zhang, "Renyi Differential Privacy of the Sampled Gaussian Mechanism", 2019.
+* Fixed-size cohorts, as `cohort.choose` draws them (neighbours differ in one client's data): Wang,
+  Balle, Kasiviswanathan, "Subsampled Renyi Differential Privacy and Analytical Moments Accountant",
+  AISTATS 2019, theorem 9.
+* RDP to (epsilon, delta): Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential
+  Privacy", NeurIPS 2020, proposition 12; the conversion of 2016 (Abadi et al., theorem 2) is kept
+  to check old numbers.
+* One Gaussian, exactly: Balle, Wang, "Improving the Gaussian Mechanism for Differential Privacy",
+  ICML 2018, theorem 8.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+# Integers up to 64 for the exact sums, then sparser; and small fractions, for loose budgets.
+ORDERS: tuple[float, ...] = (
+    *(1 + i / 10 for i in range(1, 100)),
+    *(float(i) for i in range(11, 65)),
+    *(float(i) for i in (80, 96, 128, 192, 256, 384, 512, 768, 1024)),
+)
+
+
+class Sampling(StrEnum):
+    """How a round's clients are drawn, which decides who counts as a neighbour."""
+
+    POISSON = "poisson"
+    FIXED = "fixed"
+
+
+class Conversion(StrEnum):
+    """How RDP becomes (epsilon, delta)."""
+
+    CANONNE_2020 = "canonne-2020"
+    ABADI_2016 = "abadi-2016"
+
+
+@dataclass(slots=True)
+class Accountant:
+    """Adds up what the rounds of one run, or of many, have cost; part of the run's record.
+
+    Attributes:
+        orders: The RDP orders tracked, each > 1.
+        spent: RDP so far, one number an order; store and restore it with the run.
+    """
+
+    orders: tuple[float, ...] = ORDERS
+    spent: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.spent:
+            self.spent = [0.0] * len(self.orders)
+        if len(self.spent) != len(self.orders) or min(self.orders) <= 1:
+            raise ValueError("need one spent RDP per order, and orders above 1")
+
+    def add(
+        self,
+        noise_multiplier: float,
+        sampling_rate: float,
+        rounds: int = 1,
+        sampling: Sampling = Sampling.POISSON,
+    ) -> None:
+        """Count ``rounds`` rounds.
+
+        Args:
+            noise_multiplier: Standard deviation over the L2 bound of one contribution, > 0.
+            sampling_rate: Chance, or share, of a client to take part in a round, in (0, 1].
+            rounds: How many such rounds, >= 0.
+            sampling: How the clients were drawn.
+        """
+        if rounds < 0:
+            raise ValueError(f"rounds must be >= 0, got {rounds}")
+        cost = rdp(noise_multiplier, sampling_rate, self.orders, sampling)
+        self.spent = [old + rounds * new for old, new in zip(self.spent, cost, strict=True)]
+
+    def epsilon(self, delta: float, conversion: Conversion = Conversion.CANONNE_2020) -> float:
+        """The epsilon at ``delta`` of everything added so far, >= 0."""
+        return epsilon_of(self.orders, self.spent, delta, conversion)
+
+
+def rdp(
+    noise_multiplier: float,
+    sampling_rate: float,
+    orders: Sequence[float],
+    sampling: Sampling = Sampling.POISSON,
+) -> list[float]:
+    """RDP of one round at each order; infinite where no bound is known for that order."""
+    if not noise_multiplier > 0:
+        raise ValueError(f"the noise multiplier must be > 0, got {noise_multiplier}")
+    if not 0 < sampling_rate <= 1:
+        raise ValueError(f"the sampling rate must be in (0, 1], got {sampling_rate}")
+    one = _rdp_poisson if sampling is Sampling.POISSON else _rdp_fixed
+    return [one(sampling_rate, noise_multiplier, order) for order in orders]
+
+
+def epsilon_of(
+    orders: Sequence[float],
+    spent: Sequence[float],
+    delta: float,
+    conversion: Conversion = Conversion.CANONNE_2020,
+) -> float:
+    """The smallest epsilon that any order proves."""
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in (0, 1), got {delta}")
+    best = math.inf
+    for order, cost in zip(orders, spent, strict=True):
+        if conversion is Conversion.ABADI_2016:
+            bound = cost + math.log(1 / delta) / (order - 1)
+        else:
+            bound = cost + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+        best = min(best, bound)
+    return max(best, 0.0)
+
+
+def zcdp_epsilon(rho: float, delta: float) -> float:
+    """The epsilon at ``delta`` of rho-zCDP, whose RDP at order a is ``rho * a``.
+
+    The order is optimised over the reals: Canonne et al. 2020, proposition 12 with RDP rho * a.
+    """
+    if not rho >= 0:
+        raise ValueError(f"rho must be >= 0, got {rho}")
+
+    def bound(log_a_minus_1: float) -> float:
+        order = 1 + math.exp(log_a_minus_1)
+        return rho * order + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+    return max(bound(_least(bound, -20.0, 20.0)), 0.0)
+
+
+def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
+    """The exact epsilon at ``delta`` of one Gaussian of this noise multiplier.
+
+    Solves Balle & Wang 2018, theorem 8, for epsilon, with s the noise multiplier::
+
+        delta = Phi(1/(2s) - epsilon s) - e^epsilon Phi(-1/(2s) - epsilon s)
+    """
+    s = noise_multiplier
+    if not s > 0 or not 0 < delta < 1:
+        raise ValueError(f"need a noise multiplier > 0 and delta in (0, 1), got {s} and {delta}")
+
+    def excess(epsilon: float) -> float:
+        left, right = 1 / (2 * s) - epsilon * s, -1 / (2 * s) - epsilon * s
+        return _phi(left) - math.exp(epsilon + math.log(max(_phi(right), 1e-323))) - delta
+
+    if excess(0.0) <= 0:
+        return 0.0
+    high = 1.0
+    while excess(high) > 0:
+        high *= 2
+    return _root(excess, 0.0, high)
+
+
+def noise_multiplier_for(
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    rounds: int,
+    sampling: Sampling = Sampling.POISSON,
+) -> float:
+    """The least noise multiplier, to one part in a million, that keeps a run within a budget.
+
+    Raises:
+        ValueError: The budget is not positive, or no multiplier below a million meets it.
+    """
+    if not epsilon > 0 or rounds < 1:
+        raise ValueError(f"need epsilon > 0 and rounds >= 1, got {epsilon} and {rounds}")
+
+    def excess(log_noise: float) -> float:
+        accountant = Accountant()
+        accountant.add(math.exp(log_noise), sampling_rate, rounds, sampling)
+        return accountant.epsilon(delta) - epsilon
+
+    low, high = math.log(1e-2), math.log(1e6)
+    if excess(high) > 0:
+        raise ValueError(f"no noise gives epsilon {epsilon} at delta {delta} in {rounds} rounds")
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return math.exp(high)
+
+
+def pld_epsilon(noise_multiplier: float, sampling_rate: float, rounds: int, delta: float) -> float:
+    """The epsilon at ``delta`` by privacy-loss distributions, Poisson sampling.
+
+    Raises:
+        ModuleNotFoundError: `dp-accounting` is not installed.
+    """
+    if importlib.util.find_spec("dp_accounting") is None:
+        raise ModuleNotFoundError(
+            "PLD accounting needs the package dp-accounting: `pip install dp-accounting`; "
+            "without it, use Accountant (RDP), whose epsilon is somewhat larger"
+        )
+    from dp_accounting import dp_event
+    from dp_accounting.pld import PLDAccountant
+
+    one = dp_event.PoissonSampledDpEvent(
+        sampling_rate, dp_event.GaussianDpEvent(noise_multiplier)
+    )
+    accountant = PLDAccountant()
+    accountant.compose(dp_event.SelfComposedDpEvent(one, rounds))
+    return float(accountant.get_epsilon(delta))
+
+
+def _rdp_poisson(q: float, sigma: float, order: float) -> float:
+    """Mironov et al. 2019, section 3.3: ``log A_a / (a - 1)``."""
+    if q == 1:
+        return order / (2 * sigma**2)
+    log_a = (
+        _log_a_integer(q, sigma, int(order))
+        if float(order).is_integer()
+        else _log_a_fraction(q, sigma, order)
+    )
+    return log_a / (order - 1)
+
+
+def _log_a_integer(q: float, sigma: float, order: int) -> float:
+    """``log sum_k C(a, k) (1-q)^(a-k) q^k exp((k^2 - k) / (2 sigma^2))``."""
+    terms = [
+        _log_choose(order, k)
+        + k * math.log(q)
+        + (order - k) * math.log1p(-q)
+        + (k * k - k) / (2 * sigma**2)
+        for k in range(order + 1)
+    ]
+    return _log_sum(terms)
+
+
+def _log_a_fraction(q: float, sigma: float, order: float) -> float:
+    """The two-sided series for fractional orders, split at ``z0 = sigma^2 log(1/q - 1) + 1/2``."""
+    z0 = sigma**2 * math.log(1 / q - 1) + 0.5
+    positive: list[float] = []
+    negative: list[float] = []
+    log_binomial, sign = 0.0, 1
+    i = 0
+    while True:
+        j = order - i
+        base = log_binomial + (i * i - i) / (2 * sigma**2)
+        left = base + i * math.log(q) + j * math.log1p(-q) + _log_phi((z0 - i) / sigma)
+        right = (
+            log_binomial
+            + (j * j - j) / (2 * sigma**2)
+            + j * math.log(q)
+            + i * math.log1p(-q)
+            + _log_phi((j - z0) / sigma)
+        )
+        (positive if sign > 0 else negative).extend((left, right))
+        # Past the order, the terms alternate and shrink.
+        if i > order and max(left, right) < _log_sum(positive) - 40:
+            break
+        factor = (order - i) / (i + 1)
+        log_binomial += math.log(abs(factor))
+        sign = sign if factor > 0 else -sign
+        i += 1
+    plus, minus = _log_sum(positive), _log_sum(negative)
+    return plus if minus == -math.inf else plus + math.log1p(-math.exp(minus - plus))
+
+
+def _rdp_fixed(q: float, sigma: float, order: float) -> float:
+    """Wang et al. 2019, theorem 9, for the Gaussian; only integer orders >= 2 are known.
+
+    Replacing one client's data moves the sum by up to twice the bound, so the noise counts half.
+    """
+    full = 2 * order / sigma**2
+    if q == 1:
+        return full
+    if order < 2 or not float(order).is_integer():
+        return math.inf
+    a = int(order)
+
+    def epsilon(j: int) -> float:
+        return 2 * j / sigma**2
+
+    # min{4 (e^eps(2) - 1), 2 e^eps(2)}; the third branch needs a finite eps(infinity).
+    e2 = epsilon(2)
+    second = min(math.log(4) + _log_expm1(e2), math.log(2) + e2)
+    terms = [0.0, 2 * math.log(q) + _log_choose(a, 2) + second]
+    terms += [
+        j * math.log(q) + _log_choose(a, j) + math.log(2) + (j - 1) * epsilon(j)
+        for j in range(3, a + 1)
+    ]
+    return min(_log_sum(terms) / (a - 1), full)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _log_expm1(x: float) -> float:
+    return x + math.log(-math.expm1(-x))
+
+
+def _log_sum(terms: Sequence[float]) -> float:
+    top = max(terms, default=-math.inf)
+    if top == -math.inf:
+        return top
+    return top + math.log(math.fsum(math.exp(term - top) for term in terms))
+
+
+def _phi(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+def _log_phi(x: float) -> float:
+    """``log Phi(x)``; below -30, the first terms of its asymptotic series."""
+    if x > -30:
+        return math.log(_phi(x))
+    r = 1 / x**2
+    return -x * x / 2 - math.log(-x) - 0.5 * math.log(2 * math.pi) + math.log1p(-r + 3 * r * r)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return high
+
+
+def _least(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a unimodal function is least, by golden section."""
+    golden = (math.sqrt(5) - 1) / 2
+    a, b = high - golden * (high - low), low + golden * (high - low)
+    fa, fb = function(a), function(b)
+    for _ in range(200):
+        if fa < fb:
+            high, b, fb = b, a, fa
+            a = high - golden * (high - low)
+            fa = function(a)
+        else:
+            low, a, fa = a, b, fb
+            b = low + golden * (high - low)
+            fb = function(b)
+    return (low + high) / 2
