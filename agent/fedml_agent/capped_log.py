@@ -56,7 +56,7 @@ class LogWriter:
                 # else is wrong with the disk, the task shall not end for its log.
                 if error.errno in _DISK_FULL and self.give_way():
                     continue
-                self._close()
+                self.close()
                 self.size += len(piece)
                 self.dropped += len(piece)
                 return
@@ -64,7 +64,7 @@ class LogWriter:
             piece = piece[written:]
 
     def _next_file(self) -> None:
-        self._close()
+        self.close()
         held = sum(length for _, length in self._kept)
         while self._kept and held + self._segment > self._cap:
             held -= self._kept[0][1]
@@ -83,7 +83,8 @@ class LogWriter:
         self.dropped += length
         return True
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Finish the open file; the next bytes begin another."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -113,6 +114,8 @@ class LogReader:
             for and this one). No bytes: there are none yet, or, once the task has ended, no more.
         """
         while True:
+            # Before the files: whoever ends after they were listed is not taken to have ended.
+            final = self._final_size()
             files = self._files()
             for index, (first, name) in enumerate(files):
                 if index + 1 < len(files) and files[index + 1][0] <= offset:
@@ -128,7 +131,7 @@ class LogReader:
                 if piece:
                     return begin, piece, begin - offset
             else:
-                end = max(offset, self._final_size())
+                end = max(offset, final)
                 return end, b"", end - offset
 
     def _files(self) -> list[tuple[int, str]]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent daemon: takes tasks from the broker and sees each one to its end.
 
-The nesting in `Daemon.serve` is the shutdown order, read from the inside out: take no more offers, let
-the tasks end (or leave them to their shims), say goodbye, close the link, close the journal. A second
-stop does not wait for tasks: they go on without the agent, which adopts them at its next start.
+The nesting in `Daemon.serve` is the shutdown order, read from the inside out: take no more offers,
+let the tasks end (or leave them to their shims), say goodbye, close the link, close the journal. A
+second stop does not wait for tasks: they go on without the agent, which adopts them at its next
+start.
 """
 
 import asyncio
@@ -361,7 +362,6 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(guarded(), name=name)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
 
 
 async def _keep_watchdog() -> None:

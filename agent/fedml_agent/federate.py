@@ -4,9 +4,9 @@
     sessions/RUN/shim-N/       of the shim of the N-th worker
     sessions/RUN/work/         the worker's own: package, models, client state, its socket
 
-The worker has no network and no credentials: models come and updates go through this module. It prints
-a line when it listens, which is how we know when to connect. It answers a stage that it has done
-before from its disk, so that an agent that was restarted simply asks again.
+The worker has no network and no credentials: models come and updates go through this module. It
+prints a line when it listens, which is how we know when to connect. It answers a stage that it has
+done before from its disk, so that an agent that was restarted simply asks again.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from fedml_agent.observe import LogShipper
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy
 from fedml_agent.room import Room
-from fedml_agent.tending import Ended, Gone, Tended, TaskSpec
+from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_protocol.blob import Blob, NamedBlob
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
@@ -300,7 +300,8 @@ class Stages:
             "FEDML_CURRENT_EDGE_ID": self._home.membership().device,
             "FEDML_DATA": json.dumps(dict(policy.data)),
             "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),
-            # Many workers share a machine's cores: one thread each, unless the user's code says else.
+            # Many workers share a machine's cores: one thread each, unless the user's code says
+            # else.
             "OMP_NUM_THREADS": os.environ.get("FEDML_WORKER_THREADS", "1"),
             "PYTHONUNBUFFERED": "1",
         }

@@ -2,7 +2,8 @@
 """Presence and heartbeat: what this machine is, and everything that it holds.
 
 The heartbeat carries the whole set of tasks, so that whatever message was lost heals within one
-interval. Most beats are QoS 0; each fourth asks for a confirmation, which tells us that the broker hears.
+interval. Most beats are QoS 0; each fourth asks for a confirmation, which tells us that the broker
+hears.
 """
 
 import asyncio

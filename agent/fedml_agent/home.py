@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the agent keeps things, and who it is.
 
-    HOME/agent/policy.toml        the machine owner's say
-    HOME/agent/private/           never visible to a task: keys, certificate, journal
-    HOME/agent/tasks/             one directory for each task (and epoch) that is here
-    HOME/agent/sessions/          warm workers of federated runs
-    HOME/agent/packages/          fetched packages, by hash
-    HOME/agent/lock, control      held and served by the running agent
+HOME/agent/policy.toml        the machine owner's say
+HOME/agent/private/           never visible to a task: keys, certificate, journal
+HOME/agent/tasks/             one directory for each task (and epoch) that is here
+HOME/agent/sessions/          warm workers of federated runs
+HOME/agent/packages/          fetched packages, by hash
+HOME/agent/lock, control      held and served by the running agent
 """
 
 import fcntl

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orders as they come: verified, checked against the owner's policy, written down, then obeyed.
 
-The order of the checks is the order of trust: the signature first, then whether it is a replay, then
-the machine owner's say, then room. Nothing of an offer runs before all of them have passed, and its row
-is on the disk before the message is acknowledged.
+The order of the checks is the order of trust: the signature first, then whether it is a replay,
+then the machine owner's say, then room. Nothing of an offer runs before all of them have passed,
+and its row is on the disk before the message is acknowledged.
 """
 
 import datetime
@@ -30,8 +30,8 @@ from fedml_protocol.tasks import (
     Order,
     Reject,
     RejectReason,
-    Resync,
     ResultAck,
+    Resync,
     SignedOrder,
     Tail,
     TaskState,
@@ -228,5 +228,3 @@ class Intake:
 def room_name(offer: Offer) -> str:
     spec = offer.spec
     return offer.task if isinstance(spec, LaunchSpec) else spec.session
-
-

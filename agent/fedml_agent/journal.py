@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this machine is doing, on its own disk: it knows after a crash what it was about.
 
-A task's row is written before its offer is acknowledged, and its result in the same step as its end;
-the row stays until the broker has confirmed the result. Rows with a result that is not confirmed are
-the outbox.
+A task's row is written before its offer is acknowledged, and its result in the same step as its
+end; the row stays until the broker has confirmed the result. Rows with a result that is not
+confirmed are the outbox.
 
-SQLite in WAL mode with `synchronous=NORMAL`: a killed process loses nothing; a power cut may lose the
-last moments, which the next heartbeat then heals. It is written from the event loop's thread only.
+SQLite in WAL mode with `synchronous=NORMAL`: a killed process loses nothing; a power cut may lose
+the last moments, which the next heartbeat then heals. It is written from the event loop's thread
+only.
 """
 
 import json

@@ -190,6 +190,8 @@ class Keeper:
         if refusal.protection == namespaces.USER_NAMESPACES:
             lost = protections
         for name in lost:
+            if name not in protections:
+                raise refusal  # it was given up already, and that did not help
             if not self._spec.can_do_without(name):
                 why = f"this machine cannot give the protection '{name}': {refusal}"
                 raise SandboxError(name, why) from refusal

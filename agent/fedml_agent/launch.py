@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A launched job: its workspace, its shim, its log, its result.
 
-    tasks/TASK.EPOCH/          of the shim: its records and the log
-    tasks/TASK.EPOCH/work/     the job's own: the unpacked workspace, where its command runs
+tasks/TASK.EPOCH/          of the shim: its records and the log
+tasks/TASK.EPOCH/work/     the job's own: the unpacked workspace, where its command runs
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from fedml_agent.journal import Entry, Journal
 from fedml_agent.observe import Finished, Logged, LogShipper
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy
-from fedml_agent.tending import Ended, Gone, Tended, TaskSpec
+from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import Result, TaskState
@@ -250,7 +250,8 @@ class Jobs:
     def _fail(self, entry: Entry, fault: Fault, message: str) -> None:
         cause = Cause(fault=fault, message=message)
         self._reporter.ended(
-            entry, Result(task=entry.key[0], epoch=entry.key[1], state=TaskState.FAILED, cause=cause)
+            entry,
+            Result(task=entry.key[0], epoch=entry.key[1], state=TaskState.FAILED, cause=cause),
         )
 
     def lose(self, entry: Entry, why: str) -> None:

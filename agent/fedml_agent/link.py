@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MQTT connection: one at a time, for ever tried again, nothing trusted to its memory.
 
-paho-mqtt does the protocol, in the event loop's thread: the loop watches its socket. Each connection
-is a new paho client, so that paho's own queue never sends beside our journal. A message is acknowledged
-after its handler has returned, in the order of receipt.
+paho-mqtt does the protocol, in the event loop's thread: the loop watches its socket. Each
+connection is a new paho client, so that paho's own queue never sends beside our journal. A message
+is acknowledged after its handler has returned, in the order of receipt.
 """
 
 import asyncio
 import logging
 import random
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -58,7 +59,7 @@ class Link:
         where: Callable[[], tuple[str, int, ssl.SSLContext]],
         will: tuple[str, bytes],
         handler: Handler,
-        greet: Callable[[], Awaitable[None]],
+        greet: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         """
         Args:
@@ -163,18 +164,18 @@ class Link:
         if socket is None:
             return 0
         loop.add_reader(socket, self._readable, client)
+        # What paho has queued while it connected in its thread (CONNECT) is not written yet.
+        client.loop_write()
         clock = loop.create_task(self._tick(client), name="link.clock")
         try:
             return await self._gone
         finally:
             clock.cancel()
-            loop.remove_reader(socket)
-            loop.remove_writer(socket)
             self._drop(LinkDown("the connection broke"))
 
     def _new_client(self, context: ssl.SSLContext) -> paho.Client:
         client = paho.Client(
-            paho.CallbackAPIVersion.VERSION2,
+            CallbackAPIVersion.VERSION2,
             client_id=self._address.client_id,
             protocol=paho.MQTTv5,
             manual_ack=True,
@@ -182,7 +183,7 @@ class Link:
         )
         client.tls_set_context(context)
         client.max_inflight_messages_set(_RECEIVE_MAXIMUM)
-        will = Properties(PacketTypes.WILLMESSAGE)
+        will = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
         will.WillDelayInterval = _WILL_DELAY_S
         client.will_set(self._will[0], self._will[1], qos=1, retain=True, properties=will)
         client.on_connect = self._connected
@@ -191,10 +192,11 @@ class Link:
         client.on_publish = self._published
         client.on_socket_register_write = self._register_write
         client.on_socket_unregister_write = self._unregister_write
+        client.on_socket_close = _forget
         return client
 
     def _connect(self) -> dict[str, Any]:
-        properties = Properties(PacketTypes.CONNECT)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = _SESSION_S
         properties.ReceiveMaximum = _RECEIVE_MAXIMUM
         return {"clean_start": False, "properties": properties}
@@ -203,6 +205,7 @@ class Link:
         self.up.clear()
         client, self._client = self._client, None
         if client is not None and (socket := client.socket()) is not None:
+            _forget(client, None, socket)
             socket.close()
         for confirmed in self._waiting.values():
             if not confirmed.done():
@@ -280,6 +283,14 @@ class Link:
                 continue
             if client is self._client and message.qos:
                 client.ack(message.mid, message.qos)
+
+
+def _forget(client: paho.Client, _: Any, socket: Any) -> None:
+    """The loop stops watching a socket before it is closed: its number may be used again."""
+    if socket.fileno() >= 0:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(socket)
+        loop.remove_writer(socket)
 
 
 def _report(task: "asyncio.Task[None]") -> None:

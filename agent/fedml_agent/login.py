@@ -2,8 +2,8 @@
 """Joining a broker, staying a member, and leaving.
 
 `login` may be repeated: with the same key and machine it brings the same device, so that an answer
-that was lost on the way costs nothing. The certificate is renewed before it ends; when it ended while
-the machine was off, the device's key proves who asks.
+that was lost on the way costs nothing. The certificate is renewed before it ends; when it ended
+while the machine was off, the device's key proves who asks.
 """
 
 import json

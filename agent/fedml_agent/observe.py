@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol
 
+from fedml_agent.capped_log import LogReader
 from fedml_agent.errors import AgentError, BrokerRefused
 from fedml_agent.https import Https
 from fedml_agent.journal import Journal
-from fedml_agent.capped_log import LogReader
 from fedml_agent.tending import End, Ended, LogGrown, Stream
 
 log = logging.getLogger(__name__)
@@ -167,4 +167,3 @@ class LogShipper:
         return self._https().put_log(
             self._task, self._epoch, stream, offset, body, gap=gap, gzipped=gzipped
         )
-

@@ -2,8 +2,8 @@
 """Results on their way to the broker: sent until it has confirmed each of them.
 
 What is owed is in the journal. This loop only decides when to send again: at once when there is a
-new result or a new connection, else after 5 s, doubling. Before a second try the files that the result
-names are offered again, since a broker that does not confirm may be missing them.
+new result or a new connection, else after 5 s, doubling. Before a second try the files that the
+result names are offered again, since a broker that does not confirm may be missing them.
 """
 
 import asyncio

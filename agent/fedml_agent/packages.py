@@ -40,7 +40,9 @@ class Packages:
                 try:
                     await asyncio.to_thread(self._https().fetch, package, file)
                 except BlobChanged as error:
-                    raise BadPackage(f"the package is not the one that was offered: {error}") from error
+                    raise BadPackage(
+                        f"the package is not the one that was offered: {error}"
+                    ) from error
             file.touch()
         try:
             await asyncio.to_thread(_extract, file, into)

@@ -24,6 +24,7 @@ Files in TASKDIR (0600; the task itself cannot see them where directories can be
 """
 
 import os
+import signal
 import socket
 import sys
 
@@ -41,6 +42,10 @@ def main(taskdir: str) -> int:
     """Begin to serve a task in the background; give the exit status for the one who asked."""
     os.closerange(3, 4096)
     os.umask(0o077)
+    # Whatever the agent does about signals is no concern of the task, and we wait for children.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for ignored in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_DFL)
     try:
         os.chdir(taskdir)
         spec = Spec.read()
@@ -59,6 +64,7 @@ def main(taskdir: str) -> int:
         os.dup2(null, number)
     os.close(null)
     harden_process()
+    listener.listen(128)  # once more: who connects shall see our pid, not that of our parent
     try:
         Keeper(spec, listener).run()
     except BaseException:

@@ -5,6 +5,7 @@ The guard arranges this in its own namespaces before the task exists (see namesp
 script it tries all of it and prints what this machine can do, as JSON.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -57,8 +58,6 @@ _CONTROL = (
 # What user 0 of the machine may write although it holds no capability outside (sysctl.c asks for
 # the user id only): `core_pattern` alone would be a way out. Docker covers the same files.
 _KERNEL = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs")
-# Character devices that read disks beneath the file system.
-_RAW = ("mem", "kmem", "port", "sg", "bsg", "ng", "nvme")
 # Writable under READ_ONLY beside what the task asks for: libraries expect these to be.
 _SCRATCH = ("/dev/shm", "/dev/pts", "/dev/mqueue", "/tmp", "/var/tmp", "/proc")  # noqa: S108
 
@@ -121,14 +120,24 @@ def _raw_disks() -> Iterator[str]:
     """Devices that this user can read and that show disks beneath their file systems."""
     ahead = ["/dev"]
     while ahead:
-        with os.scandir(ahead.pop()) as entries:
+        # A directory that we may not list shows the task nothing either.
+        with contextlib.suppress(OSError), os.scandir(ahead.pop()) as entries:
             for entry in entries:
                 mode = entry.stat(follow_symlinks=False).st_mode
                 if stat.S_ISDIR(mode) and entry.name not in ("pts", "shm", "mqueue", "hugepages"):
                     ahead.append(entry.path)
-                raw = stat.S_ISCHR(mode) and entry.path[5:].startswith(_RAW)
+                raw = stat.S_ISCHR(mode) and _reads_disks(entry.path.removeprefix("/dev/"))
                 if (raw or stat.S_ISBLK(mode)) and os.access(entry.path, os.R_OK):
                     yield entry.path
+
+
+def _reads_disks(name: str) -> bool:
+    """Whether a character device of this name gives memory or disks beneath their files."""
+    return (
+        name in ("mem", "kmem", "port")
+        or name.startswith(("bsg/", "ng", "nvme"))
+        or (name.startswith("sg") and name[2:].isdigit())
+    )
 
 
 class Arrangement:
@@ -159,7 +168,8 @@ class Arrangement:
         if not self._protections:
             return
         # Nothing that is mounted outside later may appear in here, nor the other way round.
-        _step(HIDE, lambda: mount("none", "/", "none", _MS_REC | _MS_PRIVATE))
+        # Some machines (AppArmor) give user namespaces in which nothing may be done: it shows here.
+        _step(USER_NAMESPACES, lambda: mount("none", "/", "none", _MS_REC | _MS_PRIVATE))
         if HIDE in self._protections:
             _step(HIDE, self._cover)
         if PIDS in self._protections:

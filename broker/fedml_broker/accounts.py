@@ -18,9 +18,9 @@ from sqlalchemy import Connection
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import login_keys, tokens, users
-from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.errors import BadKey, MalformedMessage
 from fedml_protocol.ids import check_id
-from fedml_protocol.keys import SECRET_BYTES, LoginKey, Scope
+from fedml_protocol.keys import SECRET_BYTES, LoginKey, Scope, parse_login_key
 
 DEFAULT_TENANT = "default"
 ROLES = ("admin", "member")
@@ -116,6 +116,14 @@ class Accounts:
         if row is None or (row.expires_at is not None and row.expires_at < time.time()):
             return None
         return User(row.name, row.tenant, row.role)
+
+    def still_fits(self, key: str) -> bool:
+        """Whether a user's key names this broker as it can be reached now."""
+        try:
+            found = parse_login_key(key, Scope.USER)
+        except BadKey:
+            return False
+        return found.url == self._url and found.ca_sha256 == self._ca_sha256
 
     # ------------------------------------------------------------------ login keys
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The broker's end of one aggregator: a worker process of `fedml` that opens the tensors.
 
-The process keeps nothing that cannot be had again from blobs: when it dies, another one is started and
-told the same round.
+The process keeps nothing that cannot be had again from blobs: when it dies, another one is started
+and told the same round.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each URL does: a check of who asks, a call into a word, an answer.
 
-The table of URLs is `routes.py`. A handler gets the request with its caller already known (`user` or
-`device`), and its body already checked against its type.
+The table of URLs is `routes.py`. A handler gets the request with its caller already known (`user`
+or `device`), and its body already checked against its type.
 """
 
 import asyncio

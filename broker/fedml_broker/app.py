@@ -2,8 +2,8 @@
 """The broker: everything that lives and dies together, in one lifespan.
 
 `Broker.running` nests what must outlive what: the store outlives the MQTT endpoint, which outlives
-the drivers of runs, which outlive the HTTPS server. What is killed instead of stopped loses nothing:
-each part reads at its start what it needs from the store.
+the drivers of runs, which outlive the HTTPS server. What is killed instead of stopped loses
+nothing: each part reads at its start what it needs from the store.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from fedml_broker.identity import Identity, common_name
 from fedml_broker.launch import Launcher
 from fedml_broker.mqtt import Post
 from fedml_broker.mqtt.endpoint import Endpoint, Refusal
-from fedml_broker.mqtt.external import external_post
+from fedml_broker.mqtt.external import ExternalPost
 from fedml_broker.observe import Observer
 from fedml_broker.orders import Orders
 from fedml_broker.problems import Problem
@@ -207,7 +207,7 @@ class Broker:
 
     async def _open_post(self) -> Post:
         if self.config.external_mqtt:
-            return external_post(self.config.external_mqtt, self.identity)
+            return self._external(self.config.external_mqtt)
         return Endpoint(
             self.config.home / "mqtt.db",
             authenticate=self._authenticate,
@@ -216,6 +216,18 @@ class Broker:
             host=self.config.host,
             port=self.config.mqtt_port or int(await self._setting("mqtt_port") or 0),
             ssl_context=self.identity.mqtt_context(),
+        )
+
+    def _external(self, address: str) -> ExternalPost:
+        """A broker of somebody else's; without TLS only on this machine."""
+        parts = urlsplit(address)
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
+            raise ValueError(f"--mqtt takes mqtts://HOST:PORT, got {address!r}")
+        tls = parts.scheme == "mqtts"
+        return ExternalPost(
+            parts.hostname,
+            parts.port or (MQTTS_PORT if tls else 1883),
+            ssl_context=self.identity.client_context() if tls else None,
         )
 
     async def _enter_post(self, stack: contextlib.AsyncExitStack) -> None:

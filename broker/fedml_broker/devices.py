@@ -53,7 +53,7 @@ class CapacityReport(msgspec.Struct, frozen=True):
     memory_bytes: int
     disk_bytes: int
     gpus: list[GpuSize] = []
-    kinds: list[str] = ["launch", "federate"]
+    kinds: list[str] = msgspec.field(default_factory=lambda: ["launch", "federate"])
 
 
 class Inventory(msgspec.Struct, frozen=True):

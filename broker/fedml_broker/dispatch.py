@@ -2,8 +2,8 @@
 """Gives tasks to machines, and takes them back from machines that fell silent.
 
 Three things move a task: `serve` offers what is queued, `heard` (called with each report of an
-agent) accepts, rejects and ends, and one timer per held task watches its lease. Every step is first a
-fenced transaction in the store, then a change of the mirror in memory, then a message.
+agent) accepts, rejects and ends, and one timer per held task watches its lease. Every step is
+first a fenced transaction in the store, then a change of the mirror in memory, then a message.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class Work(Protocol):
     def told(self, task: Task, result: Result) -> None:
         """After the commit: wake whoever waits."""
 
-    def running(self, task: Task) -> None:
+    async def running(self, task: Task) -> None:
         """The device has started it."""
 
 
@@ -327,7 +327,7 @@ class Dispatcher:
             return
         if task.state in (TaskState.OFFERED, TaskState.LEASED):
             task.state = move(task.state, TaskState.RUNNING)
-            self.works[task.kind].running(task)
+            await self.works[task.kind].running(task)
 
     async def result(self, machine: Machine, told: Result) -> None:
         """The task has ended. Counted once; acknowledged always, once it is on the disk."""
@@ -449,15 +449,6 @@ class Dispatcher:
     def _later(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
         loop = asyncio.get_running_loop()
         loop.call_later(seconds, lambda: self._spawn(work()))
-
-    def soon(self, work: Awaitable[object], then: Callable[[], None]) -> None:
-        """Do something that nobody waits for, then something more."""
-
-        async def both() -> None:
-            await work
-            then()
-
-        self._spawn(both())
 
     def _send(self, address: Address, what: Cancel | CloseSession | Tail) -> None:
         self._spawn(self._orders.send(address, what))

@@ -2,8 +2,8 @@
 """One driver per federated run walks it from round to round.
 
 The driver holds nothing that is not in the store. Whatever dies (the aggregator, this process), the
-next driver reads the last finished round and the replies to the open one, and goes on from there; the
-sum is folded in the order of clients, so that the model has the same bits either way.
+next driver reads the last finished round and the replies to the open one, and goes on from there;
+the sum is folded in the order of clients, so that the model has the same bits either way.
 """
 
 import asyncio

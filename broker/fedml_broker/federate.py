@@ -173,7 +173,7 @@ class Federation:
         if driver is not None:
             driver.told.set()
 
-    def running(self, task: Task) -> None:
+    async def running(self, task: Task) -> None:
         """Stages are short: nobody waits for this."""
 
 

@@ -148,7 +148,7 @@ class Launcher:
         """Wake who follows."""
         self._observer.ring(task.run)
 
-    def running(self, task: Task) -> None:
+    async def running(self, task: Task) -> None:
         """The device has started the command."""
         machine = self._fleet.get(task.device or "")
         data: dict[str, Any] = {
@@ -161,7 +161,8 @@ class Launcher:
             runs.running(tx, task.run)
             add_event(tx, task.run, "started", data)
 
-        self._dispatcher.soon(self._store.write(commit), then=lambda: self._observer.ring(task.run))
+        await self._store.write(commit)
+        self._observer.ring(task.run)
 
 
 def possible(

@@ -2,8 +2,8 @@
 """What can be seen of a run: its events, and the logs of its tasks.
 
 Events are rows, written in the transaction that they tell of. Logs are files, one per task, epoch
-and stream, to which agents append at stated offsets: a chunk that came twice changes nothing. Whoever
-follows is woken by the write, not by a timer.
+and stream, to which agents append at stated offsets: a chunk that came twice changes nothing.
+Whoever follows is woken by the write, not by a timer.
 """
 
 import asyncio
@@ -179,7 +179,8 @@ class Observer:
             after: Events up to this id are known to the caller.
 
         Yields:
-            ``{"event": …}``, ``{"log": …}`` and ``{"waiting": …}`` objects; the last one is ``{"end": run}``.
+            ``{"event": …}``, ``{"log": …}`` and ``{"waiting": …}`` objects; the last one is
+            ``{"end": run}``.
         """
         seen: dict[LogFile, _Seen] = {}
         told = ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds in the store: each function is one step, to be run inside a transaction.
 
-Round 0 is the first model. A round with `ended_at` is done: its model, the algorithm's state and the
-metrics are there, and the updates that made it are not needed any more.
+Round 0 is the first model. A round with `ended_at` is done: its model, the algorithm's state and
+the metrics are there, and the updates that made it are not needed any more.
 """
 
 import time
@@ -137,8 +137,8 @@ def set_clients(tx: Connection, run: str, devices: Sequence[str]) -> None:
 def mean_metrics(reports: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
     """Metrics under a prefix, averaged over clients by their `{prefix}examples`.
 
-    ``{"eval.examples": 10, "eval.accuracy": 0.5}`` of two clients gives ``{"accuracy": …}`` with the
-    prefix taken off, and ``examples`` added up.
+    ``{"eval.examples": 10, "eval.accuracy": 0.5}`` of two clients gives ``{"accuracy": …}`` with
+    the prefix taken off, and ``examples`` added up.
     """
     totals: dict[str, float] = {}
     weights: dict[str, float] = {}

@@ -2,7 +2,8 @@
 """Tasks in the store: each function is one step, to be run inside a transaction.
 
 The fence lives here: a step names the (task, epoch) that it believes in, and changes nothing when
-that is no longer the current one. `open_tasks` in the dispatcher mirrors the rows that are not final.
+that is no longer the current one. `open_tasks` in the dispatcher mirrors the rows that are not
+final.
 """
 
 import time

@@ -42,7 +42,8 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
     """``values`` (float64) in ``dtype``; integers are rounded to the nearest, ties to even."""
     if dtype.kind in "iu":
         values = np.rint(values)
-    return values.astype(dtype, copy=False)
+    # Arithmetic on arrays without dimensions gives NumPy scalars, which no file format takes.
+    return np.asarray(values.astype(dtype, copy=False))
 
 
 def moved(model: Arrays, step: Mapping[str, Array], scale: float = 1.0) -> Arrays:
@@ -71,18 +72,19 @@ def zeros(arrays: Mapping[str, Array], dtype: npt.DTypeLike | None = None) -> Ar
     return {name: np.zeros_like(array, dtype=dtype) for name, array in arrays.items()}
 
 
-def learned(arrays: Mapping[str, Array]) -> Arrays:
-    """Those arrays that training moves, in order.
+def is_learned(name: str, dtype: np.dtype[Any]) -> bool:
+    """Whether training moves the tensor.
 
     The others are statistics: integers, and the running mean and variance of batch normalisation
     as torch names them. A server optimiser must not extrapolate those (a variance may turn
     negative); every algorithm here gives them the clients' mean.
     """
-    return {
-        name: array
-        for name, array in arrays.items()
-        if array.dtype.kind == "f" and not name.endswith(("running_mean", "running_var"))
-    }
+    return dtype.kind == "f" and not name.endswith(("running_mean", "running_var"))
+
+
+def learned(arrays: Mapping[str, Array]) -> Arrays:
+    """Those arrays that training moves (`is_learned`), in order."""
+    return {name: array for name, array in arrays.items() if is_learned(name, array.dtype)}
 
 
 def squared_norm(arrays: Mapping[str, Array]) -> float:
@@ -96,7 +98,7 @@ def squared_norm(arrays: Mapping[str, Array]) -> float:
 
 def tagged(tag: str, arrays: Mapping[str, Array]) -> Arrays:
     """The same arrays under ``tag::name``."""
-    return {f"{tag}{_MARK}{name}": array for name, array in arrays.items()}
+    return {f"{tag}{_MARK}{name}": np.asarray(array) for name, array in arrays.items()}
 
 
 def untagged(tag: str, arrays: Mapping[str, Array]) -> Arrays:

@@ -40,8 +40,9 @@ def choose(seed: int, round_index: int, clients: Sequence[int], count: int) -> l
         raise ValueError("a client is listed twice")
     if count >= len(known):
         return known
-    picked = _stream(_CHOICE, seed, round_index).choice(len(known), size=count, replace=False)
-    return [known[i] for i in sorted(picked.tolist())]
+    # The raw words of a bit generator never change between releases of numpy, as `choice` may.
+    keys = _bits(_CHOICE, seed, round_index).random_raw(len(known))
+    return [known[i] for i in sorted(np.argsort(keys, kind="stable")[:count].tolist())]
 
 
 def generator(seed: int, round_index: int, client: int) -> np.random.Generator:
@@ -71,7 +72,11 @@ def with_spares(count: int, expected_loss: float) -> int:
 
 
 def _stream(use: int, *key: int) -> np.random.Generator:
+    return np.random.Generator(_bits(use, *key))
+
+
+def _bits(use: int, *key: int) -> np.random.Philox:
     if min(key) < 0:
         raise ValueError(f"seeds, rounds and clients count from 0, got {key}")
     # Length-prefixed words: SeedSequence reads (1,) and (1, 0) as the same entropy.
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([len(key), use, *key])))
+    return np.random.Philox(np.random.SeedSequence([len(key), use, *key]))

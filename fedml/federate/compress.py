@@ -101,9 +101,8 @@ class Int8:
                 payload[f"raw::{name}"] = array
                 continue
             buckets = -(-array.size // _BUCKET)
-            values = np.zeros(buckets * _BUCKET)
-            values[: array.size] = array.reshape(-1)
-            values = values.reshape(buckets, _BUCKET)
+            values = np.zeros((buckets, _BUCKET))
+            values.reshape(-1)[: array.size] = array.reshape(-1)
             exact = np.abs(values).max(axis=1) / _TOP
             scale = exact.astype(np.float32)
             # Rounded up, so that no entry lies beyond the top level.

@@ -283,7 +283,11 @@ def _whole(parts: Array) -> Fraction:
 
 
 def _metric_arrays(pair: tuple[Fraction, Fraction] | None) -> Arrays:
-    return {} if pair is None else {"sum": _parts(pair[0]), "weight": _parts(pair[1])}
+    return (
+        {"nan": np.empty(0)}
+        if pair is None
+        else {"sum": _parts(pair[0]), "weight": _parts(pair[1])}
+    )
 
 
 def _metric_pair(arrays: Arrays) -> tuple[Fraction, Fraction] | None:

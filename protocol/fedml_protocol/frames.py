@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages on a byte stream between two processes of one machine: a length, then the message.
 
-Four bytes, big-endian, then as many bytes of protobuf. Tensors never travel here, so that a frame of
-more than a few megabytes is a mistake and not a message.
+Four bytes, big-endian, then as many bytes of protobuf. Tensors never travel here, so that a frame
+of more than a few megabytes is a mistake and not a message.
 """
 
 from fedml_protocol.codec import serialise

@@ -18,7 +18,6 @@ _VERBS = {
     "run": "run",
     "status": "status",
     "hardware": "hardware",
-    "diagnose": "diagnose",
     "policy": "policy",
     "logout": "logout",
 }

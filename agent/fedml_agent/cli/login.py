@@ -3,6 +3,7 @@
 
 import json
 import socket
+import sys
 
 import click
 
@@ -33,8 +34,8 @@ def login(key: str, name: str | None, labels: tuple[str, ...], home: Home, as_js
       echo "$KEY" | fedml-agent login -
     """
     if key == "-":
-        key = click.get_text_stream("stdin").readline()
-    wanted = {}
+        key = sys.stdin.readline()
+    wanted: dict[str, str] = {}
     for text in labels:
         label, equals, value = text.partition("=")
         if not equals:

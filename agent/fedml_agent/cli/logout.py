@@ -12,7 +12,8 @@ from fedml_agent.home import Home
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @home_option
 def logout(yes: bool, home: Home) -> None:
-    """Forget the broker: this machine's key, certificate, journal and fetched files. The policy stays.
+    """Forget the broker: this machine's key, certificate, journal and fetched files. The policy
+    stays.
 
     The broker still lists the device; an admin forgets it with `fedml-broker devices remove`.
     """

@@ -24,4 +24,6 @@ def home_option(function: F) -> F:
 
 def json_option(function: F) -> F:
     """`--json`, handed over as `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(
+        function
+    )

@@ -38,7 +38,9 @@ def show(home: Home) -> None:
 @click.option("--gpus", default=0, show_default=True, help="GPUs that are asked for.")
 @click.option("--cpus", default=0.0, show_default=True, help="CPUs that are asked for.")
 @click.option("--memory-gb", default=0.0, show_default=True, help="Memory that is asked for.")
-@click.option("--deadline", default=0.0, show_default=True, help="Seconds that it may run; 0: none.")
+@click.option(
+    "--deadline", default=0.0, show_default=True, help="Seconds that it may run; 0: none."
+)
 @home_option
 def check(
     kind: str,
@@ -88,6 +90,4 @@ def _load(home: Home) -> rules.Policy:
     try:
         return rules.load(home.policy)
     except PolicyError as error:
-        raise AgentError(
-            str(error), "until it is mended, the agent refuses every task"
-        ) from error
+        raise AgentError(str(error), "until it is mended, the agent refuses every task") from error

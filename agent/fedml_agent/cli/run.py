@@ -2,6 +2,7 @@
 """`fedml-agent run`: the daemon in the foreground."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 
@@ -41,7 +42,5 @@ async def _serve(home: Home) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, daemon.stop)
-    try:
+    with contextlib.suppress(asyncio.CancelledError):  # the second stop
         await daemon.serve()
-    except asyncio.CancelledError:
-        pass  # the second stop

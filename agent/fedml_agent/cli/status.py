@@ -17,7 +17,8 @@ from fedml_agent.home import Home
 def status(home: Home, as_json: bool) -> None:
     """Show the link, the tasks, the disk and the policy of the agent on this machine.
 
-    Exit code 0: connected; 3: no agent runs, or this machine has not joined; 5: it is not connected.
+    Exit code 0: connected; 3: no agent runs, or this machine has not joined; 5: it is not
+    connected.
     """
     membership = home.membership()
     rules = policy.load_or_refuse(home.policy)

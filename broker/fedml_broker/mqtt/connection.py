@@ -174,7 +174,8 @@ class Connection(Pipe):
         largest = self._host.share.limits.max_packet_bytes
         while end - at >= 2:
             first, length, body = data[at], data[at + 1], at + 2
-            if self.session is None and first >> 4 != wire.CONNECT:
+            session = self.session
+            if session is None and first >> 4 != wire.CONNECT:
                 raise Violation(PROTOCOL, "the first packet is not CONNECT")
             if length > 0x7F:
                 length, body = wire.read_varint(data, at + 1, end)
@@ -187,7 +188,6 @@ class Connection(Pipe):
             if stop > end:
                 self._need = stop - at
                 break
-            session = self.session
             if session is None:
                 self._connect(data, at, body, stop)
             elif first >> 4 == wire.PUBLISH:

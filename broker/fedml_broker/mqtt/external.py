@@ -125,19 +125,17 @@ class ExternalPost:
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         if expiry_s is not None:
             properties.MessageExpiryInterval = expiry_s
-        try:
-            sent = link.client.publish(topic, payload, qos, retain, properties)
-        except ValueError as error:
-            raise Refused(f"{topic!r} cannot be published to: {error}", 0x90) from None
-        if sent.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_QUEUE_SIZE):
-            raise Unavailable(f"{self._where} is not reachable now: {sent.rc.name}")
-        if qos:
-            answer = link.answers[sent.mid] = self._loop.create_future()
+        if not qos:
+            self._send(link, topic, payload, qos, retain, properties)
+            return
+        async with link.window:
+            mid = self._send(link, topic, payload, qos, retain, properties)
+            answer = link.answers[mid] = self._loop.create_future()
             reason = await answer
-            if reason in _TRY_AGAIN:
-                raise Unavailable(f"{self._where} did not take {topic} now: 0x{reason:02X}")
-            if reason >= 0x80:
-                raise Refused(f"{self._where} refuses {topic}: 0x{reason:02X}", reason)
+        if reason in _TRY_AGAIN:
+            raise Unavailable(f"{self._where} did not take {topic} now: 0x{reason:02X}")
+        if reason >= 0x80:
+            raise Refused(f"{self._where} refuses {topic}: 0x{reason:02X}", reason)
 
     async def disconnect(self, client_id: str, reason: str) -> None:
         """MQTT has no such call. Revocation of the certificate has to keep the device out."""
@@ -173,6 +171,20 @@ class ExternalPost:
     @property
     def _where(self) -> str:
         return f"{self._address[0]}:{self._address[1]}"
+
+    def _send(
+        self, link: Link, topic: str, payload: bytes, qos: int, retain: bool, properties: Properties
+    ) -> int:
+        """Give one message to paho's thread; its number."""
+        if link is not self._link:
+            raise Unavailable(f"the link to {self._where} broke before {topic} was sent")
+        try:
+            sent = link.client.publish(topic, payload, qos, retain, properties)
+        except ValueError as error:
+            raise Refused(f"{topic!r} cannot be published to: {error}", 0x90) from None
+        if sent.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            raise Unavailable(f"{self._where} is not reachable now: {sent.rc.name}")
+        return sent.mid
 
     # --- the connection -----------------------------------------------------------------------
 
@@ -233,7 +245,8 @@ class ExternalPost:
             reconnect_on_failure=False,
         )
         client.connect_timeout = self._connect_timeout_s
-        client.max_queued_messages_set(0)
+        # No window of paho's: it cannot be set to what CONNACK says. `Link.window` is the one.
+        client.max_inflight_messages_set(0)
         if self._ssl_context is not None:
             client.tls_set_context(self._ssl_context)
         return client
@@ -271,7 +284,7 @@ class ExternalPost:
             self.link_ended(link, reason, "it refused us")
             return
         link.max_packet_bytes = properties.get("MaximumPacketSize", link.max_packet_bytes)
-        link.client.max_inflight_messages_set(properties.get("ReceiveMaximum", 0xFFFF))
+        link.window = asyncio.Semaphore(properties.get("ReceiveMaximum", 0xFFFF))
         self._link = link
         if not self._handlers or (present and not self._first):
             self._ready(link)

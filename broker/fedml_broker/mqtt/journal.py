@@ -142,6 +142,9 @@ class Journal:
 
     async def drain(self) -> None:
         """Return when everything so far is committed, or the disk has refused it."""
+        if self._batch:
+            self._scheduled = True
+            self._idle.clear()
         self._hand_over()
         await self._idle.wait()
 
@@ -217,6 +220,7 @@ class Journal:
 
     def _retry(self) -> None:
         self._scheduled = True
+        self._idle.clear()
         self._hand_over()
 
     # --- the writer thread ------------------------------------------------------------------

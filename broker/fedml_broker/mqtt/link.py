@@ -39,17 +39,26 @@ class Backoff:
 
 @dataclass(eq=False)
 class Link:
-    """One connection, from its CONNACK to its end. Touched in the event loop only."""
+    """One connection, from its CONNACK to its end. Touched in the event loop only.
+
+    Attributes:
+        acks: Messages received and not yet acknowledged, oldest first.
+        answers: For the packet identifiers of our own messages, who waits for the PUBACK.
+        window: As many of them as the broker wants to see at one time.
+    """
 
     client: Client
     ended: asyncio.Future[int]
     acks: deque[Incoming] = field(default_factory=deque)
     answers: dict[int, asyncio.Future[int]] = field(default_factory=dict)
+    window: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     max_packet_bytes: int = 0xFFFFFFF
 
 
 @dataclass(eq=False, slots=True)
 class Incoming:
+    """One message received: how many handlers still work on it."""
+
     mid: int
     running: int
 

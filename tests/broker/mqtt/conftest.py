@@ -34,6 +34,12 @@ def make_endpoint(path: Path, **changes: Any) -> Endpoint:
     return Endpoint(path, **(settings | changes))
 
 
+async def until_only(endpoint: Endpoint, left: Peer, connections: int) -> None:
+    """Go back and forth with one client until the endpoint has seen the others leave."""
+    while endpoint.counters.connections > connections:
+        await left.silent()
+
+
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make` prints the targets. Everything lives in .venv; system packages come by apt when root.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help: ## print the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+system:
+	@need=""; \
+	command -v mosquitto >/dev/null || test -x /usr/sbin/mosquitto || need="$$need mosquitto"; \
+	test -d /usr/share/datasets/fashion-mnist || need="$$need dataset-fashion-mnist"; \
+	command -v openssl >/dev/null || need="$$need openssl"; \
+	command -v curl >/dev/null || need="$$need curl"; \
+	if [ -n "$$need" ]; then \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq $$need; \
+	  else echo "please run: sudo apt-get install$$need"; exit 1; fi; \
+	fi
+
+test: $(STAMP) system ## set up and run the tests
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP) ## format, lint, types, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict protocol/fedml_protocol agent/fedml_agent broker/fedml_broker
+	$(BIN)/python protocol/generate.py --check
+
+format: $(STAMP) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: help test check format system

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedml-broker up`: the broker in the foreground."""
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+
+import click
+import sqlalchemy as sa
+
+from fedml_broker.accounts import DEFAULT_TENANT, User
+from fedml_broker.app import HTTPS_PORT, MQTTS_PORT, Broker, PortInUse, Settings
+from fedml_broker.cli.client import CommandFailed, home_option, json_option
+from fedml_broker.dispatch import Timing
+from fedml_broker.identity import IdentityUnusable
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--name", help="Under which machines reach it; goes into keys and certificate.")
+@click.option(
+    "--https-port", default=HTTPS_PORT, show_default=True, help="0 chooses one and keeps it."
+)
+@click.option(
+    "--mqtt-port", default=MQTTS_PORT, show_default=True, help="0 chooses one and keeps it."
+)
+@click.option(
+    "--mqtt",
+    "external",
+    default="",
+    metavar="URL",
+    help="Another MQTT 5 broker: mqtts://HOST:PORT.",
+)
+@click.option("--heartbeat", default=10.0, show_default=True, help="Seconds between heartbeats.")
+@click.option(
+    "--lease",
+    default=45.0,
+    show_default=True,
+    help="Seconds until a silent machine's tasks go elsewhere.",
+)
+@click.option(
+    "--disk-reserve-gb", default=1.0, show_default=True, help="Uploads stop before less is left."
+)
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@home_option
+@json_option
+def up(
+    host: str,
+    name: str | None,
+    https_port: int,
+    mqtt_port: int,
+    external: str,
+    heartbeat: float,
+    lease: float,
+    disk_reserve_gb: float,
+    verbose: bool,
+    home: Path,
+    as_json: bool,
+) -> None:
+    """Start the broker: MQTT over TLS, HTTPS, store and blobs, all in this process. Ctrl-C ends it.
+
+    TLS and authentication are always on. It listens on this machine only until you say otherwise.
+
+    \b
+    Examples:
+      fedml-broker up
+      fedml-broker up --host 0.0.0.0 --name broker.example.org
+      fedml-broker up --home ./trial --https-port 0 --mqtt-port 0
+      fedml-broker up --mqtt mqtts://mqtt.example.org:8883
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    settings = Settings(
+        home=home,
+        host=host,
+        name=name or ("localhost" if host in _LOOPBACK else socket.getfqdn()),
+        https_port=https_port,
+        mqtt_port=mqtt_port,
+        external_mqtt=external,
+        timing=Timing(heartbeat_s=heartbeat, lease_s=lease, offer_s=min(30.0, max(lease, 2.0))),
+        disk_reserve_bytes=int(disk_reserve_gb * 1e9),
+    )
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (home / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CommandFailed(
+                f"another broker works on {home}", "stop it, or give this one its own --home"
+            ) from error
+        try:
+            asyncio.run(_serve(settings, as_json))
+        except (PortInUse, IdentityUnusable, ValueError) as error:
+            raise CommandFailed(str(error)) from error
+        except sa.exc.DatabaseError as error:
+            raise CommandFailed(
+                f"the store {home / 'broker.db'} cannot be opened: {error.orig}",
+                "`fedml-broker doctor`; restore a backup if it is damaged",
+            ) from error
+
+
+async def _serve(settings: Settings, as_json: bool) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with Broker.running(settings) as broker:
+        key = await _first_keys(broker)
+        if as_json:
+            found = {"url": broker.url, "mqtt": broker.mqtt_url, "login_key": key}
+            click.echo(json.dumps({**found, "admin_key_file": str(settings.home / "admin.key")}))
+        else:
+            _welcome(broker, key)
+        await stop.wait()
+        click.echo("stopping; runs go on at the next start", err=True)
+
+
+async def _first_keys(broker: Broker) -> str | None:
+    """At the first start: an admin with a token in a file, and a key for the first machines."""
+    admin_file = broker.config.home / "admin.key"
+    # The address may have changed since: the file is made anew, its old token stays good.
+    known = admin_file.read_text() if admin_file.exists() else ""
+    first = not await broker.accounts.list_users(DEFAULT_TENANT)
+    if first:
+        await broker.accounts.create_user("admin", "admin")
+    if broker.accounts.still_fits(known):
+        return None
+    token = await broker.accounts.create_token("admin")
+    number = os.open(admin_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(number, "w") as file:
+        file.write(token)
+    admin = User("admin", DEFAULT_TENANT, "admin")
+    _, key = await broker.accounts.create_key(admin, uses=10, days=1, labels={})
+    return key
+
+
+def _welcome(broker: Broker, key: str | None) -> None:
+    home = broker.config.home
+    click.secho(f"fedml-broker {broker.version} serves {broker.url}", fg="green", err=True)
+    click.echo(f"  MQTT        {broker.mqtt_url}", err=True)
+    click.echo(
+        f"  admin key   {home / 'admin.key'}   (`fedml login - < FILE` on your machine)", err=True
+    )
+    if key is None:
+        click.echo("  login keys  `fedml-broker keys create`", err=True)
+    else:
+        click.echo("  next, on each machine (good for 10 machines and one day):", err=True)
+        click.echo(f"    fedml-agent login {key}", err=True)
+        click.echo("    fedml-agent run", err=True)
+    if broker.config.host in _LOOPBACK:
+        click.echo(
+            "  Only this machine can reach it; for others: --host 0.0.0.0 --name HOST", err=True
+        )

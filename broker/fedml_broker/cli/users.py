@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedml-broker users create|list|token`."""
+
+import json
+from pathlib import Path
+
+import click
+
+from fedml_broker.cli.client import Client, home_option, json_option, print_table, when
+
+
+@click.group()
+def users() -> None:
+    """People who launch runs, and their tokens."""
+
+
+@users.command()
+@click.argument("name")
+@click.option("--admin", is_flag=True, help="May manage keys, machines and users.")
+@home_option
+def create(name: str, admin: bool, home: Path) -> None:
+    """Add a user. What `fedml login` takes is printed by `users token NAME`."""
+    role = "admin" if admin else "member"
+    Client(home).call("POST", "/v1/users", {"name": name, "role": role})
+    click.echo(f"{name} is a {role}; next: `fedml-broker users token {name}`", err=True)
+
+
+@users.command("list")
+@home_option
+@json_option
+def list_users(home: Path, as_json: bool) -> None:
+    """List the users."""
+    found = Client(home).call("GET", "/v1/users")["users"]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    rows = [(u["name"], u["role"], str(u["tokens"]), when(u["created_at"])) for u in found]
+    print_table(("USER", "ROLE", "TOKENS", "SINCE"), rows, "no users yet")
+
+
+@users.command()
+@click.argument("name")
+@click.option("--days", default=0.0, help="How long it is good for; 0: for ever.")
+@home_option
+def token(name: str, days: float, home: Path) -> None:
+    """Print a new token of user NAME, this once, as the string that `fedml login` takes."""
+    found = Client(home).call("POST", f"/v1/users/{name}/tokens", {"days": days or None})
+    click.echo(found["key"])

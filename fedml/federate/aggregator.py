@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server role: a process of the broker that opens the tensors of one federated run.
+
+    python -m fedml.federate.aggregator        (questions on stdin, answers on stdout)
+
+It keeps nothing that the broker could not tell it again. Updates are read from files, checked
+before they are added, and folded so that the result has the same bits in whatever order they come.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors.numpy import load_file, save_file
+
+from fedml.federate import algorithm, cohort
+from fedml.federate.aggregate import Fold
+from fedml.federate.application import Application, ApplicationError, set_weights
+from fedml.federate.layout import BadUpdate
+from fedml_protocol.cause import Cause, Fault
+from fedml_protocol.codec import parse
+from fedml_protocol.federate import (
+    AddUpdate,
+    AggregatorFrame,
+    BeginRound,
+    Failed,
+    FinishRound,
+    MakeModel,
+    ModelMade,
+    OpenRun,
+    PlanRound,
+    RoundBegun,
+    RoundPlan,
+    UpdateAdded,
+)
+from fedml_protocol.frames import HEAD_BYTES, frame, frame_length
+
+
+class Aggregator:
+    """One run."""
+
+    def __init__(self) -> None:
+        self._opened: OpenRun
+        self._algorithm: algorithm.Algorithm
+        self._application: Application | None = None
+        self._central: Any = None
+        self._central_model: Any = None
+        self._model: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}
+        # What was made last, so that a round does not read what it has just written.
+        self._latest: tuple[str, dict[str, Any], dict[str, Any]] | None = None
+        self._fold = Fold()
+
+    def answer(self, question: Any) -> Any:
+        """The answer to one question."""
+        match question:
+            case OpenRun():
+                return self._open(question)
+            case MakeModel(out_dir=out):
+                return self._first(Path(out))
+            case PlanRound(round=number, clients=clients, count=count):
+                chosen = cohort.choose(self._opened.seed, number - 1, clients, count)
+                return RoundPlan(clients=tuple(chosen))
+            case BeginRound():
+                return self._begin(question)
+            case AddUpdate():
+                return self._add(question)
+            case FinishRound(out_dir=out):
+                return self._finish(Path(out))
+        raise TypeError(f"not a question: {type(question).__name__}")
+
+    def _open(self, opened: OpenRun) -> RoundBegun:
+        self._opened = opened
+        self._algorithm = algorithm.create(opened.algorithm, json.loads(opened.algorithm_config))
+        if self._algorithm.kind is not algorithm.Kind.SYNCHRONOUS:
+            raise ApplicationError(f"{self._algorithm.name} is asynchronous: not deployed yet")
+        config = json.loads(opened.config)
+        self._application = Application(Path(opened.app_dir) / opened.app, config)
+        if opened.central and self._application.evaluates:
+            self._central = self._application.central()
+        return RoundBegun()
+
+    def _first(self, out: Path) -> ModelMade:
+        if self._application is None:
+            raise RuntimeError("the run was not opened")
+        model = self._application.first_model(self._opened.seed)
+        return self._made(out, model, self._algorithm.start(model), {})
+
+    def _begin(self, question: BeginRound) -> RoundBegun:
+        if self._latest is not None and self._latest[0] == _name(question.model_path):
+            self._model, self._state = self._latest[1:]
+        else:
+            self._model = load_file(question.model_path)
+            self._state = load_file(question.state_path) if question.state_path else {}
+        self._fold = Fold(self._algorithm.layout(self._model))
+        return RoundBegun()
+
+    def _add(self, question: AddUpdate) -> UpdateAdded:
+        metrics = {n: v for n, v in question.metrics.items() if not n.startswith("eval.")}
+        try:
+            self._fold.add(question.client, question.path, question.weight, metrics)
+        except (BadUpdate, ValueError, OSError) as error:
+            cause = Cause(fault=Fault.TASK, message=f"its update was refused: {error}")
+            return UpdateAdded(client=question.client, refusal=cause)
+        return UpdateAdded(client=question.client)
+
+    def _finish(self, out: Path) -> ModelMade:
+        clients = len(self._fold.clients)
+        combined = self._fold.result()
+        facts = algorithm.Facts(clients=clients, population=max(self._opened.clients, clients))
+        model, state = self._algorithm.server_update(self._model, self._state, combined, facts)
+        return self._made(out, model, state, combined.metrics)
+
+    def _made(
+        self,
+        out: Path,
+        model: dict[str, Any],
+        state: dict[str, Any],
+        metrics: Mapping[str, float],
+    ) -> ModelMade:
+        paths = {"model": "", "state": "", "sent": ""}
+        sent = self._algorithm.sent(model, state)
+        for name, arrays in (("model", model), ("state", state), ("sent", sent)):
+            if arrays:
+                paths[name] = str(out / f"{name}.safetensors")
+                save_file(arrays, paths[name])
+        found = {f"train.{name}": value for name, value in metrics.items()}
+        found |= {f"central.{name}": value for name, value in self._evaluated(model).items()}
+        self._latest = (_digest(paths["model"]), model, state)
+        return ModelMade(
+            model_path=paths["model"],
+            state_path=paths["state"],
+            sent_path=paths["sent"],
+            metrics=found,
+        )
+
+    def _evaluated(self, model: dict[str, Any]) -> Mapping[str, float]:
+        if self._central is None or self._application is None:
+            return {}
+        if self._central_model is None:
+            self._central_model = self._application.new_model(self._opened.seed)
+        set_weights(self._central_model, model)
+        return self._application.evaluate(self._central_model, self._central)
+
+
+def _digest(path: str) -> str:
+    import hashlib
+
+    with open(path, "rb") as file:  # noqa: PTH123
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(path: str) -> str:
+    """Blobs are named by their content."""
+    return Path(path).name
+
+
+def _cause(error: Exception) -> Cause:
+    text = f"{type(error).__name__}: {error}"[:2000]
+    plain = isinstance(
+        error, ApplicationError | algorithm.UnknownAlgorithm | algorithm.BadParameter
+    )
+    shown = "" if plain else "".join(traceback.format_exception(error))[-8000:]
+    return Cause(fault=Fault.TASK, message=str(error)[:2000] if plain else text, traceback=shown)
+
+
+def serve(questions: BinaryIO, answers: BinaryIO) -> None:
+    """Answer until the questions end."""
+    aggregator = Aggregator()
+    while head := questions.read(HEAD_BYTES):
+        asked = parse(AggregatorFrame, questions.read(frame_length(head)))
+        try:
+            body = aggregator.answer(asked.body)
+        except Exception as error:  # the user's code may raise anything, and it is his to read
+            traceback.print_exc()
+            body = Failed(cause=_cause(error))
+        answers.write(frame(AggregatorFrame(call=asked.call, body=body)))
+        answers.flush()
+
+
+def main() -> None:
+    """Keep stdout for answers: what user code prints goes to the log."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client role: a warm process in which one device trains for one federated run.
+
+    python -m fedml.federate.worker SESSION
+
+It listens on `worker.sock` in its working directory, says a line when it does, and takes one stage
+at a time. The user's code is imported and his data loaded once. What a stage has produced lies in
+its output directory before the answer is sent; asked again, the same answer is given from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from fedml_protocol.cause import Cause, Fault
+from fedml_protocol.codec import parse, serialise
+from fedml_protocol.federate import (
+    StageDone,
+    StageKind,
+    StageOrder,
+    StageSpec,
+    WorkerFrame,
+    WorkerReady,
+)
+from fedml_protocol.frames import HEAD_BYTES, frame, frame_length
+
+SOCKET = "worker.sock"
+_DONE = "done"
+
+
+class Worker:
+    """The stages of one session."""
+
+    def __init__(self, session: str, root: Path) -> None:
+        self._session = session
+        self._root = root
+        self._application: Any = None
+        self._key: tuple[str, str] | None = None
+        self._data: Any = None
+        self._module: Any = None
+
+    def serve(self) -> None:
+        """Answer whoever connects, for ever. Only the agent can reach the socket."""
+        path = self._root / SOCKET
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            # Relative: the whole path may not fit into a socket address.
+            listener.bind(SOCKET)
+            listener.listen(4)
+            sys.stderr.write(f"fedml: the worker of {self._session} is ready\n")
+            sys.stderr.flush()
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(ConnectionError, EOFError):
+                    self._talk(connection)
+
+    def _talk(self, connection: socket.socket) -> None:
+        connection.sendall(frame(WorkerFrame(body=WorkerReady(session=self._session))))
+        with connection.makefile("rb") as stream:
+            while head := stream.read(HEAD_BYTES):
+                body = parse(WorkerFrame, stream.read(frame_length(head))).body
+                if isinstance(body, StageOrder):
+                    connection.sendall(frame(WorkerFrame(body=self._answer(body))))
+
+    def _answer(self, order: StageOrder) -> StageDone:
+        out = Path(order.out_dir)
+        done_file = out / _DONE
+        if done_file.exists():
+            return parse(StageDone, done_file.read_bytes())
+        try:
+            done = self._stage(order, out)
+        except Exception as error:  # the user's code may raise anything, and it is his to read
+            traceback.print_exc()
+            done = StageDone(task=order.task, epoch=order.epoch, cause=_cause(error))
+        _write(done_file, serialise(done))
+        return done
+
+    def _stage(self, order: StageOrder, out: Path) -> StageDone:
+        from safetensors.numpy import load_file, save_file
+
+        from fedml.federate import algorithm, cohort
+        from fedml.federate.application import UserTraining, set_weights
+
+        spec = order.spec
+        application = self._prepared(spec)
+        model = load_file(order.model_path)
+        metrics: dict[str, float] = {}
+        if spec.evaluate or spec.kind is StageKind.EVALUATE:
+            set_weights(self._module, model)
+            found = application.evaluate(self._module, self._data)
+            metrics |= {f"eval.{name}": value for name, value in found.items()}
+        if spec.kind is StageKind.EVALUATE:
+            return StageDone(task=order.task, epoch=order.epoch, metrics=metrics)
+        chosen = algorithm.create(spec.algorithm, json.loads(spec.algorithm_config))
+        local = UserTraining(application, self._module, self._data)
+        algorithm.require_support(chosen, local, f"train() in {spec.app}")
+        sent = load_file(order.sent_path) if order.sent_path else {}
+        # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
+        rng = cohort.generator(spec.seed, spec.round - 1, spec.client)
+        update = chosen.client_update(model, sent, self._state_before(spec.round), local, rng)
+        save_file(update.arrays, out / "update.safetensors")
+        self._keep_state(spec.round, update.client_state)
+        return StageDone(
+            task=order.task,
+            epoch=order.epoch,
+            files=("update",),
+            metrics={**metrics, **update.metrics},
+            weight=update.weight,
+        )
+
+    def _prepared(self, spec: StageSpec) -> Any:
+        """The user's code imported and his data loaded, once for a session."""
+        from fedml.federate.application import Application, Client
+
+        if self._key != (spec.app, spec.config):
+            config = json.loads(spec.config)
+            application = Application(self._root / "package" / spec.app, config)
+            client = Client(
+                index=spec.client,
+                count=spec.clients,
+                labels=spec.labels,
+                paths=json.loads(os.environ.get("FEDML_DATA", "{}")),
+            )
+            self._data = application.data(client)
+            self._module = application.new_model(spec.seed)
+            self._application, self._key = application, (spec.app, spec.config)
+        return self._application
+
+    def _state_before(self, round_n: int) -> Any:
+        """What this client kept after its last round before this one."""
+        from safetensors.numpy import load_file
+
+        folder = self._root / "state"
+        kept = [int(f.stem) for f in folder.glob("*.safetensors")] if folder.exists() else []
+        before = [n for n in kept if n < round_n]
+        return load_file(folder / f"{max(before)}.safetensors") if before else None
+
+    def _keep_state(self, round_n: int, state: Any) -> None:
+        from safetensors.numpy import save
+
+        if state is None:
+            return
+        folder = self._root / "state"
+        folder.mkdir(exist_ok=True)
+        _write(folder / f"{round_n}.safetensors", save(state))
+        for old in sorted(folder.glob("*.safetensors"), key=lambda f: int(f.stem))[:-2]:
+            old.unlink()
+
+
+def _cause(error: Exception) -> Cause:
+    from fedml.federate.algorithm import UnsupportedByTraining
+    from fedml.federate.application import ApplicationError
+
+    text = f"{type(error).__name__}: {error}"
+    ours = isinstance(error, ApplicationError | UnsupportedByTraining)
+    shown = "" if ours else "".join(traceback.format_exception(error))[-8000:]
+    return Cause(fault=Fault.TASK, message=text[:2000], traceback=shown)
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(path.name + ".new")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    Worker(sys.argv[1], Path.cwd()).serve()

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combine a round by a rule that stands up to lying clients, instead of by the mean.
+
+Such a rule needs all updates of a round, in the clear. It never holds them: updates are read in
+chunks of coordinates from memory or from files, once or twice. Two kinds of rule cover them all:
+
+* a *coordinate* rule looks at one coordinate of all clients at a time (median, trimmed mean);
+* a *combination* rule gives each client a coefficient and adds up; all it looks at is the Gram
+  matrix of the updates, n x n, since every distance and every iterate follows from it.
+
+Before either, *mixing* may replace the updates by means of some of them, which is a matrix applied
+to the rows, and to the Gram matrix from both sides. Nearest-neighbour mixing before a rule is the
+best default known (Allouah et al. 2023)::
+
+    fold = RobustFold(TrimmedMean(trim=2), mixing=[NearestNeighbours(byzantine=2)])
+
+Clients count once each: an example count is as easily forged as an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fedml.federate.algorithm import BadParameter, Update
+from fedml.federate.arrays import Array, Arrays, is_learned
+from fedml.federate.exact_sum import mean_of
+from fedml.federate.layout import BadUpdate, Given, Layout, Source, admit
+from fedml.protect.rules import (
+    Bucketing,
+    CentredClipping,
+    CombinationRule,
+    CoordinateRule,
+    Doubles,
+    GeometricMedian,
+    Krum,
+    Matrix,
+    Mean,
+    Median,
+    Mixing,
+    NearestNeighbours,
+    NormClipping,
+    Origin,
+    Rule,
+    TooFewClients,
+    TrimmedMean,
+    squared_distances,
+)
+
+__all__ = [
+    "Bucketing",
+    "CentredClipping",
+    "GeometricMedian",
+    "Krum",
+    "Mean",
+    "Median",
+    "NearestNeighbours",
+    "NormClipping",
+    "RobustFold",
+    "TooFewClients",
+    "TrimmedMean",
+    "create",
+]
+
+_CELLS = 1 << 18  # updates times coordinates in one chunk: 1 MiB of float32
+
+_Values: TypeAlias = Callable[[str, int, int], Matrix]
+
+
+class RobustFold:
+    """All updates of one round, combined by a rule; used like `aggregate.Fold`."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        mixing: Sequence[Mixing] = (),
+        layout: Layout | None = None,
+        reference: Arrays | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        """Expect updates of ``layout``.
+
+        Args:
+            rule: What combines them.
+            mixing: What is done before, in order.
+            layout: What each must hold; None takes the first update's.
+            reference: Where centred clipping starts, e.g. the last round's result; None is zero.
+            rng: For bucketing; `cohort.server_generator(seed, round)`.
+        """
+        self.layout = layout
+        self._rule = rule
+        self._mixing = tuple(mixing)
+        self._reference = reference
+        self._rng = rng
+        self._sources: dict[int, Source] = {}
+        self._metrics: dict[str, list[float]] = {}
+
+    @property
+    def clients(self) -> list[int]:
+        """Who was added, sorted; the order of rows and of coefficients."""
+        return sorted(self._sources)
+
+    def add(
+        self,
+        client: int,
+        given: Given,
+        weight: float = 1.0,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take one client's update, in any order; ``weight`` is checked and otherwise ignored.
+
+        Raises:
+            BadUpdate: It is malformed or was added before; nothing changed.
+        """
+        if client in self._sources:
+            raise BadUpdate(client, None, "was counted before")
+        source = admit(client, given, weight, self.layout)
+        source.close()
+        if self.layout is None:
+            self.layout = Layout(source.specs)
+        self._sources[client] = source
+        for name, value in (metrics or {}).items():
+            self._metrics.setdefault(name, []).append(float(value))
+
+    def result(self) -> Update:
+        """What the rule makes of all that was added.
+
+        Returns:
+            An update whose weight is the number of clients, and each metric the median.
+
+        Raises:
+            ValueError: Nothing was added.
+            TooFewClients: The rule cannot work with so few.
+        """
+        if self.layout is None or not self._sources:
+            raise ValueError("no update to combine")
+        rows = _Rows([self._sources[client] for client in self.clients], self.layout)
+        try:
+            arrays = self._combined(rows)
+        finally:
+            for source in self._sources.values():
+                source.close()
+        metrics = {name: float(np.median(values)) for name, values in self._metrics.items()}
+        return Update(arrays=arrays, weight=float(len(self._sources)), metrics=metrics)
+
+    def _combined(self, rows: _Rows) -> Arrays:
+        rule = self._rule
+        if isinstance(rule, CoordinateRule):
+            mix = self._mix(rows.gram()) if self._mixing else None
+            return rows.each_coordinate(rule, mix)
+        return self._combination(rows, rule)
+
+    def _combination(self, rows: _Rows, rule: CombinationRule) -> Arrays:
+        reference: Arrays | None = None
+        if rule.origin is Origin.REFERENCE:
+            reference = self._reference or {}
+            gram = rows.gram(reference)
+        elif isinstance(rule, Krum):
+            gram = rows.rough_gram()  # it only ranks
+        else:
+            gram = rows.gram()
+        if self._mixing:
+            mix = self._mix(gram)
+            return rows.weighed(rule.coefficients(mix @ gram @ mix.T) @ mix, reference)
+        return rows.weighed(rule.coefficients(gram), reference)
+
+    def _mix(self, gram: Doubles) -> Doubles:
+        total: Doubles = np.eye(len(gram))
+        for step in self._mixing:
+            if self._rng is None and isinstance(step, Bucketing):
+                raise ValueError("bucketing is random: give RobustFold an rng")
+            rng = self._rng or np.random.default_rng(0)
+            total = step.weights(total @ gram @ total.T, rng) @ total
+        return total
+
+
+class _Rows:
+    """The updates as the rows of one wide matrix that is never held."""
+
+    def __init__(self, sources: Sequence[Source], layout: Layout) -> None:
+        self._sources = sources
+        self._layout = layout
+        self._step = max(_CELLS // len(sources), 64)
+
+    def gram(self, reference: Arrays | None = None) -> Doubles:
+        """Gram matrix in float64 of the updates less the reference, or less their mean if None.
+
+        Only what is learned counts: a batch counter says nothing about who lies.
+        """
+        out = np.zeros((len(self._sources),) * 2)
+        for name, start, stop in self._learned():
+            matrix = self._matrix(name, start, stop).astype(np.float64, copy=False)
+            if reference is None:
+                matrix = matrix - matrix.mean(axis=0)
+            elif name in reference:
+                matrix = matrix - reference[name].reshape(-1)[start:stop]
+            out += matrix @ matrix.T
+        return out
+
+    def rough_gram(self) -> Doubles:
+        """Gram matrix from float32 products; redone precisely where distances would drown."""
+        out = np.zeros((len(self._sources),) * 2)
+        for name, start, stop in self._learned():
+            matrix = self._matrix(name, start, stop)
+            out += matrix @ matrix.T
+        norms = np.diagonal(out)
+        apart = squared_distances(out) + np.diag(np.full(len(out), np.inf))
+        if not np.isfinite(out).all() or (apart < 1e-3 * (norms[:, None] + norms)).any():
+            return self.gram()
+        return out
+
+    def each_coordinate(self, rule: CoordinateRule, mix: Doubles | None) -> Arrays:
+        """Apply a coordinate rule, after mixing."""
+
+        def values(name: str, start: int, stop: int) -> Matrix:
+            matrix = self._matrix(name, start, stop)
+            if mix is not None:
+                matrix = mix.astype(matrix.dtype) @ matrix
+            return rule.across(np.ascontiguousarray(matrix.T))
+
+        return self._filled(values)
+
+    def weighed(self, coefficients: Doubles, reference: Arrays | None) -> Arrays:
+        """``reference + sum_i coefficient_i (update_i - reference)``; zero where there is none."""
+        rest = 1 - float(coefficients.sum())
+        used = np.flatnonzero(coefficients).tolist()
+
+        def values(name: str, start: int, stop: int) -> Matrix:
+            out = np.zeros(stop - start)
+            for i in used:
+                out += coefficients[i] * self._sources[i].read(name, start, stop).astype(np.float64)
+            if reference is not None and name in reference:
+                out += rest * reference[name].reshape(-1)[start:stop]
+            return out
+
+        return self._filled(values)
+
+    def _filled(self, values: _Values) -> Arrays:
+        arrays: Arrays = {}
+        for name, spec in self._layout.tensors.items():
+            flat = np.empty(spec.size, spec.dtype)
+            for start in range(0, spec.size, self._step):
+                stop = min(start + self._step, spec.size)
+                part = values(name, start, stop).astype(np.float64, copy=False)
+                flat[start:stop] = mean_of(part, 1.0, spec.dtype)
+            arrays[name] = flat.reshape(spec.shape)
+        return arrays
+
+    def _learned(self) -> Sequence[tuple[str, int, int]]:
+        tensors = self._layout.tensors
+        return [
+            (name, start, stop)
+            for name, start, stop in self._layout.chunks(self._step)
+            if is_learned(name, tensors[name].dtype)
+        ]
+
+    def _matrix(self, name: str, start: int, stop: int) -> Array:
+        narrow = self._layout.tensors[name].dtype in (np.float16, np.float32)
+        out = np.empty((len(self._sources), stop - start), np.float32 if narrow else np.float64)
+        for row, source in zip(out, self._sources, strict=True):
+            row[:] = source.read(name, start, stop)
+        return out
+
+
+def create(name: str, parameters: Mapping[str, Any] | None = None) -> Rule:
+    """A rule by name; FedML's values of ``defense_type`` and their parameters are understood.
+
+    Raises:
+        BadParameter: The name or a parameter is unknown; the error lists those that are.
+    """
+    plain = name.lower().replace("-", "_")
+    rule, spellings = _RULES.get(_ALSO_CALLED.get(plain, plain), (None, {}))
+    if rule is None:
+        raise BadParameter(f"no robust rule is called {name!r}; there are {', '.join(_RULES)}")
+    given = {spellings.get(key, key): value for key, value in (parameters or {}).items()}
+    try:
+        built: Rule = rule(**given)
+    except TypeError as error:
+        raise BadParameter(f"{name}: {error}") from error
+    return built
+
+
+_RULES: Mapping[str, tuple[Any, Mapping[str, str]]] = {
+    "mean": (Mean, {}),
+    "median": (Median, {}),
+    "trimmed_mean": (TrimmedMean, {"trim_param_b": "trim", "beta": "trim"}),
+    "krum": (Krum, {"byzantine_client_num": "byzantine", "krum_param_m": "keep"}),
+    "geometric_median": (GeometricMedian, {}),
+    "centred_clipping": (CentredClipping, {"tau": "radius"}),
+    "norm_clipping": (NormClipping, {"norm_bound": "bound"}),
+}
+_ALSO_CALLED: Mapping[str, str] = {
+    "wise_median": "median",
+    "multikrum": "krum",
+    "multi_krum": "krum",
+    "geo_median": "geometric_median",
+    "rfa": "geometric_median",
+    "cclip": "centred_clipping",
+    "centered_clipping": "centred_clipping",
+    "norm_diff_clipping": "norm_clipping",
+    "diff_clipping": "norm_clipping",
+}

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who the person is to which broker: HOME/user/, written by `fedml login`."""
+
+import hashlib
+import json
+import os
+import ssl
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import urllib3
+from urllib3.exceptions import HTTPError, InsecureRequestWarning
+
+from fedml.errors import BrokerRefused, BrokerUnreachable, ConfigError, NotLoggedIn
+from fedml_protocol.errors import BadKey
+from fedml_protocol.keys import Scope, parse_login_key
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One person at one broker. `ca` is the broker's CA certificate (PEM)."""
+
+    url: str
+    token: str
+    ca: str
+
+    def context(self) -> ssl.SSLContext:
+        """TLS that trusts this broker and nobody else."""
+        return ssl.create_default_context(cadata=self.ca)
+
+
+def find_home(given: str | None = None) -> Path:
+    """`--home`, or FEDML_HOME, or ~/.fedml."""
+    return Path(given or os.environ.get("FEDML_HOME") or "~/.fedml").expanduser().absolute()
+
+
+def login(home: Path, key_text: str) -> Session:
+    """Keep a user's key, after the broker's CA has been compared with it.
+
+    Raises:
+        ConfigError: Not a user's key.
+        BrokerUnreachable: Nobody answers at its address.
+        BrokerRefused: Another broker answers there.
+    """
+    try:
+        key = parse_login_key(key_text, Scope.USER)
+    except BadKey as error:
+        raise ConfigError(str(error)) from error
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        with warnings.catch_warnings():
+            # That this connection proves nothing is the point; the hash below decides.
+            warnings.simplefilter("ignore", InsecureRequestWarning)
+            pool = urllib3.PoolManager(ssl_context=context, retries=False, timeout=10)
+            pem = pool.request("GET", f"{key.url}/v1/ca").data.decode(errors="replace")
+    except (HTTPError, OSError) as error:
+        raise BrokerUnreachable(
+            f"nobody answers at {key.url}", "is `fedml-broker up` running there?"
+        ) from error
+    try:
+        der = ssl.PEM_cert_to_DER_cert(pem)
+    except ValueError as error:
+        raise BrokerRefused(f"{key.url} does not answer as a broker does") from error
+    if hashlib.sha256(der).digest() != key.ca_sha256:
+        raise BrokerRefused(
+            f"the broker at {key.url} is not the one that made this key",
+            "somebody may be in between, or it was set up anew: ask its admin for a new key",
+        )
+    session = Session(key.url, key.secret.hex(), pem)
+    folder = home / "user"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    beside = folder / "session.json.new"
+    number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(number, "w") as file:
+        json.dump({"url": session.url, "token": session.token, "ca": session.ca}, file)
+    beside.replace(folder / "session.json")
+    return session
+
+
+def logout(home: Path) -> None:
+    """Forget the token of this home; again is harmless."""
+    (home / "user" / "session.json").unlink(missing_ok=True)
+
+
+def load(home: Path) -> Session:
+    """The session of this home.
+
+    Raises:
+        NotLoggedIn: There is none.
+    """
+    try:
+        return Session(**json.loads((home / "user" / "session.json").read_text()))
+    except FileNotFoundError as error:
+        raise NotLoggedIn(
+            "you have not logged in here",
+            "`fedml login KEY` (from `fedml-broker users token NAME`)",
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise NotLoggedIn(
+            f"the stored login cannot be read: {error}", "`fedml login KEY`"
+        ) from error

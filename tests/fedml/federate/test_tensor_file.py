@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the reference library writes is read; whatever is malformed is refused when it is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save, save_file
+
+from fedml.federate.tensor_file import BadTensorFile, TensorFile
+
+TENSORS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.array(7, np.int64),
+    "c": np.empty((0, 4), np.float16),
+    "d": np.array([True, False]),
+    "e": np.linspace(0, 1, 5),
+}
+
+
+def open_files() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def raw(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def test_every_type_that_numpy_has_is_read_back(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "t", metadata={"round": "3"})
+    with TensorFile(tmp_path / "t") as file:
+        assert file.metadata == {"round": "3"}
+        loaded = file.load()
+    assert loaded.keys() == TENSORS.keys()
+    for name, array in TENSORS.items():
+        assert loaded[name].dtype == array.dtype
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_a_run_of_elements_is_read_without_the_rest(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "t")
+    with TensorFile(tmp_path / "t") as file:
+        np.testing.assert_array_equal(file.read("a", 2, 5), [2, 3, 4])
+        assert file.read("a", 3, 3).size == 0
+
+
+def test_a_file_cut_after_opening_is_an_error_not_a_signal(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(10_000, np.float32)}, tmp_path / "t")
+    with TensorFile(tmp_path / "t") as file:
+        os.truncate(tmp_path / "t", 5000)
+        with pytest.raises(BadTensorFile, match="ends inside tensor 'a'"):
+            file.read("a")
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "cannot hold a header"),
+        (b"\xff" * 8, "cannot hold a header"),
+        (raw(b"not json"), "not JSON"),
+        (raw(b"[" * 100_000), "not JSON"),
+        (raw([1]), "not a JSON object"),
+        (raw({"__metadata__": {"a": 1}}), "__metadata__"),
+        (raw({"a": 3}), "lacks dtype"),
+        (raw({"a": {**F32, "dtype": "BF16"}}, b"\0" * 8), "type 'BF16'"),
+        (raw({"a": {**F32, "dtype": ["F32"]}}, b"\0" * 8), "type \\['F32'\\]"),
+        (raw({"a": {**F32, "shape": [3]}}, b"\0" * 8), "shape \\[3\\] has 8 bytes"),
+        (raw({"a": {**F32, "shape": [-2]}}, b"\0" * 8), "shape \\[-2\\]"),
+        (raw({"a": {**F32, "shape": [True, 2]}}, b"\0" * 8), "shape \\[True, 2\\]"),
+        (raw({"a": {**F32, "data_offsets": [8, 0]}}, b"\0" * 8), "has -8 bytes"),
+        (raw({"a": F32}, b"\0" * 9), "the file at"),
+        (raw({"a": F32}, b"\0" * 7), "the file at"),
+        (raw({"a": F32, "b": F32}, b"\0" * 8), "a hole or an overlap"),
+        (raw({"a": {**F32, "data_offsets": [8, 16]}}, b"\0" * 16), "a hole or an overlap"),
+        (raw(b'{"a": %s, "a": %s}' % ((json.dumps(F32).encode(),) * 2), b"\0" * 8), "twice"),
+    ],
+)
+def test_a_malformed_file_is_refused_with_the_reason(tmp_path: Path, content, why) -> None:
+    (tmp_path / "t").write_bytes(content)
+    with pytest.raises(BadTensorFile, match=why):
+        TensorFile(tmp_path / "t")
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_a_damaged_file_is_refused_or_read_never_anything_else(tmp_path_factory, data) -> None:
+    good = bytearray(save(TENSORS))
+    for _ in range(data.draw(st.integers(1, 4))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(good[: data.draw(st.integers(0, len(good)))])
+    before = open_files()
+    try:
+        with TensorFile(path) as file:
+            file.load()
+    except BadTensorFile:
+        pass
+    assert open_files() == before
