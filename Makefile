@@ -23,6 +23,9 @@ system:
 	  else echo "please run: sudo apt-get install$$need"; exit 1; fi; \
 	fi
 
+demo: $(STAMP) ## a broker, four agents, a job, ten federated rounds on real data
+	$(BIN)/python examples/demo.py
+
 test: $(STAMP) system ## set up and run the tests
 	$(BIN)/python -m pytest -q
 
@@ -36,4 +39,4 @@ format: $(STAMP) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: help test check format system
+.PHONY: help demo test check format system

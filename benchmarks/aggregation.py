@@ -125,10 +125,7 @@ def measure(count: int, rounds: int) -> None:
         few, many = memory(folder, max(count // 5, 4)), memory(folder, count)
 
     print(f"{count} updates of {MODEL_BYTES / 4e6:.2f} M float32; {rounds} alternating rounds")
-    print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, ",
-        end="",
-    )
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()},")
     print(f"NumPy {np.__version__}, one thread\n")
     print(f"{'':24}{'CPU ms':>8}{'GB/s read':>11}{'of float64':>12}{'of float32':>12}")
     for name, seconds in took.items():

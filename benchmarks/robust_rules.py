@@ -65,10 +65,7 @@ def measure(count: int, rounds: int) -> None:
     plain = cpu(lambda: np.median(stack, axis=0))
 
     print(f"{count} updates of {SIZE / 1e6:.2f} M float32, median of {rounds}")
-    print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, ",
-        end="",
-    )
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()},")
     print(f"NumPy {np.__version__}, one thread\n")
     print(f"{'':24}{'CPU s':>8}{'target':>10}")
     for name, (_, _, target) in rules.items():

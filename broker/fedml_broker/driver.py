@@ -93,6 +93,7 @@ class Driver:
             disk_bytes=request.needs.disk_bytes,
         )
         self._stopped_by = ""
+        self._refused = 0
         self._stopping = asyncio.Event()
         self._clients: dict[int, str] = {}
         self._work_dir = federation.work_dir / run
@@ -131,6 +132,10 @@ class Driver:
                 self.waiting = f"the broker's disk: {error}"
                 await asyncio.sleep(_DISK_PAUSE_S)
                 continue
+            except Exception as error:  # ours: the run must not hang for it
+                log.exception("the driver of %s broke", self._run)
+                cause = Cause(fault=Fault.BROKER, message=f"the broker failed: {error}")
+                await self._end(TaskState.FAILED, cause)
             return
 
     async def _walk(self) -> None:

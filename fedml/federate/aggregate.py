@@ -35,13 +35,14 @@ from fedml.federate.layout import (
     Layout,
     Source,
     Spec,
+    SumBroken,
     admit,
     magnitude,
     quiet,
     require_finite,
 )
 
-__all__ = ["BadUpdate", "Fold", "Layout", "PartialSum", "combine", "weighted_mean"]
+__all__ = ["BadUpdate", "Fold", "Layout", "PartialSum", "SumBroken", "combine", "weighted_mean"]
 
 _ROWS = 4  # clients folded in one pass over the accumulator
 _UNIT = 2.0**-53
@@ -69,6 +70,7 @@ class Fold:
         self._check_values = check_values
         self._added: list[tuple[int, Source, float]] = []
         self._folded = 0
+        self._broken = False
         self._seen: set[int] = set()
         self._metrics = WeightedMetrics()
         self._sums: dict[str, npt.NDArray[np.float64]] = {}
@@ -97,7 +99,9 @@ class Fold:
 
         Raises:
             BadUpdate: It is malformed or was counted before. The fold is as it was.
+            SumBroken: An update accepted earlier has changed or gone since; start anew.
         """
+        self._require_whole()
         if client in self._seen:
             raise BadUpdate(client, None, "was counted before")
         source = admit(client, given, weight, self.layout, values=self._check_values)
@@ -116,7 +120,9 @@ class Fold:
         Raises:
             ValueError: Nothing of weight > 0 was added.
             BadUpdate: Values were not checked in `add`, and one is NaN or infinite.
+            SumBroken: An update has changed or gone since it was accepted; start anew.
         """
+        self._require_whole()
         total = math.fsum(weight for _, _, weight in self._added)
         if self.layout is None or not total > 0:
             raise ValueError("no update of weight > 0 to take a mean of")
@@ -130,7 +136,9 @@ class Fold:
             else:
                 arrays[name], unsure[name] = self._finish(name, spec, total)
         for batch in _batches(unsure):
-            for name, sums in self._sum_again(batch).items():
+            with self._reading():
+                again = self._sum_again(batch)
+            for name, sums in again.items():
                 flat = arrays[name].reshape(-1)
                 flat[batch[name]] = mean_of(sums, total, flat.dtype)
         return Update(arrays=arrays, weight=total, metrics=self._metrics.means())
@@ -145,12 +153,14 @@ class Fold:
         weights = np.array([weight for _, _, weight in pending])
         rows = np.empty((len(pending), CHUNK))
         partial = np.empty(CHUNK)
-        with quiet(), contextlib.ExitStack() as files:
+        with self._reading(), quiet(), contextlib.ExitStack() as files:
             for _, source, _ in pending:
                 files.callback(source.close)
             for name, start, stop in self.layout.chunks():
                 if name in self._exact:
-                    for _, source, weight in pending:
+                    for client, source, weight in pending:
+                        if not self._check_values:
+                            require_finite(client, name, source.read(name, start, stop))
                         term = weighted(source, name, start, stop, weight)
                         self._exact[name].deposit(term, start)
                     continue
@@ -164,6 +174,22 @@ class Fold:
                 self._sums[name][start:stop] += partial[:size]
                 self._bounds[name][start // CHUNK] += bound
         self._folded = len(self._added)
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise SumBroken("an update changed after it was accepted; fold the round anew")
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """While accepted updates are read again; what breaks off in here leaves half a sum."""
+        self._broken = True
+        try:
+            yield
+        except BadUpdate:
+            raise
+        except (OSError, ValueError, OverflowError) as error:
+            raise SumBroken(f"an accepted update cannot be read again: {error}") from error
+        self._broken = False
 
     def _open(self, layout: Layout) -> None:
         for name, spec in layout.tensors.items():
@@ -226,7 +252,7 @@ class Fold:
             if spec is not None:
                 with quiet():
                     require_finite(client, name, source.read(name, 0, spec.size))
-        raise ValueError(f"tensor {name!r}: an update changed while it was being folded")
+        raise SumBroken(f"tensor {name!r}: an update changed after it was accepted")
 
 
 def _batches(unsure: _Coordinates) -> Iterator[_Coordinates]:

@@ -26,9 +26,12 @@ import numpy.typing as npt
 
 from fedml.federate.algorithm import Update
 from fedml.federate.arrays import Array, Arrays, rounded, tagged, untagged
-from fedml.federate.layout import BadUpdate, Given, Layout, Source, Spec, admit
+from fedml.federate.layout import BadUpdate, Given, Layout, Source, Spec, SumBroken, admit
 
 _Doubles = npt.NDArray[np.float64]
+
+_DEEPEST = 48  # levels of 53 bits that cover all of float64, and some
+_LARGEST = 2.0**1000
 
 
 class Levels:
@@ -49,6 +52,8 @@ class Levels:
         total, part, rest = self._scratch[:, : len(term)]
         depth = 0
         while True:
+            if depth == _DEEPEST:
+                raise OverflowError("a sum overflowed, or a term was not finite")
             if depth == len(self.arrays):
                 self.arrays.append(np.zeros(self._size))
             level = self.arrays[depth][start:stop]
@@ -127,6 +132,7 @@ class PartialSum:
         self.layout = layout
         self.clients: set[int] = set()
         self.weight = Fraction(0)
+        self._broken = False
         self._metrics = WeightedMetrics()
         self._levels: dict[str, Levels] = {}
         if layout is not None:
@@ -143,17 +149,23 @@ class PartialSum:
 
         Raises:
             BadUpdate: It is malformed or this client was counted before; nothing was added.
+            SumBroken: Its file was cut or changed while it was added; start anew.
         """
+        self._require_whole()
         if client in self.clients:
             raise BadUpdate(client, None, "was counted before")
         source = admit(client, given, weight, self.layout)
+        self._broken = True  # until every chunk is in
         try:
             layout = self.layout or Layout(source.specs)
             self._open(layout)
             for name, start, stop in layout.chunks():
                 self._levels[name].deposit(weighted(source, name, start, stop, weight), start)
+        except (OSError, ValueError, OverflowError) as error:
+            raise SumBroken(f"client {client}: its update changed after its check") from error
         finally:
             source.close()
+        self._broken = False
         self.clients.add(client)
         self.weight += Fraction(weight)
         self._metrics.add(metrics or {}, weight)
@@ -164,6 +176,8 @@ class PartialSum:
         Raises:
             BadUpdate: A client is in both, or the layouts differ; nothing was added.
         """
+        self._require_whole()
+        other._require_whole()
         twice = self.clients & other.clients
         if twice:
             raise BadUpdate(min(twice), None, "was counted before")
@@ -172,9 +186,11 @@ class PartialSum:
         if self.layout is not None:
             self.layout.check(min(other.clients, default=-1), other.layout.tensors)
         self._open(other.layout)
+        self._broken = True
         for name, start, stop in other.layout.chunks():
             for level in other._levels[name].arrays:
                 self._levels[name].deposit(level[start:stop].copy(), start)
+        self._broken = False
         self.clients |= other.clients
         self.weight += other.weight
         self._metrics.merge(other._metrics)
@@ -185,6 +201,7 @@ class PartialSum:
         Raises:
             ValueError: Nothing of weight > 0 was added.
         """
+        self._require_whole()
         if self.layout is None or not self.weight:
             raise ValueError("no update of weight > 0 to take a mean of")
         total = float(self.weight)
@@ -230,7 +247,7 @@ class PartialSum:
             while (level := arrays.get(f"sum{depth}::{name}")) is not None:
                 if level.shape != spec.shape or level.dtype != np.float64:
                     raise ValueError(f"not a partial sum: level {depth} of {name!r} is misshapen")
-                if not np.isfinite(level).all():
+                if not (np.abs(level) <= _LARGEST).all():
                     raise ValueError(f"not a partial sum: level {depth} of {name!r} is not finite")
                 out._levels[name].deposit(level.reshape(-1).copy())
                 depth += 1
@@ -241,6 +258,10 @@ class PartialSum:
         for tag in sorted({name.rsplit("::", 1)[0] for name in arrays if name[:8] == "metric::"}):
             out._metrics.sums[tag[8:]] = _metric_pair(untagged(tag, arrays))
         return out
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise SumBroken("an earlier update broke off half added; start the sum anew")
 
     def _open(self, layout: Layout) -> None:
         self.layout = layout

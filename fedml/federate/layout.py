@@ -22,7 +22,7 @@ from fedml.federate.tensor_file import BadTensorFile, TensorFile
 
 CHUNK = 32768  # elements a step: four clients' rows in float64 fill a 1 MiB L2 cache
 _HEAVIEST = 2.0**200
-_LARGEST = 2.0**700  # with the heaviest weight, a hundred doublings short of overflow
+_LARGEST = 2.0**480  # neither weighted sums nor sums of squares come near overflow
 
 
 class BadUpdate(ValueError):
@@ -38,6 +38,10 @@ class BadUpdate(ValueError):
         super().__init__(f"{where}: {why}")
         self.client = client
         self.tensor = tensor
+
+
+class SumBroken(RuntimeError):
+    """An update that had been accepted could not be read again; the sum must be started anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ Clients count once each: an example count is as easily forged as an update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -46,6 +47,7 @@ from fedml.protect.rules import (
     Rule,
     TooFewClients,
     TrimmedMean,
+    medoid,
     squared_distances,
 )
 
@@ -123,7 +125,8 @@ class RobustFold:
             self.layout = Layout(source.specs)
         self._sources[client] = source
         for name, value in (metrics or {}).items():
-            self._metrics.setdefault(name, []).append(float(value))
+            if math.isfinite(value):  # or one liar makes every median NaN
+                self._metrics.setdefault(name, []).append(float(value))
 
     def result(self) -> Update:
         """What the rule makes of all that was added.
@@ -186,30 +189,39 @@ class _Rows:
         self._step = max(_CELLS // len(sources), 64)
 
     def gram(self, reference: Arrays | None = None) -> Doubles:
-        """Gram matrix in float64 of the updates less the reference, or less their mean if None.
+        """Gram matrix in float64 of the updates less the reference.
 
-        Only what is learned counts: a batch counter says nothing about who lies.
+        Without a reference, as seen from zero; or from the update in their midst, where the
+        distances between them would drown in their norms. Never from their mean, which one liar
+        can put anywhere. Only what is learned counts: a batch counter says nothing about who lies.
         """
-        out = np.zeros((len(self._sources),) * 2)
-        for name, start, stop in self._learned():
-            matrix = self._matrix(name, start, stop).astype(np.float64, copy=False)
-            if reference is None:
-                matrix = matrix - matrix.mean(axis=0)
-            elif name in reference:
-                matrix = matrix - reference[name].reshape(-1)[start:stop]
-            out += matrix @ matrix.T
-        return out
+        out = self._product(
+            np.float64, lambda name, start, stop: _part(reference, name, start, stop)
+        )
+        if reference is not None or not _drowned(out, 1e-9):
+            return out
+        midst = self._sources[medoid(squared_distances(out))]
+        return self._product(np.float64, midst.read)
 
     def rough_gram(self) -> Doubles:
-        """Gram matrix from float32 products; redone precisely where distances would drown."""
+        """Gram matrix from float32 products; redone in float64 where distances would drown."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            out = self._product(np.float32, lambda name, start, stop: None)
+        if not np.isfinite(out).all() or _drowned(out, 1e-3):
+            return self.gram()
+        return out
+
+    def _product(
+        self, dtype: type[np.floating[Any]], origin: Callable[[str, int, int], Array | None]
+    ) -> Doubles:
         out = np.zeros((len(self._sources),) * 2)
         for name, start, stop in self._learned():
             matrix = self._matrix(name, start, stop)
+            if dtype is np.float64:
+                matrix = matrix.astype(np.float64, copy=False)
+            if (zero := origin(name, start, stop)) is not None:
+                matrix = matrix - zero
             out += matrix @ matrix.T
-        norms = np.diagonal(out)
-        apart = squared_distances(out) + np.diag(np.full(len(out), np.inf))
-        if not np.isfinite(out).all() or (apart < 1e-3 * (norms[:, None] + norms)).any():
-            return self.gram()
         return out
 
     def each_coordinate(self, rule: CoordinateRule, mix: Doubles | None) -> Arrays:
@@ -263,6 +275,20 @@ class _Rows:
         for row, source in zip(out, self._sources, strict=True):
             row[:] = source.read(name, start, stop)
         return out
+
+
+def _part(reference: Arrays | None, name: str, start: int, stop: int) -> Array | None:
+    if reference is None or name not in reference:
+        return None
+    return reference[name].reshape(-1)[start:stop]
+
+
+def _drowned(gram: Doubles, share: float) -> bool:
+    """Whether two updates are closer than ``share`` of their squared norms tells apart."""
+    norms = np.diagonal(gram)
+    apart = squared_distances(gram)
+    np.fill_diagonal(apart, np.inf)
+    return bool((apart < share * (norms[:, None] + norms)).any())
 
 
 def create(name: str, parameters: Mapping[str, Any] | None = None) -> Rule:

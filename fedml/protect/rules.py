@@ -8,7 +8,6 @@ every distance and every iterate of the usual methods follows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -168,12 +167,12 @@ class GeometricMedian:
     """The point of least summed distance to all updates (RFA: Pillutla et al., 2022).
 
     Weiszfeld's iteration, smoothed; all iterates are weighted means of the updates, so it runs on
-    the coefficients.
+    the coefficients. Distances are in units of the median distance from the update in their midst.
 
     Attributes:
         iterations: At most so many, >= 1.
         tolerance: Stop when no coefficient moves by more than this share of 1/n, > 0.
-        smoothing: Distances count as at least this share of the root mean square one, > 0.
+        smoothing: Shorter distances count as this long, > 0.
     """
 
     origin = Origin.ANYWHERE
@@ -190,20 +189,29 @@ class GeometricMedian:
     def coefficients(self, gram: Doubles) -> Doubles:
         """See `CombinationRule`."""
         n = len(gram)
+        squared = squared_distances(gram)
+        m = medoid(squared)
+        far = np.sqrt(squared[m])
+        unit = float(np.median(far))
+        if unit == 0:  # half of them are one point, which is then the median
+            return np.eye(n)[m]
+        # An update very far off pulls by its direction alone, so a million units will do; further
+        # off, it would drown all other distances in rounding.
+        near = np.minimum(1, 1e6 * unit / np.maximum(far, unit))
+        seen = gram - gram[m] - gram[:, m, None] + gram[m, m]
+        seen = near[:, None] * seen * near
         weights = np.full(n, 1 / n)
-        squared = _squared_from(gram, weights)
-        floor = self.smoothing * math.sqrt(float(squared.mean()))
-        if floor == 0:
-            return weights
         for _ in range(self.iterations):
-            new = 1 / np.maximum(np.sqrt(squared), floor)
+            away = np.sqrt(_squared_from(seen, weights))
+            new = 1 / np.maximum(away, self.smoothing * unit)
             new /= new.sum()
             moved = float(np.abs(new - weights).max())
             weights = new
             if moved <= self.tolerance / n:
                 break
-            squared = _squared_from(gram, weights)
-        return weights
+        out = weights * near
+        out[m] += 1 - out.sum()
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +327,11 @@ def squared_distances(gram: Doubles) -> Doubles:
     out: Doubles = norms[:, None] + norms - 2 * gram
     np.maximum(out, 0, out=out)
     return out
+
+
+def medoid(squared: Doubles) -> int:
+    """The row of least summed distance to all others, from their squared distances."""
+    return int(np.argmin(np.sqrt(squared).sum(axis=1)))
 
 
 def _count(rule: str, name: str, value: int, least: int = 0) -> None:

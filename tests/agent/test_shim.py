@@ -176,8 +176,9 @@ def test_pids_are_on_record_before_the_program_runs(task: Shim) -> None:
 
 
 def test_first_line_is_told_while_the_task_goes_on(task: Shim) -> None:
-    os.mkfifo(task.work / "go")
-    events = task.start("sh", "-c", "read line < go; echo first; read line < go").connect()
+    for name in ("go", "never"):
+        os.mkfifo(task.work / name)
+    events = task.start("sh", "-c", "read line < go; echo first; read line < never").connect()
     assert next(events)["event"] == "snapshot"
     with (task.work / "go").open("w") as go:
         go.write("\n")

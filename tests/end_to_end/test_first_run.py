@@ -15,7 +15,7 @@ from fedml import session
 from fedml.client import Client
 from fedml.package import build
 
-APP = '''
+APP = """
 import numpy as np
 
 def model(config):
@@ -35,7 +35,7 @@ def train(model, data, config, rng):
 def evaluate(model, data, config):
     x, y = data
     return {"loss": float(np.mean((x @ model["w"] - y) ** 2)), "examples": len(x)}
-'''
+"""
 
 
 def _command(package: str, *words: str) -> list[str]:

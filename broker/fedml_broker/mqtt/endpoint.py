@@ -21,7 +21,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from fedml_broker.mqtt import Handler, Refused, Unavailable
 from fedml_broker.mqtt.admission import Admission, Authenticate
@@ -103,7 +103,7 @@ class Endpoint:
         )
         self.admit = self._admission.admit
         self._address = host, port
-        self._ssl_context = ssl_context
+        self.ssl_context = ssl_context
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self._emptied = asyncio.Event()
@@ -197,12 +197,8 @@ class Endpoint:
             for topic_filter, handler in self._handlers:
                 self.router.greet(topic_filter, handler)
             await self.share.journal.drain()
-            tls: dict[str, Any] = {}
-            if self._ssl_context is not None:
-                timeout_s = self.share.limits.connect_timeout_s
-                tls = {"ssl": self._ssl_context, "ssl_handshake_timeout": timeout_s}
             self._server = await self._loop.create_server(
-                lambda: Connection(self), *self._address, backlog=_BACKLOG, **tls
+                lambda: Connection(self), *self._address, backlog=_BACKLOG
             )
         except BaseException:
             self.registry.stop()

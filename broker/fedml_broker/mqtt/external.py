@@ -29,6 +29,8 @@ from fedml_broker.mqtt.clock import Clock, SystemClock
 from fedml_broker.mqtt.link import Backoff, HandOver, Incoming, Link
 from fedml_broker.mqtt.subscriptions import matches, split_filter
 
+__all__ = ["Backoff", "ExternalPost"]
+
 log = logging.getLogger(__name__)
 
 TAKEN_OVER = 0x8E

@@ -9,13 +9,20 @@ turn of the event loop. asyncio sets TCP_NODELAY on every TCP connection.
 from __future__ import annotations
 
 import asyncio
+import logging
+import ssl
 from typing import Any, Protocol
+
+from fedml_broker.mqtt.tls import Tls
+
+log = logging.getLogger(__name__)
 
 
 class Pool(Protocol):
-    """What connections have in common."""
+    """What connections have in common; without `ssl_context` they are plain."""
 
     buffer: memoryview
+    ssl_context: ssl.SSLContext | None
 
     def flush_soon(self, pipe: Pipe) -> None:
         """Call `pipe.flush` at the end of this turn of the event loop."""
@@ -30,11 +37,22 @@ class Pipe(asyncio.BufferedProtocol):
         closing: Nothing more is read or written.
     """
 
-    __slots__ = ("_need", "_out", "_pool", "_rest", "_transport", "blocked", "closing", "reading")
+    __slots__ = (
+        "_need",
+        "_out",
+        "_pool",
+        "_rest",
+        "_tls",
+        "_transport",
+        "blocked",
+        "closing",
+        "reading",
+    )
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._transport: asyncio.Transport
+        self._tls = Tls(pool.ssl_context) if pool.ssl_context is not None else None
         self._out: list[bytes] = []
         self._rest: bytes | bytearray = b""
         self._need = 0
@@ -51,7 +69,7 @@ class Pipe(asyncio.BufferedProtocol):
     @property
     def certificate(self) -> dict[str, Any] | None:
         """The peer's verified certificate as `ssl` describes it, None without one."""
-        return self._transport.get_extra_info("peercert") or None
+        return self._tls.certificate if self._tls is not None else None
 
     def opened(self) -> None:
         """The socket is there."""
@@ -79,9 +97,18 @@ class Pipe(asyncio.BufferedProtocol):
     def flush(self) -> None:
         """Write what has been collected."""
         out = self._out
-        if out:
-            self._transport.write(b"".join(out) if len(out) > 1 else out[0])
-            out.clear()
+        if not out:
+            return
+        data = b"".join(out) if len(out) > 1 else out[0]
+        out.clear()
+        if self._tls is None:
+            self._transport.write(data)
+        elif not self._transport.is_closing():
+            try:
+                self._transport.write(self._tls.send(data))
+            except ssl.SSLError as error:
+                log.info("TLS with %s failed: %s", self.address, error.reason or error)
+                self.abort()
 
     def set_reading(self, reading: bool) -> None:
         """Take bytes from the peer, or leave them where they are."""
@@ -97,6 +124,8 @@ class Pipe(asyncio.BufferedProtocol):
         """Write what has been collected, then close."""
         self.closing = True
         self.flush()
+        if self._tls is not None:
+            self._transport.write(self._tls.close())
         self._transport.close()
 
     def abort(self) -> None:
@@ -117,7 +146,32 @@ class Pipe(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self.closing:
             return
-        data = bytes(self._pool.buffer[:nbytes])
+        data = (
+            bytes(self._pool.buffer[:nbytes])
+            if self._tls is None
+            else self._decrypt(self._tls, self._pool.buffer[:nbytes])
+        )
+        if data:
+            self._assemble(data)
+        if self._tls is not None and self._tls.ended:
+            self._transport.close()
+
+    def _decrypt(self, tls: Tls, data: memoryview) -> bytes:
+        """The protocol's bytes; the peer is shown out if it breaks TLS."""
+        try:
+            return tls.receive(data)
+        except ssl.SSLError as error:
+            log.info("TLS with %s failed: %s", self.address, error.reason or error)
+            self.closing = True
+            return b""
+        finally:
+            answer = tls.pending()
+            if answer:
+                self._transport.write(answer)
+            if self.closing:
+                self._transport.close()
+
+    def _assemble(self, data: bytes) -> None:
         if self._rest:
             self._rest += data  # in place, it is a bytearray: a trickled packet costs no more
             if len(self._rest) < self._need:

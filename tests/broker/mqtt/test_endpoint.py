@@ -5,6 +5,7 @@ import asyncio
 import logging
 import socket
 from pathlib import Path
+from typing import cast
 
 import mqtt5
 import pytest
@@ -509,7 +510,8 @@ async def test_a_reader_that_does_not_read_does_not_fill_the_memory(
     endpoint = await start(limits=Limits(write_high_water_bytes=20_000, linger_s=0.0))
     peer = await connect(endpoint, "a")
     await peer.subscribe(TopicFilter("x", max_qos=mqtt5.QoS.AT_MOST_ONCE))
-    peer.writer.transport.pause_reading()
+    socket_ = cast(asyncio.Transport, peer.writer.transport)
+    socket_.pause_reading()
     (connection,) = endpoint._connections
     sent = 0
     while not connection.blocked:
@@ -520,7 +522,7 @@ async def test_a_reader_that_does_not_read_does_not_fill_the_memory(
     await endpoint.publish("x", b"dropped", qos=0)
     assert endpoint.counters.dropped_slow_reader == 1
     assert connection._transport.get_write_buffer_size() < 100_000
-    peer.writer.transport.resume_reading()
+    socket_.resume_reading()
     for _ in range(sent):
         await peer.message()
     await peer.silent()

@@ -3,6 +3,7 @@
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,11 @@ from fedml_broker.mqtt.mosquitto import ACCESS, Mosquitto
 from tests.broker.mqtt.backends import External
 from tests.broker.mqtt.certificates import Authority
 
-FILES = {"ca_file": Path("/ca.pem"), "cert_file": Path("/c.pem"), "key_file": Path("/c.key")}
+FILES: dict[str, Any] = {
+    "ca_file": Path("/ca.pem"),
+    "cert_file": Path("/c.pem"),
+    "key_file": Path("/c.key"),
+}
 
 
 def test_it_speaks_tls_with_certificates_only_and_has_explicit_limits(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import ssl
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mqtt5
 import paho.mqtt.client as paho
@@ -137,8 +138,12 @@ async def test_unacknowledged_messages_come_again_with_dup(backend: Backend) -> 
 async def test_a_second_connection_of_a_device_takes_over(backend: Backend) -> None:
     async with backend:
         old = await backend.device(NODE)
-        await backend.device(NODE)
-        assert await old.disconnected() == 0x8E
+        new = await backend.device(NODE)
+        try:
+            assert await old.disconnected() == 0x8E
+        except EOFError:  # Mosquitto says so from 2.0.15 on; before, it just closes (issue 2607)
+            assert isinstance(backend, External)
+        await new.silent()
 
 
 async def test_a_lost_device_is_announced_by_its_will(backend: Backend) -> None:
@@ -242,7 +247,9 @@ async def test_pahos_client_gets_along_with_it(backend: Backend, authority: Auth
     loop = asyncio.get_running_loop()
     subscribed, gone = asyncio.Event(), asyncio.Event()
     got: asyncio.Queue[paho.MQTTMessage] = asyncio.Queue()
-    client = paho.Client(CallbackAPIVersion.VERSION2, NODE, protocol=paho.MQTTv5, manual_ack=True)
+    client: Any = paho.Client(
+        CallbackAPIVersion.VERSION2, NODE, protocol=paho.MQTTv5, manual_ack=True
+    )
     client.tls_set_context(authority.client_context(NODE))
     client.on_connect = lambda *_: client.subscribe(f"{DOWN}/#", qos=1)
     client.on_subscribe = lambda *_: loop.call_soon_threadsafe(subscribed.set)

@@ -18,7 +18,7 @@ Q1 = mqtt5.QoS.AT_LEAST_ONCE
 WILL = mqtt5.Will(
     "w/ü", payload=b"\xff\x00", message_expiry_interval=3, user_properties=[("a", "b")]
 )
-VALID = [
+VALID: list[mqtt5.Packet] = [
     mqtt5.ConnectPacket(
         "abc", username="u", password=b"\xff", will=WILL, user_properties=[("k", "v")]
     ),

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
 from fedml.federate import aggregate
-from fedml.federate.aggregate import Fold, PartialSum, combine, weighted_mean
+from fedml.federate.aggregate import Fold, PartialSum, SumBroken, combine, weighted_mean
 from fedml.federate.algorithm import Update
 from fedml.federate.arrays import Arrays
 from fedml.federate.layout import CHUNK, BadUpdate, Layout
@@ -59,7 +59,7 @@ def rounds(draw: st.DrawFn) -> tuple[list[Arrays], list[float]]:
         values: st.SearchStrategy = st.integers(-(2**31), 2**31 - 1)
     else:
         width = np.dtype(dtype).itemsize * 8
-        top = {16: 65504.0, 32: float(np.float32(3e38)), 64: 1e200}[width]
+        top = {16: 65504.0, 32: float(np.float32(3e38)), 64: 1e140}[width]
         values = st.floats(-top, top, width=width)
         # Ties and cancellation are what rounding goes wrong on; plain floats rarely hit them.
         values |= st.sampled_from([0.0, 1.0, -1.0, 1.5, 2.0**-20, 1 + 2.0**-10, -1 - 2.0**-10])
@@ -231,6 +231,28 @@ def test_combine_finds_the_client_that_sent_nan(why: str) -> None:
     updates = [Update(arrays=GOOD, weight=1)] * 6 + [Update(arrays=BAD[why], weight=1)]
     with pytest.raises(BadUpdate, match=f"client 6, tensor 'w': {why}"):
         combine(updates)
+
+
+def test_combine_finds_nan_in_float64_and_overflow_too() -> None:
+    for bad, why in ((np.nan, "holds NaN"), (np.inf, "an infinity"), (1e200, "too large")):
+        updates = [Update(arrays={"w": np.array([1.0, x])}, weight=1) for x in (1.0, bad, 1.0)]
+        with pytest.raises(BadUpdate, match=f"client 1, tensor 'w': holds .*{why[-6:]}"):
+            combine(updates)
+
+
+def test_an_accepted_file_that_vanishes_breaks_the_fold_not_the_next_client(
+    tmp_path: Path,
+) -> None:
+    fold = Fold()
+    for k in range(3):
+        save_file(GOOD, tmp_path / str(k))
+        fold.add(k, tmp_path / str(k), 1.0)
+    (tmp_path / "1").unlink()
+    with pytest.raises(SumBroken, match="cannot be read again"):
+        fold.add(3, GOOD, 1.0)  # the fourth makes a full pass
+    for again in (lambda: fold.add(4, GOOD, 1.0), fold.result):
+        with pytest.raises(SumBroken, match="fold the round anew"):
+            again()
 
 
 @pytest.mark.parametrize(

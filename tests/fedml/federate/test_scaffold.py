@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from fedml.federate.cohort import choose
 from fedml.federate.fedavg import FedAvg
 from fedml.federate.scaffold import Scaffold
 from tests.fedml.federate.quadratic import Quadratic, at, run
@@ -45,14 +47,16 @@ def test_by_examples_the_optimum_is_that_of_all_examples() -> None:
     np.testing.assert_allclose(model["w"], [(3 * -1 + 3 * 3) / 6], rtol=1e-9)
 
 
-def test_each_step_is_the_papers() -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_step_is_the_papers(count: int) -> None:
     # Algorithm 1, option II, transcribed for scalars.
     lr, steps, eta_g = 0.1, 3, 0.5
     a, b = (1.0, 3.0), (-1.0, 3.0)
     x, c, c_i = 0.5, 0.0, [0.0, 0.0]
-    for _ in range(4):
+    for t in range(4):
+        sampled = choose(0, t, [0, 1], count)
         dy, dc = [], []
-        for i in (0, 1):
+        for i in sampled:
             y = x
             for _ in range(steps):
                 y -= lr * (a[i] * (y - b[i]) + c - c_i[i])
@@ -60,9 +64,10 @@ def test_each_step_is_the_papers() -> None:
             dy.append(y - x)
             dc.append(plus - c_i[i])
             c_i[i] = plus
-        x += eta_g * sum(dy) / 2
-        c += sum(dc) / 2
+        x += eta_g * sum(dy) / count
+        c += count / 2 * sum(dc) / count
     clients = {i: Quadratic(at(b[i]), curvature=a[i], lr=lr, steps=steps) for i in (0, 1)}
-    model, kept = run(Scaffold(server_lr=eta_g), clients, at(0.5), 4)
+    model, kept = run(Scaffold(server_lr=eta_g), clients, at(0.5), 4, count=count)
     np.testing.assert_allclose(model["w"], [x], rtol=1e-12)
-    np.testing.assert_allclose([kept[0]["w"][0], kept[1]["w"][0]], c_i, rtol=1e-12)
+    for i, own in kept.items():
+        np.testing.assert_allclose(own["w"], [c_i[i]], rtol=1e-12)

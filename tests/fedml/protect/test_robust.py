@@ -230,6 +230,8 @@ ATTACKS = [
     attacks.SignFlip(20.0),
     attacks.LittleIsEnough(10, 2, z=1.5),
     attacks.InnerProduct(10.0),
+    attacks.Noise(1e12),
+    attacks.Noise(1e100),
 ]
 
 
@@ -256,6 +258,25 @@ def test_two_liars_of_ten_cannot_move_a_robust_rule_far(attack, rule, mixing) ->
     honest = np.mean(rows[:8], axis=0)
     spread = np.sqrt(np.mean([np.sum((row - honest) ** 2) for row in rows[:8]]))
     assert np.linalg.norm(fold.result().arrays["w"] - honest) < 1.5 * spread
+
+
+@pytest.mark.parametrize("rule", [Krum(2), GeometricMedian(), CentredClipping(20.0)], ids=repr)
+@pytest.mark.parametrize("mixing", [[], [NearestNeighbours(2)]], ids=["alone", "mixed"])
+def test_a_huge_float32_does_not_hide_the_honest_from_each_other(rule, mixing) -> None:
+    rng = np.random.default_rng(6)
+    honest = 1 + 0.3 * rng.standard_normal((8, 200))
+    fold = RobustFold(rule, mixing=mixing)
+    for k in range(10):
+        row = honest[k] if k < 8 else np.full(200, 3e38 * (-1) ** k)
+        fold.add(k, {"w": row.astype(np.float32)}, 1.0, {"loss": np.nan if k > 7 else 1.0})
+    result = fold.result()
+    assert np.linalg.norm(result.arrays["w"] - honest.mean(axis=0)) < 1.5 * 0.3 * np.sqrt(200)
+    assert result.metrics == {"loss": 1.0}
+
+
+def test_a_majority_of_equal_updates_is_their_geometric_median() -> None:
+    rows = np.array([[1.0, 2, 3, 4, 5]] * 4 + [[9.0, 9, 9, 9, 9], [0, 0, 0, 0, 0], [7, 0, 7, 0, 7]])
+    np.testing.assert_array_equal(apply(GeometricMedian(), rows), rows[0])
 
 
 def test_the_same_liars_move_the_mean_wherever_they_want() -> None:
