@@ -194,7 +194,7 @@ class GeometricMedian:
         far = np.sqrt(squared[m])
         unit = float(np.median(far))
         if unit == 0:  # half of them are one point, which is then the median
-            return np.eye(n)[m]
+            return np.asarray(np.arange(n) == m, dtype=np.float64)
         # An update very far off pulls by its direction alone, so a million units will do; further
         # off, it would drown all other distances in rounding.
         near = np.minimum(1, 1e6 * unit / np.maximum(far, unit))
@@ -209,7 +209,7 @@ class GeometricMedian:
             weights = new
             if moved <= self.tolerance / n:
                 break
-        out = weights * near
+        out: Doubles = weights * near
         out[m] += 1 - out.sum()
         return out
 

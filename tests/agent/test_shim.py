@@ -455,7 +455,8 @@ print(json.dumps(record))
     [
         ("head -c 3000000 /dev/zero; echo the end", 3_000_008, 1_900_000),
         ("cat /dev/zero > hog; echo the end", 8, 8),
-        ("cat /dev/zero > hog; echo the end; rm hog; echo room", 13, 8),
+        # The shim may come to the first line only when there is room again: then none is lost.
+        ("cat /dev/zero > hog; echo the end; rm hog; echo room", 13, 0),
     ],
     ids=["by its log", "by the task", "for a while"],
 )
