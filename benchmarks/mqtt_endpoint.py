@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from pathlib import Path
 import mqtt5
 import psutil
 
+from fedml_broker.identity import Identity
 from fedml_broker.mqtt.endpoint import Endpoint, Limits
 
 CLIENTS, WINDOW, PAYLOAD = 8, 20, b"x" * 200
@@ -42,7 +44,7 @@ CLIENTS, WINDOW, PAYLOAD = 8, 20, b"x" * 200
 # --- the servers ------------------------------------------------------------------------------
 
 
-async def _serve(path: Path) -> None:
+async def _serve(path: Path, tls: bool) -> None:
     """The endpoint alone, open to everybody; its port goes to stdout."""
     endpoint = Endpoint(
         path,
@@ -50,6 +52,7 @@ async def _serve(path: Path) -> None:
         may_publish=lambda identity, topic: True,
         may_subscribe=lambda identity, topic_filter: True,
         limits=Limits(max_queued_messages=1_000_000, max_queued_bytes=1 << 30),
+        ssl_context=Identity.open(path.parent / "identity").mqtt_context() if tls else None,
     )
     async with endpoint:
         print(endpoint.port, flush=True)
@@ -57,9 +60,10 @@ async def _serve(path: Path) -> None:
 
 
 @contextmanager
-def embedded(folder: Path) -> Iterator[tuple[psutil.Process, int]]:
+def embedded(folder: Path, *, tls: bool = False) -> Iterator[tuple[psutil.Process, int]]:
     """An endpoint process on the folder's `mqtt.db`, and its port."""
     command = [sys.executable, __file__, "--serve", str(folder / "mqtt.db")]
+    command += ["--tls"] if tls else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -102,6 +106,7 @@ class Client:
     name: str
     expiry_s: int = 0
     acknowledge: bool = True
+    tls: ssl.SSLContext | None = None
     acked: list[int] = field(default_factory=list)
     payloads: list[bytes] = field(default_factory=list)
     published: int = 0
@@ -111,11 +116,16 @@ class Client:
         deadline = time.monotonic() + 10
         while True:
             try:
-                self.socket = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+                opened = socket.create_connection(("127.0.0.1", self.port), timeout=10)
                 break
             except ConnectionRefusedError:
                 assert time.monotonic() < deadline, "the server does not listen"
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = (
+            opened
+            if self.tls is None
+            else self.tls.wrap_socket(opened, server_hostname="localhost")
+        )
         self.rest = b""
         connect = mqtt5.ConnectPacket(self.name, session_expiry_interval=self.expiry_s)
         self.socket.sendall(connect.write())
@@ -166,9 +176,18 @@ class Client:
 
     def _one(self) -> mqtt5.Packet:
         """Exactly one packet (of less than 128 bytes): what follows it is for `read`."""
-        head = self.socket.recv(2, socket.MSG_WAITALL)
-        packet, _ = mqtt5.read(memoryview(head + self.socket.recv(head[1], socket.MSG_WAITALL)))
+        head = self._exactly(2)
+        packet, _ = mqtt5.read(memoryview(head + self._exactly(head[1])))
         return packet
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            more = self.socket.recv(count - len(data))
+            if not more:
+                raise ConnectionResetError("closed by the server")
+            data += more
+        return data
 
 
 def _publish(topic: str, packet_id: int, payload: bytes) -> bytes:
@@ -268,9 +287,13 @@ def read_for_ever(port: int) -> None:
         present.payloads.clear()
 
 
-def idle_mb(process: psutil.Process, port: int, count: int) -> float:
+def idle_mb(
+    process: psutil.Process, port: int, count: int, tls: ssl.SSLContext | None = None
+) -> float:
+    """Growth of the process for a thousand connections that have subscribed and say nothing."""
+    Client(port, "first", tls=tls).socket.close()
     before = process.memory_info().rss
-    clients = [Client(port, f"idle-{n}") for n in range(count)]
+    clients = [Client(port, f"idle-{n}", tls=tls) for n in range(count)]
     for client in clients:
         client.subscribe(f"fed/1/t/d/{client.name}/dn/#")
     grown = process.memory_info().rss - before
@@ -317,10 +340,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer messages and rounds")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tls", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
-        asyncio.run(_serve(chosen.serve))
+        asyncio.run(_serve(chosen.serve, chosen.tls))
         return
     if chosen.read:
         read_for_ever(chosen.read)
@@ -349,6 +373,9 @@ def main() -> None:
         (folder / "mqtt.db").unlink()
         with embedded(folder) as (process, port):
             grown = idle_mb(process, port, idle)
+        context = Identity.open(folder / "identity").client_context()
+        with embedded(folder, tls=True) as (process, port):
+            grown_tls = idle_mb(process, port, idle, context)
         acked, lost = lost_on_kill(folder, 2 if chosen.quick else 6)
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()},")
     print(f"mqtt5 {version('mqtt5')}, SQLite {sqlite3.sqlite_version}\n")
@@ -362,6 +389,7 @@ def main() -> None:
         ("durable messages/s, subscriber absent", ">= 3000", f"{queued:.0f}"),
         ("durable messages/s, subscriber present", ">= 3000", f"{present:.0f}"),
         ("MB for 1,000 idle subscribed connections", "<= 40", f"{grown:.1f}"),
+        ("  the same with TLS", "<= 40", f"{grown_tls:.1f}"),
         (f"lost of {acked} acknowledged messages, kill -9", "0", f"{lost}"),
     ]
     for what, target, measured in rows:

@@ -136,7 +136,7 @@ class Admission:
             return Refusal(NO_QOS_2, "wills may have QoS 0 or 1")
         topic = self._router.topic(will.topic.encode())
         if topic.name.startswith("$") or not self._may_publish(identity, topic.name):
-            return Refusal(NOT_AUTHORISED, f"no will may be left for {topic.name[:80]}")
+            return Refusal(NOT_AUTHORISED, f"no will may be left for {topic.name[:80]!r}")
         return Will(
             topic=topic,
             payload=will.payload or b"",

@@ -324,7 +324,7 @@ class Connection(Pipe):
 
     def _count_refused(self, topic: Topic) -> None:
         self._host.share.counters.not_authorised += 1
-        log.debug("%s may not publish to %s", self.peer, topic.name)
+        log.debug("%s may not publish to %r", self.peer, topic.name)
 
     def _throttle(self, session: Session) -> None:
         if session.handling >= self._host.share.limits.max_handling and self.reading:

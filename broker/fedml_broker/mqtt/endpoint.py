@@ -168,6 +168,8 @@ class Endpoint:
             known = self.router.topic(topic.encode())
         except Violation as violation:
             raise Refused(str(violation), violation.code) from None
+        except UnicodeEncodeError:
+            raise Refused(f"{topic!r} is not text", 0x90) from None
         expires_at = None if expiry_s is None else self.share.clock.now() + expiry_s
         message = Message(known, payload, qos, retain, b"", expires_at)
         outcome = self.router.route(message, None, own=True)
@@ -299,7 +301,7 @@ def _closed_on_error(check: Callable[[str, str], bool]) -> Callable[[str, str], 
         try:
             return check(identity, topic)
         except Exception:  # the one place: a broken check must not take the endpoint down
-            log.exception("the access check of %s for %s failed by our own fault", identity, topic)
+            log.exception("the access check of %s for %r failed by our own fault", identity, topic)
             return False
 
     return checked

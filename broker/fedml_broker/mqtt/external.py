@@ -47,7 +47,8 @@ class ExternalPost:
         client_id: Its session there; with client certificates, the certificate's name.
         ssl_context: None means plain TCP, which is refused unless the host is this machine.
         session_expiry_s: How long the broker keeps messages for us while we are away.
-        receive_maximum: Unacknowledged messages, and so handlers, at one time.
+        receive_maximum: Unacknowledged messages, and so handlers, at one time. QoS 0 messages that
+            come while as many are at work are dropped, and counted in `dropped`.
         connect_timeout_s: For TCP, TLS and CONNACK together.
 
     Raises:
@@ -81,6 +82,7 @@ class ExternalPost:
         self._drain_s = drain_s
         self._backoff = backoff or Backoff()
         self._clock = clock or SystemClock()
+        self.dropped = 0
         self._handlers: list[tuple[str, Handler]] = []
         self._handling: set[asyncio.Task[None]] = set()
         self._link: Link | None = None
@@ -195,7 +197,11 @@ class ExternalPost:
         delay_s = 0.0
         while True:
             began = self._clock.now()
-            reason = await self._one_connection()
+            try:
+                reason = await self._one_connection()
+            except Exception:  # the one place: whatever paho comes up with, the link is tried again
+                log.exception("the link to %s failed by our own fault", self._where)
+                reason = 0
             lasted_s = self._clock.now() - began
             delay_s = self._backoff.after(delay_s, lasted_s)
             if reason == TAKEN_OVER:
@@ -321,6 +327,11 @@ class ExternalPost:
             answer.set_result(reason)
 
     def link_received(self, link: Link, message: MQTTMessage) -> None:
+        if self._keeping is None:
+            return  # leaving: not acknowledged, so it comes again next time
+        if not message.qos and len(self._handling) >= self._receive_maximum:
+            self.dropped += 1  # nothing else bounds what at-most-once senders can ask of us
+            return
         handlers = [
             handler
             for topic_filter, handler in self._handlers
@@ -346,7 +357,7 @@ class ExternalPost:
         except Exception:  # the one place: a broken handler must not take the link down
             # To the broker 0x83 means the same as success (4.3.2), and paho cannot say it: nobody
             # can be told here. The sender's own outbox still has the message.
-            log.exception("the handler of %s failed; the message is dropped", message.topic)
+            log.exception("the handler of %r failed; the message is dropped", message.topic)
         incoming.running -= 1
         self._acknowledge(link)
 

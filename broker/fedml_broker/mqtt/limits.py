@@ -40,6 +40,7 @@ class Limits:
     max_subscriptions: int = 64
     max_topic_levels: int = 32
     max_retained: int = 200_000
+    max_retained_bytes: int = 256 * 1024 * 1024
     max_connections: int = 20_000
     max_handling: int = 256
     connect_timeout_s: float = 10.0

@@ -70,7 +70,7 @@ class Registry:
         for sub in list(session.subscriptions.values()):
             topic_filter = sub.group.filter if sub.group else sub.filter
             if not may_subscribe(topic_filter):
-                log.info("%s may no longer subscribe to %s", client, sub.filter)
+                log.info("%s may no longer subscribe to %r", client, sub.filter)
                 self.unsubscribe(session, sub.filter)
         return session, present
 

@@ -19,9 +19,14 @@ class _Node:
 
 
 class Retained:
-    """A tree of topic levels with at most one message each."""
+    """A tree of topic levels with at most one message each.
+
+    Attributes:
+        size: Bytes of all messages, as `Message.size` counts them.
+    """
 
     def __init__(self) -> None:
+        self.size = 0
         self._root = _Node()
         self._count = 0
 
@@ -40,7 +45,11 @@ class Retained:
         node = self._root
         for level in topic.split("/"):
             node = node.children.setdefault(level, _Node())
-        self._count += node.message is None
+        if node.message is None:
+            self._count += 1
+        else:
+            self.size -= node.message.size
+        self.size += message.size
         node.message = message
 
     def drop(self, topic: str) -> bool:
@@ -54,6 +63,7 @@ class Retained:
             path.append(below)
         if path[-1].message is None:
             return False
+        self.size -= path[-1].message.size
         path[-1].message = None
         self._count -= 1
         while levels and path[-1].message is None and not path[-1].children:

@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 
 SUCCESS, NO_SUBSCRIBERS, FAILED, TOPIC_INVALID, QUOTA = 0x00, 0x10, 0x83, 0x90, 0x97
 
-# Names of topics kept with their matches; about 400 bytes each. A fleet of 10,000 uses 40,000.
-_KEPT_TOPICS = 65_536
+# Names of topics kept with their matches, about 400 bytes each beside three copies of the name. A
+# fleet of 10,000 uses 40,000. Long names are looked up each time: a client chooses its own.
+_KEPT_TOPICS, _KEPT_NAME_BYTES = 65_536, 256
 
 
 class Owner(Protocol):
@@ -86,6 +87,8 @@ class Router:
     def known(self, name: str) -> Topic:
         """The topic of a name that was checked before (it comes from the journal)."""
         encoded = name.encode()
+        if len(encoded) > _KEPT_NAME_BYTES:
+            return Topic(name, encoded)
         if len(self._topics) >= _KEPT_TOPICS:
             self._topics.clear()
         return self._topics.setdefault(encoded, Topic(name, encoded))
@@ -212,7 +215,7 @@ class Router:
         try:
             await handler(message.topic.name, message.payload)
         except Exception:  # the one place: a broken handler must not take the endpoint down
-            log.exception("the handler of %s failed; its sender is told", message.topic.name)
+            log.exception("the handler of %r failed; its sender is told", message.topic.name)
             self._share.counters.handler_errors += 1
             reason = FAILED
         if receipt is not None:
@@ -230,8 +233,11 @@ class Router:
         if not message.payload:
             self._drop_retained(name)
             return SUCCESS
-        full = len(self.retained) >= self._share.limits.max_retained
-        if full and self.retained.get(name) is None:
+        limits, before = self._share.limits, self.retained.get(name)
+        if before is None and len(self.retained) >= limits.max_retained:
+            return QUOTA
+        growth = message.size - (before.size if before else 0)
+        if growth > 0 and self.retained.size + growth > limits.max_retained_bytes:
             return QUOTA
         self.retained.put(name, message)
         columns = (message.payload, message.properties, message.qos, message.expires_at)

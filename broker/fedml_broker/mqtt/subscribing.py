@@ -82,7 +82,7 @@ def _refusal(host: Rights, session: Session, identity: str, pattern: str) -> int
         log.info("%s subscribes in vain: %s", identity, error)
         return FILTER_INVALID
     if not host.may_subscribe(identity, topic_filter):
-        log.info("%s may not subscribe to %s", identity, topic_filter)
+        log.info("%s may not subscribe to %r", identity, topic_filter)
         return NOT_AUTHORISED
     room = len(session.subscriptions) < limits.max_subscriptions
     return 0 if room or pattern in session.subscriptions else QUOTA

@@ -171,6 +171,8 @@ async def test_wills_wait_for_their_clients_after_a_restart(
         await watcher.silent()
         clock.advance(1)
         assert await watcher.take(1) == [b"delayed"]
+        await watcher.silent()
+    assert _rows(tmp_path / "mqtt.db")["will"] == 0  # "back" left none this time
 
 
 async def test_expiry_counts_on_over_a_restart(
@@ -287,6 +289,7 @@ async def test_a_full_disk_refuses_and_recovers(
         with pytest.raises(Unavailable, match="disk"):
             await endpoint.publish("x", b"2")
         assert await writer.publish("nobody/stores/this", b"") == 0x10
+        await (await connect(endpoint, "late", **KEPT)).leave()
         clock.advance(1)  # another attempt, in vain
         await journal.drain()
         journal._commit = commit  # type: ignore[method-assign]
@@ -298,6 +301,9 @@ async def test_a_full_disk_refuses_and_recovers(
         payloads = []
         while b"3" not in payloads:
             payloads += await peer.take(1)
+    async with make_endpoint(tmp_path / "mqtt.db", clock=clock) as endpoint:
+        # What could not be written at the time was written later.
+        assert (await connect(endpoint, "late", **KEPT)).connack.session_present
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert len(errors) == 1
     assert "free some space" in errors[0]

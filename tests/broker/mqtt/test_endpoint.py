@@ -445,6 +445,18 @@ async def test_subscriptions_connections_and_retained_messages_are_limited(
     assert (await connect(endpoint, "c")).connack.reason_code == 0x89
 
 
+async def test_retained_messages_are_limited_in_bytes(start: Start, connect: Connect) -> None:
+    endpoint = await start(limits=Limits(max_retained_bytes=5_000))
+    peer = await connect(endpoint, "a")
+    assert await peer.publish("x", b"-" * 4_000, retain=True) == 0x10
+    assert await peer.publish("y", b"-" * 1_000, retain=True) == 0x97
+    assert await peer.publish("x", b"-" * 3_000, retain=True) == 0x10
+    assert await peer.publish("y", b"-" * 1_000, retain=True) == 0x10
+    await peer.publish("x", b"", retain=True)
+    await peer.publish("y", b"", retain=True)
+    assert endpoint.router.retained.size == 0
+
+
 async def test_packets_may_come_in_any_pieces(start: Start, dial: Connect) -> None:
     peer = await dial(await start())
     whole = (
@@ -484,9 +496,11 @@ async def test_a_shutdown_is_announced(tmp_path: Path, connect: Connect) -> None
 
 async def test_what_the_broker_cannot_publish_is_refused_clearly(start: Start) -> None:
     endpoint = await start()
-    for topic, payload in (("a/+", b""), ("", b""), ("a\0b", b""), ("x", b"-" * 200_000)):
+    for topic in ("a/+", "", "a\0b", "\ud800", "a/" * 40):
         with pytest.raises(Refused):
-            await endpoint.publish(topic, payload)
+            await endpoint.publish(topic, b"")
+    with pytest.raises(Refused, match="blob"):
+        await endpoint.publish("x", b"-" * 200_000)
     with pytest.raises(Refused):
         await endpoint.publish("x", b"", qos=2)
 

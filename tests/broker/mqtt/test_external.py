@@ -153,12 +153,12 @@ async def test_acknowledgements_follow_the_handlers_in_the_order_of_receipt(
 async def test_a_handler_that_outlives_its_link_acknowledges_nothing_on_the_next(
     tmp_path: Path, connect: Connect
 ) -> None:
-    go = asyncio.Event()
-    calls: asyncio.Queue[bytes] = asyncio.Queue()
+    calls: asyncio.Queue[asyncio.Event] = asyncio.Queue()
 
     async def handler(topic: str, payload: bytes) -> None:
-        calls.put_nowait(payload)
-        await go.wait()
+        may_end = asyncio.Event()
+        calls.put_nowait(may_end)
+        await may_end.wait()
 
     async with make_endpoint(tmp_path / "mqtt.db") as endpoint:
         post = link(endpoint)
@@ -167,14 +167,18 @@ async def test_a_handler_that_outlives_its_link_acknowledges_nothing_on_the_next
             await post.until_connected()
             device = await connect(endpoint, "a")
             await device.publish("up/x", b"1")
-            await calls.get()
+            before = await calls.get()
             await endpoint.disconnect("broker", "a network fault")
             await _reconnected(post)
-            assert await calls.get() == b"1"  # delivered again, handled again
+            again = await calls.get()  # delivered again, handled again
             session = endpoint.registry.get("broker")
             assert session is not None
+            before.set()
+            await post.publish("a/round/trip", b"")
             assert len(session.inflight) == 1
-            go.set()
+            again.set()
+            while session.inflight:
+                await device.silent()
 
 
 async def test_a_publish_under_way_fails_when_the_link_breaks(
@@ -244,6 +248,47 @@ async def test_another_client_with_our_name_makes_us_wait_the_longest(
             await witness.silent()
     assert 150 <= delays[0] <= 300
     assert any("another client uses our identity" in r.getMessage() for r in caplog.records)
+
+
+async def test_whatever_paho_comes_up_with_the_link_is_tried_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post = link(await start())
+    make, calls = post._make_client, iter([RuntimeError("out of sockets")])
+
+    def failing_once() -> Any:
+        for error in calls:
+            raise error
+        return make()
+
+    monkeypatch.setattr(post, "_make_client", failing_once)
+    async with post:
+        await post.until_connected()
+
+
+async def test_a_flood_of_qos_0_is_dropped_and_counted(start: Start, connect: Connect) -> None:
+    endpoint = await start()
+    started = 0
+    go, got_last = asyncio.Event(), asyncio.Event()
+
+    async def handler(topic: str, payload: bytes) -> None:
+        nonlocal started
+        started += 1
+        if payload == b"last":
+            got_last.set()
+        await go.wait()
+
+    post = link(endpoint, receive_maximum=4)
+    post.subscribe("up/#", handler)
+    async with post:
+        await post.until_connected()
+        device = await connect(endpoint, "a")
+        for _ in range(10):
+            device.publish_0("up/x", b"")
+        await device.publish("up/x", b"last")
+        await got_last.wait()  # QoS 1 is not dropped
+        assert (started, post.dropped) == (5, 6)
+        go.set()
 
 
 async def test_mosquitto_restarted_without_its_state_is_subscribed_to_again(

@@ -273,13 +273,14 @@ async def test_a_delayed_will_waits_and_is_cancelled_by_a_reconnect(
     kept = {"will": will, "session_expiry_interval": 600}
     (await connect(endpoint, "a", **kept)).drop()
     await until_only(endpoint, watcher, 1)
-    clock.advance(29)
+    clock.advance(10)
     peer = await connect(endpoint, "a", **kept)
-    clock.advance(29)
-    await watcher.silent()
+    clock.advance(10)
     peer.drop()
     await until_only(endpoint, watcher, 1)
-    clock.advance(30)
+    clock.advance(29)  # past the first will's moment, short of the second's
+    await watcher.silent()
+    clock.advance(1)
     assert (await watcher.message()).payload == b"gone"
     await watcher.silent()
 
@@ -294,6 +295,9 @@ async def test_a_delayed_will_does_not_outwait_its_session(
     (await connect(endpoint, "a", will=will, session_expiry_interval=20)).drop()
     await until_only(endpoint, watcher, 1)
     clock.advance(20)
+    assert (await watcher.message()).payload == b"gone"
+    # Nor a session that ends at once.
+    (await connect(endpoint, "c", will=will)).drop()
     assert (await watcher.message()).payload == b"gone"
     # A clean start ends the old session, and so its will's waiting.
     (await connect(endpoint, "b", will=will, session_expiry_interval=600)).drop()
