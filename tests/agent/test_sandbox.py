@@ -314,6 +314,9 @@ tell([sorted(os.environ), sorted(map(int, os.listdir("/proc/self/fd")))[:-1], ma
         del os.environ["A_SECRET_OF_THE_AGENT"]
     passed_on = {"LANGUAGE", "LC_CTYPE", *(name for name in os.environ if name[:3] == "LC_"), "TZ"}
     assert set(found[0]) - passed_on == {"HOME", "LANG", "MINE", "PATH", "TMPDIR"}
+    # Signals 32 and 33 are glibc's own: its posix_spawn, which make uses, leaves them ignored, and
+    # sigaction(2) through it refuses to change them. Every signal that a program can set counts.
+    found[4] = f"{int(found[4], 16) & ~(0b11 << 31):016x}"
     # Python ignores two signals by itself: SIGPIPE (bit 12) and SIGXFSZ (bit 24).
     assert found[1:] == [[0, 1, 2], 0o077, "1", f"{1 << 12 | 1 << 24:016x}", "0" * 16, True, True]
 
