@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Client:
                 failures += 1
                 if failures > 30:
                     raise BrokerUnreachable(f"{self._url} does not answer: {error}") from error
-                _pause(min(0.2 * failures, 3.0))
+                time.sleep(min(0.2 * failures, 3.0))
 
     def _stream(self, run: str, after: int, logs: bool) -> Iterator[dict[str, Any]]:
         path = f"/v1/runs/{run}/follow?after={after}&logs={int(logs)}"
@@ -83,13 +84,7 @@ class Client:
 
     def has(self, sha256: str) -> bool:
         """Whether the broker has a blob."""
-        try:
-            response = self._pool.request(
-                "HEAD", f"{self._url}/v1/blobs/{sha256}", headers=self._headers
-            )
-        except (HTTPError, OSError) as error:
-            raise BrokerUnreachable(f"{self._url} does not answer: {error}") from error
-        return response.status == 200
+        return self._head(sha256).status == 200
 
     def upload(self, file: Path, told: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
         """Put a file; what the broker has already is not sent. Gives ``{"sha256", "size"}``."""
@@ -113,7 +108,8 @@ class Client:
             except BrokerUnreachable:
                 if attempt == _RESUMPTIONS - 1:
                     raise
-                start = self._uploaded(sha256, size)
+                offset = int(self._head(sha256).headers.get("Upload-Offset", 0))
+                start = min(offset, max(size - 1, 0))
         return blob
 
     def download(self, sha256: str, into: Path) -> None:
@@ -135,11 +131,14 @@ class Client:
             raise BrokerRefused(f"the bytes that came as {sha256} are others")
         part.replace(into)
 
-    def _uploaded(self, sha256: str, size: int) -> int:
-        response = self._pool.request(
-            "HEAD", f"{self._url}/v1/blobs/{sha256}", headers=self._headers
-        )
-        return min(int(response.headers.get("Upload-Offset", 0)), max(size - 1, 0))
+    def _head(self, sha256: str) -> urllib3.BaseHTTPResponse:
+        """Whether a blob is there, or how much of an upload."""
+        try:
+            return self._pool.request(
+                "HEAD", f"{self._url}/v1/blobs/{sha256}", headers=self._headers
+            )
+        except (HTTPError, OSError) as error:
+            raise BrokerUnreachable(f"{self._url} does not answer: {error}") from error
 
     def _ask(
         self,
@@ -190,9 +189,3 @@ def _is_new(log: dict[str, Any], seen: dict[tuple[str, int, str], int]) -> bool:
         return False
     seen[key] = log["offset"] + len(log["text"].encode())
     return True
-
-
-def _pause(seconds: float) -> None:
-    import time
-
-    time.sleep(seconds)

@@ -8,13 +8,12 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from fedml_agent.errors import AgentError
+from fedml_agent.sockets import address_of
 
 if TYPE_CHECKING:
     from fedml_agent.daemon import Daemon
@@ -41,7 +40,7 @@ class Control:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            with _short(self._path) as address:
+            with address_of(self._path) as address:
                 listener.bind(address)
         finally:
             os.umask(before)
@@ -95,10 +94,11 @@ def ask(path: Path) -> dict[str, Any]:
     Raises:
         NotRunning: There is none.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _short(path) as address:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_TIMEOUT_S)
         try:
-            connection.connect(address)
+            with address_of(path) as address:
+                connection.connect(address)
             connection.sendall(b"{}\n")
             with connection.makefile("rb") as answer:
                 found: dict[str, Any] = json.loads(answer.readline())
@@ -107,16 +107,3 @@ def ask(path: Path) -> dict[str, Any]:
             raise NotRunning(
                 "no agent is running on this home", "start one: `fedml-agent run`"
             ) from error
-
-
-@contextmanager
-def _short(path: Path) -> Iterator[str]:
-    """A path to a socket that fits into its 108 bytes, however deep the directory lies."""
-    try:
-        number = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    except FileNotFoundError as error:
-        raise NotRunning("no agent has run on this home", "`fedml-agent login KEY`") from error
-    try:
-        yield f"/proc/self/fd/{number}/{path.name}"
-    finally:
-        os.close(number)

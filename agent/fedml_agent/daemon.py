@@ -63,6 +63,7 @@ class Daemon:
         self._nvml = nvml
         self._https: Https | None = None
         self._stopping = asyncio.Event()
+        self._confirmation = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._runs: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -150,10 +151,13 @@ class Daemon:
 
     async def _settle_debts(self) -> None:
         """Give results that are just finished a moment to be confirmed; the journal keeps them."""
+        if not self.link.up.is_set():
+            return
         try:
             async with asyncio.timeout(3):
-                while self.journal.owed() and self.link.up.is_set():
-                    await asyncio.sleep(0.05)
+                while self.journal.owed():
+                    self._confirmation.clear()
+                    await self._confirmation.wait()
         except TimeoutError:
             pass
 
@@ -289,6 +293,7 @@ class Daemon:
         """The broker has a result: its files may go."""
         entry = self.journal.confirm(task, epoch)
         self.outbox.confirmed((task, epoch))
+        self._confirmation.set()
         if entry is not None:
             if isinstance(entry.offer.spec, LaunchSpec):
                 self.jobs.clean(entry)

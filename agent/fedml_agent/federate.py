@@ -29,6 +29,7 @@ from fedml_agent.observe import LogShipper
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy
 from fedml_agent.room import Room
+from fedml_agent.sockets import address_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_protocol.blob import Blob, NamedBlob
 from fedml_protocol.cause import Cause, Fault
@@ -132,6 +133,7 @@ class Stages:
         session = self._sessions.pop(name, None)
         if session is not None:
             await session.end()
+        self._deaths.pop(name, None)
         self._room.give_back(name)
         folder = self._home.sessions / name
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -201,6 +203,7 @@ class Stages:
                 out_dir=str(out),
             )
         )
+        self._deaths.pop(spec.session, None)
         if done.cause is not None:
             return _result(entry, TaskState.FAILED, done.cause)
         artifacts = []
@@ -242,9 +245,8 @@ class Stages:
 
     def _worker_died(self, entry: Entry, how: str) -> Result:
         name = _stage_spec(entry).session
-        session = self._sessions.pop(name, None)
-        deaths = (session.deaths if session is not None else 0) + 1
-        self._deaths[name] = deaths
+        self._sessions.pop(name, None)
+        deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
         if deaths >= _DEATHS:
             return _failed(entry, Fault.TASK, f"its worker died {deaths} times: {how}")
         cause = Cause(fault=Fault.MACHINE, message=f"its worker died: {how}")
@@ -290,7 +292,6 @@ class Stages:
         (session.folder / "lease.json").write_text(json.dumps(lease))
         shim_dir = session.next_shim_dir()
         tended = await tending.start(shim_dir, self._spec(session, entry, work))
-        session.deaths = self._deaths.get(session.name, 0)
         session.take(tended, self._shipper(session, tended))
 
     def _spec(self, session: "Session", entry: Entry, work: Path) -> TaskSpec:
@@ -348,7 +349,6 @@ class Session:
         self.tended: Tended | None = None
         self.shipper: LogShipper | None = None
         self.starting = asyncio.Lock()
-        self.deaths = 0
         self.used_at = asyncio.get_running_loop().time()
         self._turn = asyncio.Lock()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
@@ -401,7 +401,6 @@ class Session:
         while True:
             body = await _read(reader)
             if isinstance(body, StageDone) and (body.task, body.epoch) == (order.task, order.epoch):
-                self.deaths = 0
                 return body
 
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -413,7 +412,8 @@ class Session:
             async for _ in self.tended.events():
                 if (path / SOCKET).exists():
                     break
-            self._streams = await _connect(path)
+            with address_of(path / SOCKET) as address:
+                self._streams = await asyncio.open_unix_connection(address)
             ready = await _read(self._streams[0])
             if not isinstance(ready, WorkerReady):
                 raise ConnectionError("the worker did not introduce itself")
@@ -454,15 +454,6 @@ class Session:
             await asyncio.wait(self._background, timeout=10)
         for task in self._background:
             task.cancel()
-
-
-async def _connect(folder: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    # Not by its own path, which may be longer than a socket address (108 bytes).
-    number = os.open(folder, os.O_PATH | os.O_DIRECTORY)
-    try:
-        return await asyncio.open_unix_connection(f"/proc/self/fd/{number}/{SOCKET}")
-    finally:
-        os.close(number)
 
 
 async def _read(reader: asyncio.StreamReader) -> WorkerReady | StageOrder | StageDone:

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from fedml_agent import capped_log, guard, keeper, namespaces, processes, shim
 from fedml_agent.capped_log import LogReader
 from fedml_agent.sandbox import Limits
+from fedml_agent.sockets import address_of
 
 Stream: TypeAlias = Literal["out", "err"]
 _Facts: TypeAlias = dict[str, Any]  # a JSON object of the shim's, see shim.py
@@ -438,10 +439,9 @@ async def _connect(tended: Tended) -> None:
     """Connect, or leave it `lost`: then its end is in its directory, or it has none."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
-    folder = os.open(tended.taskdir, os.O_PATH | os.O_DIRECTORY)
     try:
-        # Not by its own path, which may be longer than a socket address (108 bytes).
-        sock.connect(f"/proc/self/fd/{folder}/{keeper.SOCKET_FILE}")
+        with address_of(tended.taskdir / keeper.SOCKET_FILE) as address:
+            sock.connect(address)
     except (ConnectionRefusedError, FileNotFoundError):
         sock.close()
         tended.connection_lost(None)
@@ -450,8 +450,6 @@ async def _connect(tended: Tended) -> None:
         raise ShimSilent(f"cannot connect to the shim in {tended.taskdir}: {error}") from error
     else:
         await asyncio.get_running_loop().create_unix_connection(lambda: tended, sock=sock)
-    finally:
-        os.close(folder)
 
 
 def _close(taskdir: Path) -> bool:

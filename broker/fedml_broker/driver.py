@@ -40,7 +40,7 @@ from fedml_protocol.federate import (
     StageSpec,
     UpdateAdded,
 )
-from fedml_protocol.tasks import Needs, Offer, OnLost, Result, TaskState
+from fedml_protocol.tasks import Offer, OnLost, Result, TaskState
 
 if TYPE_CHECKING:
     from fedml_broker.federate import FederateRequest, Federation
@@ -85,13 +85,7 @@ class Driver:
         self._tenant = tenant
         self._publisher = publisher
         self._request = request
-        self._needs = Needs(
-            gpus=request.needs.gpus,
-            gpu_memory_bytes=request.needs.gpu_memory_bytes,
-            cpus=request.needs.cpus,
-            memory_bytes=request.needs.memory_bytes,
-            disk_bytes=request.needs.disk_bytes,
-        )
+        self._needs = request.needs.needs()
         self._stopped_by = ""
         self._refused = 0
         self._stopping = asyncio.Event()

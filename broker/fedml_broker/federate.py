@@ -22,7 +22,7 @@ from fedml_broker.observe import Observer
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
-from fedml_protocol.tasks import Needs, Result
+from fedml_protocol.tasks import Result
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Federation:
         """
         _check(request)
         package = check_package(self.blobs, request.package)
-        needs = Needs(**msgspec.to_builtins(request.needs))
+        needs = request.needs.needs()
         clients = request.clients
         possible(self.fleet, user.tenant, "federate", needs, clients.labels, clients.count)
         run = runs.new_id()

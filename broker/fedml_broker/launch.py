@@ -42,6 +42,10 @@ class NeedsBody(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     disk_bytes: int = 0
 
+    def needs(self) -> Needs:
+        """The same, as an offer carries it."""
+        return Needs(**msgspec.to_builtins(self))
+
 
 class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job, as `fedml launch` sends it."""
@@ -107,7 +111,7 @@ class Launcher:
                 grace_s=request.grace_s,
                 deadline_s=request.deadline_s,
                 package=package,
-                needs=Needs(**msgspec.to_builtins(request.needs)),
+                needs=request.needs.needs(),
                 tail=request.follow,
             )
         except MalformedMessage as error:

@@ -53,8 +53,9 @@ class Aggregator:
         self._central_model: Any = None
         self._model: dict[str, Any] = {}
         self._state: dict[str, Any] = {}
-        # What was made last, so that a round does not read what it has just written.
-        self._latest: tuple[str, dict[str, Any], dict[str, Any]] | None = None
+        # The round that was made last, so that the next one does not read what was just written.
+        self._latest: tuple[int, dict[str, Any], dict[str, Any]] | None = None
+        self._round = 0
         self._fold = Fold()
 
     def answer(self, question: Any) -> Any:
@@ -93,7 +94,8 @@ class Aggregator:
         return self._made(out, model, self._algorithm.start(model), {})
 
     def _begin(self, question: BeginRound) -> RoundBegun:
-        if self._latest is not None and self._latest[0] == _name(question.model_path):
+        self._round = question.round
+        if self._latest is not None and self._latest[0] == question.round - 1:
             self._model, self._state = self._latest[1:]
         else:
             self._model = load_file(question.model_path)
@@ -132,7 +134,7 @@ class Aggregator:
                 save_file(arrays, paths[name])
         found = {f"train.{name}": value for name, value in metrics.items()}
         found |= {f"central.{name}": value for name, value in self._evaluated(model).items()}
-        self._latest = (_digest(paths["model"]), model, state)
+        self._latest = (self._round, model, state)
         return ModelMade(
             model_path=paths["model"],
             state_path=paths["state"],
@@ -147,18 +149,6 @@ class Aggregator:
             self._central_model = self._application.new_model(self._opened.seed)
         set_weights(self._central_model, model)
         return self._application.evaluate(self._central_model, self._central)
-
-
-def _digest(path: str) -> str:
-    import hashlib
-
-    with open(path, "rb") as file:  # noqa: PTH123
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _name(path: str) -> str:
-    """Blobs are named by their content."""
-    return Path(path).name
 
 
 def _cause(error: Exception) -> Cause:
