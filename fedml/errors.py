@@ -6,7 +6,8 @@ FedMLError            1
 ├── NotLoggedIn       3   no token in this home
 ├── BrokerUnreachable 5   nobody answers there
 ├── BrokerRefused     6   the broker answered no; its own words are in the text
-└── RunFailed         7   the run itself ended badly
+├── RunFailed         7   the run itself ended badly
+└── DataUnavailable   8   a data set is unknown, not here, damaged, or cannot be fetched
 
 Each class carries its exit code and, where there is one, the next step.
 """
@@ -54,3 +55,9 @@ class RunFailed(FedMLError):
     """The run ended badly; the text is its cause."""
 
     exit_code = 7
+
+
+class DataUnavailable(FedMLError):
+    """A data set cannot be had; the text says why."""
+
+    exit_code = 8

@@ -1,29 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """A workspace as one file: the same files always give the same bytes, and so the same hash.
 
-Ignore files are honoured (`.gitignore`, `.fedmlignore`), and what nobody wants to ship never is.
+Ignore files (`.gitignore`, `.fedmlignore`, in any directory) mean what they mean to git, and what
+nobody wants to ship never is.
 """
 
-import fnmatch
 import gzip
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pathspec import GitIgnoreSpec
+
 from fedml.errors import ConfigError
 
-_NEVER = (".git", "__pycache__", ".venv", ".DS_Store", ".pytest_cache", ".mypy_cache")
+_NEVER = (
+    ".git", "__pycache__", ".venv", ".DS_Store", ".pytest_cache", ".mypy_cache", ".ruff_cache",
+)  # fmt: skip
+_IGNORE_FILES = (".gitignore", ".fedmlignore")
+
+# Directories from the root down, each with what its ignore files say.
+_Ignored = list[tuple[Path, GitIgnoreSpec]]
 
 
 def build(workspace: Path, into: Path) -> int:
     """Pack a directory as .tar.gz; how many files it has.
 
     Raises:
-        ConfigError: There is no such directory.
+        ConfigError: There is no such directory, or something in it cannot be packed.
     """
     if not workspace.is_dir():
         raise ConfigError(f"the workspace {workspace} is not a directory")
+    try:
+        return _pack(workspace, into)
+    except OSError as error:
+        raise ConfigError(f"the workspace {workspace} cannot be packed: {error}") from error
+
+
+def _pack(workspace: Path, into: Path) -> int:
     files = sorted(_files(workspace, workspace, []))
     # Times and owners are left out: they would change the hash of unchanged files.
     with (
@@ -43,37 +58,48 @@ def build(workspace: Path, into: Path) -> int:
     return len(files)
 
 
-def _files(folder: Path, root: Path, ignored: list[str]) -> Iterator[Path]:
-    ignored = ignored + _ignore_file(folder)
+def _files(folder: Path, root: Path, above: _Ignored) -> Iterator[Path]:
+    ignored = above + _ignore_files(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         path = Path(entry.path)
-        relative = str(path.relative_to(root))
-        if entry.name in _NEVER or _matches(relative, entry.name, entry.is_dir(), ignored):
+        link = entry.is_symlink()
+        directory = entry.is_dir() and not link
+        if entry.name in _NEVER or _is_ignored(path, directory, ignored):
             continue
-        if entry.is_symlink() or entry.is_file():
-            yield path
-        elif entry.is_dir():
+        if directory:
             yield from _files(path, root, ignored)
+        elif link:
+            _check_link(path, root)
+            yield path
+        elif entry.is_file():
+            yield path
 
 
-def _ignore_file(folder: Path) -> list[str]:
+def _ignore_files(folder: Path) -> _Ignored:
     lines: list[str] = []
-    for name in (".gitignore", ".fedmlignore"):
+    for name in _IGNORE_FILES:
         file = folder / name
         if file.is_file():
-            lines += [line.strip() for line in file.read_text(errors="replace").splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+            lines += file.read_text(errors="replace").splitlines()
+    return [(folder, GitIgnoreSpec.from_lines(lines))] if lines else []
 
 
-def _matches(relative: str, name: str, is_dir: bool, patterns: list[str]) -> bool:
-    ignored = False
-    for pattern in patterns:
-        keep = pattern.startswith("!")
-        plain = pattern.lstrip("!")
-        only_dirs = plain.endswith("/")
-        plain = plain.strip("/")
-        if only_dirs and not is_dir:
-            continue
-        if fnmatch.fnmatch(name, plain) or fnmatch.fnmatch(relative, plain):
-            ignored = not keep
-    return ignored
+def _is_ignored(path: Path, directory: bool, ignored: _Ignored) -> bool:
+    # The deepest file that says anything decides, as with git.
+    for folder, spec in reversed(ignored):
+        relative = str(path.relative_to(folder)) + ("/" if directory else "")
+        verdict = spec.check_file(relative).include
+        if verdict is not None:
+            return bool(verdict)
+    return False
+
+
+def _check_link(path: Path, root: Path) -> None:
+    """A link that leads out of the workspace would lead nowhere on the machine."""
+    target = path.readlink()
+    inside = Path(os.path.normpath(path.parent.relative_to(root) / target))
+    if target.is_absolute() or inside.parts[:1] == (os.pardir,):
+        raise ConfigError(
+            f"the link {path} leads out of the workspace, to {target}",
+            "copy the file into the workspace, or name the link in .fedmlignore",
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from fedml_agent import sandbox
 from fedml_agent.errors import AgentError
 from fedml_agent.sockets import address_of
 
@@ -79,6 +80,7 @@ def status_of(daemon: "Daemon") -> dict[str, Any]:
         "draining": daemon.intake.draining,
         "refusing": daemon.intake.refusing,
         "alarms": daemon.intake.alarms,
+        "sandbox_missing": sandbox.cannot(),
         "tasks": [
             {"task": e.key[0], "epoch": e.key[1], "state": e.state.name, "gpus": list(e.gpus)}
             for e in daemon.journal.held()

@@ -8,27 +8,31 @@ start.
 """
 
 import asyncio
+import datetime
 import logging
 import time
 from collections.abc import Coroutine
 from typing import Any
 
-from fedml_agent import hardware, login, systemd
+from fedml_agent import hardware, login, sandbox, systemd
+from fedml_agent.attic import Attic
 from fedml_agent.control import Control
 from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable
 from fedml_agent.federate import Stages
 from fedml_agent.heartbeat import Heart
 from fedml_agent.home import Home
-from fedml_agent.https import Https
+from fedml_agent.https import Https, patiently
 from fedml_agent.intake import Intake, room_name
 from fedml_agent.journal import Entry, Journal
 from fedml_agent.launch import Jobs
 from fedml_agent.link import Link, LinkDown
 from fedml_agent.outbox import Outbox
 from fedml_agent.packages import Packages
-from fedml_agent.policy import Policy, load_or_refuse
+from fedml_agent.policy import Policy, closed
+from fedml_agent.policy_file import load_or_refuse
 from fedml_agent.room import Room, all_names, disk_free, leasable, report, slots
 from fedml_agent.voice import Voice
+from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import (
     Accept,
@@ -46,6 +50,9 @@ log = logging.getLogger(__name__)
 # Between two tries to reach the broker over HTTPS at the start.
 _HELLO_PAUSE_S = 5.0
 _HOUSE_S = 60.0
+_RESYNC_S = 3600.0
+# Thousands of logs may lie there.
+_TIDY_S = 600.0
 
 
 class Daemon:
@@ -59,11 +66,14 @@ class Daemon:
         self.policy = load_or_refuse(home.policy)
         self.journal = Journal(home.private / "journal.db")
         self.inventory = hardware.inventory(nvml=nvml)
+        sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self._nvml = nvml
         self._https: Https | None = None
+        self._resynced_at = 0.0
         self._stopping = asyncio.Event()
         self._confirmation = asyncio.Event()
+        self._tidied_at = self._tried_at = float("-inf")
         self._serving: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._runs: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -71,11 +81,21 @@ class Daemon:
 
         self.voice = Voice(self.membership.address, home.next_boot(), version)
         self.packages = Packages(home.packages, self.https)
-        self.jobs = Jobs(home, self.journal, self.packages, self.https, self, self._policy)
-        self.stages = Stages(
-            home, self.journal, self.packages, self.https, self, self._policy, self.room
+        self.attic = Attic(home.logs, self.journal, self.https, self._policy)
+        self.jobs = Jobs(
+            home, self.journal, self.packages, self.https, self, self._policy, self.attic
         )
-        self.outbox = Outbox(self.voice, self.journal, self.stages.upload)
+        self.stages = Stages(
+            home,
+            self.journal,
+            self.packages,
+            self.https,
+            self,
+            self._policy,
+            self.room,
+            self.attic,
+        )
+        self.outbox = Outbox(self.voice, self.journal, self.stages.upload, self._lost_again)
         self.intake = Intake(
             home,
             self.journal,
@@ -94,11 +114,11 @@ class Daemon:
             draining=lambda: self.intake.draining,
             nvml=nvml,
         )
-        self.heart.every_s = self.membership.heartbeat_s
         self.link = Link(
             self.membership.address, self._where, self.voice.will(), self.intake.take, self._greet
         )
         self.voice.link = self.link
+        self._beat_every(self.membership.heartbeat_s)
         self.control = Control(home.control, self)
 
     # ------------------------------------------------------------------ life
@@ -119,6 +139,7 @@ class Daemon:
                         loops.create_task(self.link.serve(), name="agent.link"),
                         loops.create_task(self.outbox.serve(), name="agent.outbox"),
                         loops.create_task(self._keep_house(), name="agent.house"),
+                        loops.create_task(self.attic.serve(), name="agent.attic"),
                         loops.create_task(self._say_hello(), name="agent.hello"),
                         loops.create_task(_keep_watchdog(), name="agent.watchdog"),
                     ]
@@ -199,9 +220,22 @@ class Daemon:
                 log.info("the broker was not told about this machine yet: %s", error)
                 await asyncio.sleep(_HELLO_PAUSE_S)
                 continue
-            self.heart.every_s = self.membership.heartbeat_s
+            self._beat_every(self.membership.heartbeat_s)
             self.intake.use_keys(self.membership.verify_keys)
+            await self._resync()
             return
+
+    async def _resync(self) -> None:
+        """Ask what messages that were lost, or held back on the way, would have told us."""
+        self._resynced_at = asyncio.get_running_loop().time()
+        question = {"sessions": self.stages.kept()}
+        told = await patiently(lambda: self.https().call("POST", "/v1/agent/resync", question))
+        self.intake.sent_by_now(told["counter"])
+        for name in set(question["sessions"]).intersection(told["over"]):
+            await self.stages.close(name)
+
+    def _beat_every(self, seconds: float) -> None:
+        self.heart.every_s = self.link.beat_every_s = seconds
 
     async def _renew_if_due(self) -> None:
         if login.expired(self.home):
@@ -215,22 +249,45 @@ class Daemon:
     async def _keep_house(self) -> None:
         """Now and then: the disk, the policy file, the certificate, idle sessions, lost leases."""
         while True:
-            self._look_at_disk()
-            self.policy = load_or_refuse(self.home.policy)
+            self._read_policy()
+            await self._look_at_machine()
             await self.stages.close_idle()
             self._end_lost()
+            if asyncio.get_running_loop().time() - self._resynced_at > _RESYNC_S:
+                self._spawn(self._resync(), "agent.resync")
             await asyncio.sleep(min(_HOUSE_S, self.heart.every_s))
             try:
                 await self._renew_if_due()
             except (AgentError, OSError) as error:
                 log.warning("the certificate could not be renewed: %s", error)
 
-    def _look_at_disk(self) -> None:
+    def _read_policy(self) -> None:
+        """What its owner has written since; the broker is told of what it lets out."""
+        policy = load_or_refuse(self.home.policy)
+        if policy == self.policy:
+            return
+        log.info("the policy has changed")
+        self.policy = policy
+        self.room.devices = leasable(self.inventory, policy)
+        self.room.slots = slots(self.inventory, policy)
+        self._spawn(self._say_hello(), "agent.hello")
+
+    async def _look_at_machine(self) -> None:
+        """Whether anything can be taken now; old logs make room."""
+        now = time.monotonic()
         free = disk_free(self.home.root)
         low = free < self.policy.disk_reserve
-        reason = f"its disk is low: {free / 1e9:.1f} GB are free" if low else ""
-        if self.policy.broken:
-            reason = f"its policy cannot be used: {self.policy.broken}"
+        if low:
+            self.packages.make_room()
+        if low or now > self._tidied_at + _TIDY_S:
+            self._tidied_at = now
+            await asyncio.to_thread(self.attic.tidy, disk_low=low)
+        if set(self.policy.require) & set(sandbox.cannot()) and now > self._tried_at + _HOUSE_S:
+            self._tried_at = now
+            sandbox.capabilities.cache_clear()  # its owner may have mended that
+            await asyncio.to_thread(sandbox.capabilities)
+        at = datetime.datetime.now().astimezone().time()
+        reason = closed(self.policy, at=at, disk_free=free, cannot=sandbox.cannot())
         if bool(reason) != bool(self.intake.refusing):
             log.warning("offers are %s %s", "refused:" if reason else "taken again", reason)
             self.heart.now()
@@ -247,6 +304,8 @@ class Daemon:
         await self.voice.presence(online=True)
         self.heart.now()
         self.outbox.again()
+        if self.stages.kept():
+            self._spawn(self._resync(), "agent.resync")
 
     # ------------------------------------------------------------------ orders (see intake.py)
 
@@ -314,7 +373,14 @@ class Daemon:
         self.journal.end(entry, result)
         if isinstance(entry.offer.spec, LaunchSpec):
             self.room.give_back(room_name(entry.offer))
-        self.outbox.new()
+        self.outbox.new(entry)
+
+    def _lost_again(self, entry: Entry, why: str) -> None:
+        """A result that cannot be delivered: the broker may offer the task anew."""
+        cause = Cause(fault=Fault.MACHINE, message=why)
+        task, epoch = entry.key
+        self.journal.end(entry, Result(task=task, epoch=epoch, state=TaskState.LOST, cause=cause))
+        self.outbox.again()
 
     # ------------------------------------------------------------------ small print
 

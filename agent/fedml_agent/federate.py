@@ -10,24 +10,29 @@ done before from its disk, so that an agent that was restarted simply asks again
 """
 
 import asyncio
+import datetime
 import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from fedml_agent import sandbox, tending
-from fedml_agent.errors import AgentError
+from fedml_agent import belongings, processes, sandbox, tending
+from fedml_agent.attic import Attic, mark_owed
+from fedml_agent.errors import AgentError, BrokerRefused
 from fedml_agent.home import Home
-from fedml_agent.https import BlobChanged, Https, file_blob
+from fedml_agent.https import BlobChanged, Https, file_blob, patiently
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Reporter
+from fedml_agent.launch import Reporter, limits_of, out_of_time
 from fedml_agent.observe import LogShipper
+from fedml_agent.outbox import FilesSpoilt
 from fedml_agent.packages import BadPackage, Packages
-from fedml_agent.policy import Policy
+from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.room import Room
 from fedml_agent.sockets import address_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
@@ -44,7 +49,9 @@ log = logging.getLogger(__name__)
 SOCKET = "worker.sock"
 # A worker that dies so often without finishing a stage dies of the user's code.
 _DEATHS = 3
-# A session that nobody closed (its message was lost) ends by itself.
+# Of this round and the one before: a model, and what the algorithm sends with it.
+_MODELS_KEPT = 4
+# A worker that nobody has used for so long gives its memory back.
 _IDLE_S = 3600.0
 
 
@@ -64,11 +71,13 @@ class Stages:
         reporter: Reporter,
         policy: Callable[[], Policy],
         room: Room,
+        attic: Attic,
     ) -> None:
         """
         Args:
             room: A session keeps its place in it, between its stages too.
         """
+        self._attic = attic
         self._home = home
         self._journal = journal
         self._packages = packages
@@ -99,6 +108,8 @@ class Stages:
             return
         except BadPackage as error:
             result = _failed(entry, Fault.MACHINE, str(error))
+        except belongings.NotAFile as error:
+            result = _failed(entry, Fault.TASK, str(error))
         except WorkerDied as error:
             result = self._worker_died(entry, str(error))
         except (AgentError, tending.TendingError, OSError) as error:
@@ -125,56 +136,83 @@ class Stages:
     def watch(self, task: str, on: bool) -> None:
         """Somebody watches a run: its workers' logs go out at once."""
         for session in self._sessions.values():
-            if session.log_task == task and session.shipper is not None:
+            if session.log_key[0] == task and session.shipper is not None:
                 session.shipper.watch(on)
 
     async def close(self, name: str) -> None:
         """The run is over: end its worker, forget its files."""
+        await self._rest(name)
+        folder = self._home.sessions / name
+        for shim in folder.glob("shim-*"):
+            self._attic.take_in(shim, f"{name}.{shim.name}")
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def kept(self) -> list[str]:
+        """Runs of which there is something here."""
+        return [folder.name for folder in self._home.sessions.iterdir()]
+
+    async def _rest(self, name: str) -> None:
+        """End the worker of a session and free what it holds; its files stay."""
         session = self._sessions.pop(name, None)
         if session is not None:
             await session.end()
         self._deaths.pop(name, None)
         self._room.give_back(name)
-        folder = self._home.sessions / name
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def take_up(self, folder: Path) -> None:
-        """A session without an open stage: its worker stays warm if it lives, else it goes."""
-        session = Session(folder.name, folder, None)
+        """A session without an open stage: its worker stays warm if it lives.
+
+        If not, its files wait for the next stage: algorithms keep the state of a client there.
+        """
+        session = Session(folder.name, folder)
         try:
             found = await session.find()
         except (tending.ShimSilent, ValueError) as error:
             log.warning("%s", error)
             found = None
         if isinstance(found, Tended) and folder.name not in self._sessions:
-            lease = json.loads((folder / "lease.json").read_text())
+            lease = session.lease()
             self._room.take(folder.name, Needs(**lease["needs"]), tuple(lease["gpus"]))
-            session.take(found, None)
+            session.take(found, self._shipper(session, found))
             self._sessions[folder.name] = session
-        elif folder.name not in self._sessions:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def close_idle(self) -> None:
-        """End sessions that nobody has used for long."""
+        """End workers that nobody has used for long; the next stage starts another one."""
         now = asyncio.get_running_loop().time()
         for name, session in list(self._sessions.items()):
             if now - session.used_at > _IDLE_S and not self._journal.knows_session(name):
-                log.info("the session %s was idle for %g s and is closed", name, _IDLE_S)
-                await self.close(name)
+                log.info("the worker of %s was idle for %g s and is ended", name, _IDLE_S)
+                await self._rest(name)
 
     def detach(self) -> None:
         """The agent stops; the workers go on without it."""
         for session in self._sessions.values():
             session.detach()
 
-    async def upload(self, entry: Entry) -> None:
-        """Offer the files that a result names (again)."""
-        if entry.result is None:
+    async def upload(self, entry: Entry, *, again: bool) -> None:
+        """Send the files that a result names; `again`: some may be there already.
+
+        Raises:
+            FilesSpoilt: They are not what they were.
+            AgentError: They did not arrive.
+        """
+        if entry.result is None or not entry.result.artifacts:
             return
         out = self._out_dir(entry)
         for artifact in entry.result.artifacts:
             file = out / f"{artifact.name}.safetensors"
-            await asyncio.to_thread(self._https().store, file, artifact.blob)
+            try:
+                with self._opened(file) as path:
+                    await asyncio.to_thread(self._https().store, path, artifact.blob, again=again)
+            except (FileNotFoundError, belongings.NotAFile) as error:
+                raise FilesSpoilt(f"{artifact.name} is gone from this machine's disk") from error
+            except BrokerRefused as error:
+                if (
+                    error.status == 422
+                    and await asyncio.to_thread(file_blob, file) != artifact.blob
+                ):
+                    raise FilesSpoilt(f"{artifact.name} was damaged on this machine") from error
+                raise
 
     def clean(self, entry: Entry) -> None:
         """The broker has the result: its files may go."""
@@ -193,23 +231,31 @@ class Stages:
             raise WorkerDied("it could not be started")
         out = self._out_dir(entry)
         await asyncio.to_thread(out.mkdir, mode=0o700, parents=True, exist_ok=True)
-        done = await session.ask(
-            StageOrder(
-                task=entry.key[0],
-                epoch=entry.key[1],
-                spec=spec,
-                model_path=model,
-                sent_path=sent,
-                out_dir=str(out),
-            )
+        order = StageOrder(
+            task=entry.key[0],
+            epoch=entry.key[1],
+            spec=spec,
+            model_path=model,
+            sent_path=sent,
+            out_dir=str(out),
         )
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        now = datetime.datetime.now().astimezone().time()
+        try:
+            async with asyncio.timeout(time_limit_s(self._policy(), now)):
+                done = await session.ask(order)
+        except TimeoutError:
+            await self._rest(spec.session)
+            return _result(entry, TaskState.FAILED, out_of_time(entry, loop.time() - began))
         self._deaths.pop(spec.session, None)
         if done.cause is not None:
             return _result(entry, TaskState.FAILED, done.cause)
         artifacts = []
         for name in done.files:
             file = out / f"{name}.safetensors"
-            blob = await asyncio.to_thread(self._send, file)
+            with self._opened(file) as path:
+                blob = await asyncio.to_thread(file_blob, path)
             artifacts.append(NamedBlob(name=name, blob=blob))
         return Result(
             task=entry.key[0],
@@ -220,27 +266,26 @@ class Stages:
             weight=done.weight,
         )
 
-    def _send(self, file: Path) -> Blob:
-        blob = file_blob(file)
-        self._https().store(file, blob)
-        return blob
-
     async def _model(self, session: str, blob: Blob | None) -> str:
         """A model or what the algorithm sends, in the session's directory."""
         if blob is None:
             return ""
-        folder = self._home.sessions / session / "work" / "models"
+        # By boot: a file from before a power cut may be there by its name only.
+        # Not where the worker writes: it could leave a link there for us to write through.
+        folder = self._home.sessions / session / f"models-{processes.boot_id()[:8]}"
         file = folder / f"{blob.sha256}.safetensors"
         if not file.exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
-                await asyncio.to_thread(self._https().fetch, blob, file)
+                await patiently(lambda: self._https().fetch(blob, file))
             except BlobChanged as error:
                 raise BadPackage(f"the model is not the one that was offered: {error}") from error
-            for old in folder.glob("*.safetensors"):
-                # The worker has mapped what it uses; the round before the last is not asked again.
-                if old != file and old.stat().st_mtime < file.stat().st_mtime - 60:
-                    old.unlink(missing_ok=True)
+            # The worker has mapped what it uses. Kept longer, quick rounds would fill the disk.
+            newest = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
+            for old in newest[:-_MODELS_KEPT]:
+                old.unlink(missing_ok=True)
+        else:
+            file.touch()  # used again: not the oldest any more
         return str(file)
 
     def _worker_died(self, entry: Entry, how: str) -> Result:
@@ -258,7 +303,7 @@ class Stages:
         name = _stage_spec(entry).session
         session = self._sessions.get(name)
         if session is None:
-            session = Session(name, self._home.sessions / name, entry)
+            session = Session(name, self._home.sessions / name)
             self._sessions[name] = session
         try:
             async with session.starting:
@@ -282,15 +327,25 @@ class Stages:
         if only_adopt:
             return
         work = session.folder / "work"
+        if session.lease().get("boot_id") != processes.boot_id():
+            # After a power cut its files may be there by name only.
+            await asyncio.to_thread(shutil.rmtree, work / "package", ignore_errors=True)
         package = entry.offer.package
         if package is not None and not (work / "package").exists():
             work.mkdir(mode=0o700, parents=True, exist_ok=True)
             await self._packages.unpack(package, work / "package")
         (work / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
         (work / SOCKET).unlink(missing_ok=True)
-        lease = {"needs": asdict(entry.offer.needs), "gpus": entry.gpus}
+        lease = {
+            "needs": asdict(entry.offer.needs),
+            "gpus": entry.gpus,
+            "boot_id": processes.boot_id(),
+            # The log of a worker is filed under the stage that it was started for.
+            "log": entry.key,
+        }
         (session.folder / "lease.json").write_text(json.dumps(lease))
         shim_dir = session.next_shim_dir()
+        mark_owed(shim_dir, *entry.key)
         tended = await tending.start(shim_dir, self._spec(session, entry, work))
         session.take(tended, self._shipper(session, tended))
 
@@ -313,23 +368,28 @@ class Stages:
             argv=(python, "-m", "fedml.federate.worker", session.name),
             env=sandbox.clean_env(os.environ, extra, home=work),
             cwd=work,
-            limits=sandbox.Limits(memory_bytes=entry.offer.needs.memory_bytes or None),
+            limits=limits_of(entry, policy),
             hide=(self._home.root,),
             show=(session.folder,),
             network=policy.federated_network,
-            optional=sandbox.PROTECTIONS,
+            optional=sandbox.optional(policy.require, network=policy.federated_network),
+            say_missing=True,
             marker=session.name,
         )
 
     def _shipper(self, session: "Session", tended: Tended) -> LogShipper:
         return LogShipper(
             tended,
-            session.log_task,
-            session.log_epoch,
+            *session.log_key,
             https=self._https,
             journal=self._journal,
             watched=True,
         )
+
+    def _opened(self, file: Path) -> AbstractContextManager[Path]:
+        """A file that the worker has made, and not what a link in its place points to."""
+        parts = file.relative_to(self._home.sessions).parts
+        return belongings.opened(self._home.sessions, *parts)
 
     def _out_dir(self, entry: Entry) -> Path:
         spec = _stage_spec(entry)
@@ -337,15 +397,11 @@ class Stages:
 
 
 class Session:
-    """The warm worker of one run, and the socket to it.
+    """The warm worker of one run, and the socket to it."""
 
-    The worker's log is filed under the first stage that it was started for.
-    """
-
-    def __init__(self, name: str, folder: Path, first: Entry | None) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.folder = folder
-        self.log_task, self.log_epoch = first.key if first is not None else ("", 0)
         self.tended: Tended | None = None
         self.shipper: LogShipper | None = None
         self.starting = asyncio.Lock()
@@ -360,6 +416,20 @@ class Session:
         if not dirs:
             return None
         return await tending.adopt(dirs[-1])
+
+    def lease(self) -> dict[str, Any]:
+        """What it holds of the machine, and since which boot; empty: it never began."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / "lease.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    @property
+    def log_key(self) -> tuple[str, int]:
+        """Under which (task, epoch) the worker's log is filed."""
+        task, epoch = self.lease()["log"]
+        return str(task), int(epoch)
 
     def next_shim_dir(self) -> Path:
         """A fresh directory for the next worker's shim."""

@@ -16,7 +16,7 @@ import signal
 import socket
 import struct
 
-from fedml_agent import namespaces, view
+from fedml_agent import confine, namespaces, view
 from fedml_agent.capped_log import DEFAULT_CAP, DEFAULT_SEGMENT
 from fedml_agent.namespaces import SandboxError
 from fedml_agent.processes import count_threads_of_user, sweep
@@ -27,7 +27,7 @@ DEFAULT_GRACE_S = 10.0
 
 _PIPE_BYTES = 256 << 10
 _F_SETPIPE_SZ = 1031
-_LIMITS = ("memory_bytes", "processes", "open_files", "file_bytes", "nice")
+_LIMITS = ("memory_bytes", "processes", "open_files", "file_bytes", "nice", "cpus")
 _OOM_SCORE = 500  # the kernel shall take tasks before the agent and its shims
 
 
@@ -53,6 +53,7 @@ class Spec:
         self.optional = self._strings("optional", ())
         self.network = self._flag("network", True)
         self.read_only = self._flag("read_only", True)
+        self.say_missing = self._flag("say_missing", False)
         self.deadline_s = self._number("deadline_s", None)
         self.grace_s = self._number("grace_s", DEFAULT_GRACE_S) or 0.0
         self.log_cap = int(self._number("log_cap_bytes", DEFAULT_CAP) or 0)
@@ -204,14 +205,20 @@ class Channels:
         return data, sender
 
 
-def guard(spec: Spec, protections: list[str], channels: Channels) -> None:
-    """Run the task's first process and reap whatever it leaves. This is process 1 in there."""
+def guard(spec: Spec, protections: list[str], walls: list[str], channels: Channels) -> None:
+    """Run the task's first process and reap whatever it leaves. This is process 1 in there.
+
+    `protections` are arranged here, by namespaces; `walls` are what the task then takes from
+    itself, see confine.py.
+    """
     channels.keep_tasks_ends()
     if channels.theirs.recv(16) != b"begin":
         return
     try:
+        hide = [*spec.hide, os.getcwd()]  # noqa: PTH109
+        hidden = view.covered_by(hide) if namespaces.HIDE in walls else []
         view.Arrangement(
-            hide=[*spec.hide, os.getcwd()],  # noqa: PTH109
+            hide=hide,
             show=spec.show,
             writable=[spec.cwd, *spec.writable],
             protections=protections,
@@ -225,7 +232,7 @@ def guard(spec: Spec, protections: list[str], channels: Channels) -> None:
         channels.theirs.send(json.dumps(["", f"the sandbox failed: {failure!r}"]).encode())
         return
     if pid == 0:
-        _become_task(spec, channels, namespaced=bool(protections))
+        _become_task(spec, channels, walls, hidden, namespaced=bool(protections))
     os.chdir("/")  # we still stood in the directory that is hidden now
     channels.keep_guards_end()
     namespaces.harden_process()
@@ -246,7 +253,9 @@ def _sweep_and_leave(*_: object) -> None:
     os._exit(0)
 
 
-def _become_task(spec: Spec, channels: Channels, *, namespaced: bool) -> None:
+def _become_task(
+    spec: Spec, channels: Channels, walls: list[str], hidden: list[str], *, namespaced: bool
+) -> None:
     try:
         os.setsid()
         os.dup2(channels.out[1], 1)
@@ -265,6 +274,12 @@ def _become_task(spec: Spec, channels: Channels, *, namespaced: bool) -> None:
             os._exit(70)
         _limit(spec, namespaced=namespaced)
         namespaces.seal_task()
+        confine.enclose(
+            walls,
+            hidden=hidden,
+            show=[os.path.realpath(path) for path in spec.show],
+            writable=[os.path.realpath(path) for path in (spec.cwd, *spec.writable)],
+        )
         try:
             os.execvpe(spec.argv[0], spec.argv, spec.env)  # noqa: S606
         except OSError as error:
@@ -279,6 +294,9 @@ def _limit(spec: Spec, *, namespaced: bool) -> None:
     limits = spec.limits
     if nice := limits.get("nice", 0):
         os.nice(nice)
+    if cpus := limits.get("cpus", 0):
+        # The same ones for each task: so this is the most that all of them use together.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
     kinds = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, limits.get("file_bytes"))]
     if spec.cgroup is None:
         # Not RLIMIT_AS: CUDA reserves hundreds of gigabytes of addresses that it never touches.

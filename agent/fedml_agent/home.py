@@ -6,6 +6,7 @@ HOME/agent/private/           never visible to a task: keys, certificate, journa
 HOME/agent/tasks/             one directory for each task (and epoch) that is here
 HOME/agent/sessions/          warm workers of federated runs
 HOME/agent/packages/          fetched packages, by hash
+HOME/agent/logs/              of tasks that have ended
 HOME/agent/lock, control      held and served by the running agent
 """
 
@@ -83,6 +84,11 @@ class Home:
         return self.root / "packages"
 
     @property
+    def logs(self) -> Path:
+        """Logs of tasks that have ended."""
+        return self.root / "logs"
+
+    @property
     def control(self) -> Path:
         """The socket on which the running agent answers `status`."""
         return self.root / "control"
@@ -109,7 +115,14 @@ class Home:
             HomeUnusable: The disk or its permissions do not allow it.
         """
         try:
-            for folder in (self.root, self.private, self.tasks, self.sessions, self.packages):
+            for folder in (
+                self.root,
+                self.private,
+                self.tasks,
+                self.sessions,
+                self.packages,
+                self.logs,
+            ):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise HomeUnusable(

@@ -5,13 +5,17 @@ Everything here blocks and is called in threads. The CA is the broker's own, pin
 key; the machine's certificate says who asks. No proxy and no other trust store is used.
 """
 
+import asyncio
+import errno
 import hashlib
 import json
+import logging
+import os
 import ssl
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import urllib3
 from urllib3.exceptions import HTTPError, InsecureRequestWarning, MaxRetryError, SSLError
@@ -21,10 +25,34 @@ from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable, Key
 from fedml_agent.home import Home
 from fedml_protocol.blob import Blob
 
+log = logging.getLogger(__name__)
+
 _CHUNK = 1024 * 1024
+# What is sent in one piece: with http.client's own 16 KB, an upload takes half as much CPU again.
+_BLOCK = 256 * 1024
 _TIMEOUT = urllib3.Timeout(connect=10, read=60)
 # An interrupted transfer is taken up where it stopped, this often.
 _RESUMPTIONS = 20
+# While the broker cannot be reached, how long until somebody tries again.
+PATIENCE_S = 3.0
+
+T = TypeVar("T")
+
+
+async def patiently(work: Callable[[], T], *, unless: Callable[[], bool] = lambda: False) -> T:
+    """Do blocking `work` in a thread; again and again while the broker cannot be reached.
+
+    Raises:
+        BrokerUnreachable: It could not be reached, and `unless` says that nobody needs it now.
+    """
+    while True:
+        try:
+            return await asyncio.to_thread(work)
+        except BrokerUnreachable as error:
+            if unless():
+                raise
+            log.info("waiting for the broker: %s", error)
+            await asyncio.sleep(PATIENCE_S)
 
 
 class BlobChanged(AgentError):
@@ -37,7 +65,7 @@ class Https:
     def __init__(self, url: str, context: ssl.SSLContext) -> None:
         self._url = url.rstrip("/")
         self._pool = urllib3.PoolManager(
-            ssl_context=context, maxsize=4, retries=False, timeout=_TIMEOUT
+            ssl_context=context, maxsize=4, retries=False, timeout=_TIMEOUT, blocksize=_BLOCK
         )
 
     @classmethod
@@ -82,8 +110,12 @@ class Https:
 
     # ------------------------------------------------------------------ blobs
 
-    def fetch(self, blob: Blob, into: Path) -> None:
+    def fetch(self, blob: Blob, into: Path, *, durable: bool = False) -> None:
         """Get a blob; an interrupted one goes on where it stopped.
+
+        Args:
+            durable: Its name appears only when its bytes are on the disk: for what a later boot
+                of the machine may use without looking at the hash again.
 
         Raises:
             BlobChanged: The bytes do not have the hash.
@@ -97,8 +129,13 @@ class Https:
                     self._receive(blob, file.tell(), file, digest)
                     break
                 except (HTTPError, OSError) as error:
+                    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                        raise  # our disk, not the way
                     if attempt == _RESUMPTIONS - 1:
                         raise BrokerUnreachable(f"{blob.sha256} did not arrive: {error}") from error
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         if digest.hexdigest() != blob.sha256:
             part.unlink()
             raise BlobChanged(f"the bytes that came as {blob.sha256} are others")
@@ -114,10 +151,16 @@ class Https:
         finally:
             response.release_conn()
 
-    def store(self, file: Path, blob: Blob) -> None:
-        """Put a blob; what the broker has of it already is not sent again."""
+    def store(self, file: Path, blob: Blob, *, again: bool = False) -> None:
+        """Put a blob.
+
+        Args:
+            again: It may have been sent before: what the broker has of it is not sent again.
+        """
         path = f"/v1/blobs/{blob.sha256}"
-        start = 0
+        start = self.uploaded(blob) if again else 0
+        if again and start >= blob.size:
+            return
         for attempt in range(_RESUMPTIONS):
             try:
                 with file.open("rb") as data:

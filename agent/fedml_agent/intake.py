@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orders as they come: verified, checked against the owner's policy, written down, then obeyed.
 
-The order of the checks is the order of trust: the signature first, then whether it is a replay,
-then the machine owner's say, then room. Nothing of an offer runs before all of them have passed,
-and its row is on the disk before the message is acknowledged.
+The order of the checks is the order of trust: the signature first, then whether it is a replay or
+was held back, then the machine owner's say, then room. Nothing of an offer runs before all of them
+have passed, and its row is on the disk before the message is acknowledged.
 """
 
 import datetime
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from fedml_agent import sandbox
 from fedml_agent.home import Home, Membership
 from fedml_agent.journal import Entry, Journal
 from fedml_agent.policy import Policy, Request, check
@@ -38,6 +41,20 @@ from fedml_protocol.tasks import (
 )
 
 log = logging.getLogger(__name__)
+
+# An order may have been on its way for so long when its lifetime begins.
+_TRANSIT_S = 30.0
+
+# What a refusal is to the broker, when it stands and when it may pass: only in the latter case will
+# it offer the task to this machine again.
+_PASSING = (RejectReason.POLICY_REFUSED, RejectReason.NOT_NOW)
+_REASONS = {
+    "tasks.at_once": (RejectReason.POLICY_REFUSED, RejectReason.SLOTS),
+    "resources.gpus": (RejectReason.POLICY_REFUSED, RejectReason.RESOURCES),
+    "resources.cpus": (RejectReason.POLICY_REFUSED, RejectReason.RESOURCES),
+    "resources.memory": (RejectReason.POLICY_REFUSED, RejectReason.RESOURCES),
+    "resources.disk_reserve": (RejectReason.POLICY_REFUSED, RejectReason.DISK),
+}
 
 
 class Obeying(Protocol):
@@ -88,6 +105,8 @@ class Intake:
         policy: Callable[[], Policy],
         devices: tuple[tuple[int | str | None, ...], ...],
         obeying: Obeying,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.refusing = ""
         self.draining = False
@@ -99,6 +118,9 @@ class Intake:
         self._policy = policy
         self._devices = devices
         self._obeying = obeying
+        self._clock = clock
+        # When (monotonic) the broker told us that it had sent all orders up to a number.
+        self._sent: deque[tuple[float, int]] = deque(maxlen=8)
         self._keys: dict[str, Ed25519PublicKey] = {}
         self.use_keys(membership.verify_keys)
 
@@ -108,6 +130,13 @@ class Intake:
             name: Ed25519PublicKey.from_public_bytes(bytes.fromhex(raw))
             for name, raw in keys.items()
         }
+
+    def sent_by_now(self, counter: int) -> None:
+        """The broker has sent every order up to this number: they are older than this moment.
+
+        So the lifetime of an order that somebody holds back ends, whatever any clock says.
+        """
+        self._sent.append((self._clock(), counter))
 
     async def take(self, topic: str, payload: bytes) -> None:
         """Handle one message; on return it may be acknowledged."""
@@ -128,12 +157,22 @@ class Intake:
 
     def _obey(self, order: Order) -> None:
         what = order.what
+        now = self._clock()
+        for since, counter in self._sent:
+            if order.counter <= counter and now - since > order.lifetime_s + _TRANSIT_S:
+                self._alarm(f"order {order.counter} came after its lifetime and was refused")
+                if isinstance(what, Offer):
+                    self._reject(what, RejectReason.STALE, "this offer came after its lifetime")
+                return
         match what:
             case Offer():
                 self._offer(order, what)
             case Cancel():
                 self._obeying.cancel(what)
+            case Drain(on=on) if order.counter <= self._journal.drain_counter:
+                self._alarm("an old order to drain came again and was refused")
             case Drain(on=on):
+                self._journal.set_drain_counter(order.counter)
                 self.draining = on
                 self._obeying.drain(on)
             case Tail(task=task, on=on):
@@ -169,12 +208,10 @@ class Intake:
         """Why this offer is not taken; None: it is."""
         if self.draining:
             return RejectReason.DRAINING, "this agent takes no more tasks"
-        if self.refusing:
-            return RejectReason.DISK, self.refusing
         policy = self._policy()
         refused = check(policy, self._request(offer))
         if refused is not None:
-            return RejectReason.POLICY_REFUSED, str(refused)
+            return _REASONS.get(refused.rule, _PASSING)[refused.passing], str(refused)
         if room_name(offer) in self._room.taken:
             return None
         if len(self._room.taken) >= self._room.slots:
@@ -197,6 +234,7 @@ class Intake:
             disk_free=disk_free(self._home.root),
             epsilon_spent=0.0,
             devices=self._devices,
+            cannot=sandbox.cannot(),
             commands=launched,
             gpus=needs.gpus,
             cpus=float(needs.cpus),

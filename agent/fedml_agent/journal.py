@@ -100,6 +100,7 @@ class Journal:
         for entry in self._load():
             self._entries[entry.key] = entry
         self.floor = int(self._meta("floor") or 0)
+        self.drain_counter = int(self._meta("drain_counter") or 0)
 
     def close(self) -> None:
         """Close the file."""
@@ -177,6 +178,11 @@ class Journal:
         self._prune()
         return entry
 
+    def set_drain_counter(self, counter: int) -> None:
+        """The number of the newest order to drain; older ones are replays."""
+        self._set_meta("drain_counter", str(counter))
+        self.drain_counter = counter
+
     def shipped(self, task: str, epoch: int, stream: str) -> int:
         """How much of a log the broker has."""
         row = self._db.execute(
@@ -202,6 +208,7 @@ class Journal:
         old = done[: len(done) - _KEEP_CONFIRMED // 2]
         # A row still held may have a lower counter; it is found by its key, not by the floor.
         self.floor = max(self.floor, old[-1].counter)
+        self._set_meta("floor", str(self.floor))
         with self._db:
             self._db.executemany(
                 "DELETE FROM tasks WHERE task = ? AND epoch = ?", [e.key for e in old]
@@ -209,7 +216,6 @@ class Journal:
             self._db.executemany(
                 "DELETE FROM logs WHERE task = ? AND epoch = ?", [e.key for e in old]
             )
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('floor', ?)", (str(self.floor),))
         for entry in old:
             del self._entries[entry.key]
 
@@ -226,6 +232,10 @@ class Journal:
                 result=None if result is None else parse(Result, result),
                 confirmed=bool(confirmed),
             )
+
+    def _set_meta(self, name: str, value: str) -> None:
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
 
     def _meta(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()

@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 
-from fedml_agent import namespaces, processes
+from fedml_agent import confine, namespaces, processes, view
 from fedml_agent.capped_log import EXIT_RECORD, STREAMS, LogWriter
 from fedml_agent.guard import VERSION, Channels, Spec, guard
 from fedml_agent.namespaces import SandboxError
@@ -155,22 +155,34 @@ class Keeper:
 
     def _start(self) -> None:
         protections = self._spec.protections()
+        walls: list[str] = []
         missing: dict[str, str] = {}
         while True:
             try:
-                self._start_within(protections)
+                self._start_within(protections, walls)
                 break
             except SandboxError as refusal:
-                lost = self._can_do_without(refusal, protections)
-                missing |= dict.fromkeys(lost, str(refusal))
-                protections = [name for name in protections if name not in lost]
+                for name in self._refused(refusal, protections):
+                    protections.remove(name)
+                    # What namespaces do not give, the task may be able to take from itself.
+                    nor = confine.why_not(name, view.control_sockets())
+                    if not nor:
+                        walls.append(name)
+                    elif self._spec.can_do_without(name):
+                        missing[name] = str(refusal)
+                    else:
+                        text = f"this machine cannot give the protection '{name}': {refusal}; {nor}"
+                        raise SandboxError(name, text) from refusal
                 self._kill_guard()
                 self._channels.close_all_of_shim()
                 self._channels = Channels()
+        if self._spec.say_missing and missing:
+            self._say_missing(missing)
         self._who |= {
             "guard": self._identity(self._guard),
             "task": self._identity(self._task),
             "protections": protections,
+            "walls": walls,
             "missing": missing,
         }
         write_record(SHIM_FILE, self._who)
@@ -182,27 +194,28 @@ class Keeper:
         if why:
             raise SandboxError("", f"the program could not be started: {why.decode()}")
 
-    def _can_do_without(self, refusal: SandboxError, protections: list[str]) -> list[str]:
-        """Which protections to give up after a refusal; raises it where they are required."""
+    def _refused(self, refusal: SandboxError, protections: list[str]) -> list[str]:
+        """Which of the protections a refusal is about; raises it where that is none of them."""
         if not refusal.protection:
             raise refusal
-        lost = [refusal.protection]
-        if refusal.protection == namespaces.USER_NAMESPACES:
-            lost = protections
-        for name in lost:
-            if name not in protections:
-                raise refusal  # it was given up already, and that did not help
-            if not self._spec.can_do_without(name):
-                why = f"this machine cannot give the protection '{name}': {refusal}"
-                raise SandboxError(name, why) from refusal
-        return lost
+        if refusal.protection == namespaces.USER_NAMESPACES and protections:
+            return list(protections)
+        if refusal.protection not in protections:
+            raise refusal  # it was given up already, and that did not help
+        return [refusal.protection]
 
-    def _start_within(self, protections: list[str]) -> None:
+    def _say_missing(self, missing: dict[str, str]) -> None:
+        """The first lines of the task's log: whoever reads it shall know what it ran without."""
+        for name, why in missing.items():
+            line = f"fedml: this machine gives tasks no protection '{name}': {why}\n"
+            self._logs["err"].append(memoryview(line.encode()))
+
+    def _start_within(self, protections: list[str], walls: list[str]) -> None:
         channels = self._channels
 
         def inside() -> None:
             self._listener.close()
-            guard(self._spec, protections, channels)
+            guard(self._spec, protections, walls, channels)
 
         if self._spec.cgroup is not None and self._cgroup is None:
             self._cgroup = processes.Cgroup(self._spec.cgroup, self._spec.limits)

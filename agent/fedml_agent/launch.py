@@ -6,6 +6,7 @@ tasks/TASK.EPOCH/work/     the job's own: the unpacked workspace, where its comm
 """
 
 import asyncio
+import datetime
 import logging
 import os
 import shutil
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Protocol
 
 from fedml_agent import sandbox, tending
-from fedml_agent.errors import AgentError
+from fedml_agent.attic import Attic
+from fedml_agent.errors import AgentError, BrokerUnreachable
 from fedml_agent.home import Home
 from fedml_agent.https import Https
 from fedml_agent.journal import Entry, Journal
 from fedml_agent.observe import Finished, Logged, LogShipper
 from fedml_agent.packages import BadPackage, Packages
-from fedml_agent.policy import Policy
+from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
@@ -66,7 +68,9 @@ class Jobs:
         https: Callable[[], Https],
         reporter: Reporter,
         policy: Callable[[], Policy],
+        attic: Attic,
     ) -> None:
+        self._attic = attic
         self._home = home
         self._journal = journal
         self._packages = packages
@@ -102,6 +106,8 @@ class Jobs:
                 await self._ship(entry, Finished(self._folder(entry), found))
             case Gone(why):
                 self.lose(entry, why)
+                if self._folder(entry).exists():
+                    await self._ship(entry, Finished(self._folder(entry), found))
 
     async def _find(self, entry: Entry) -> Tended | Ended | Gone:
         while True:
@@ -135,8 +141,8 @@ class Jobs:
         """The broker has the result: the directory may go, once its log has been shipped."""
         if entry.key in self._shippers:
             self._kept.add(entry.key)
-        else:
-            shutil.rmtree(self._folder(entry), ignore_errors=True)
+        elif self._folder(entry).exists():
+            self._attic.take_in(self._folder(entry), entry.folder)
 
     # ------------------------------------------------------------------ beginning
 
@@ -147,7 +153,13 @@ class Jobs:
         shutil.rmtree(folder, ignore_errors=True)
         work.mkdir(mode=0o700, parents=True)
         if entry.offer.package is not None:
-            await self._packages.unpack(entry.offer.package, work)
+            try:
+                await self._packages.unpack(
+                    entry.offer.package, work, unless=lambda: entry.key in self._stops
+                )
+            except BrokerUnreachable:
+                self._reporter.ended(entry, _stopped(entry))
+                return None
         spec = entry.offer.spec
         if not isinstance(spec, LaunchSpec):
             raise TypeError("not a launched job")
@@ -177,16 +189,20 @@ class Jobs:
             "NVIDIA_VISIBLE_DEVICES": ",".join(entry.gpus) or "void",
         }
         shell = shutil.which("bash") or "/bin/sh"
-        limits = [s for s in (offer.deadline_s or None, policy.run_time_s) if s is not None]
+        now = datetime.datetime.now().astimezone().time()
+        # Data sets are for federated runs: a job could carry them off.
+        # What is not there, or not for the agent's user either, need not be hidden.
+        data = tuple(Path(path) for path in policy.data.values() if os.access(path, os.F_OK))
         return TaskSpec(
             argv=(shell, "-c", _SCRIPT),
             env=sandbox.clean_env(os.environ, extra, home=work),
             cwd=work,
-            limits=sandbox.Limits(memory_bytes=offer.needs.memory_bytes or None),
-            hide=(self._home.root,),
+            limits=limits_of(entry, policy),
+            hide=(self._home.root, *data),
             show=(self._folder(entry),),
-            optional=sandbox.PROTECTIONS,
-            deadline_s=min(limits) if limits else None,
+            optional=sandbox.optional(policy.require),
+            say_missing=True,
+            deadline_s=time_limit_s(policy, now, offer.deadline_s or None),
             grace_s=offer.grace_s,
             marker=entry.folder,
         )
@@ -206,14 +222,18 @@ class Jobs:
                         self._end(entry, end)
                     case Gone(why):
                         self.lose(entry, why)
+                work = self._folder(entry) / "work"
+                await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
         finally:
             self._tended.pop(entry.key, None)
             self._stops.pop(entry.key, None)
 
     async def ship_rest(self, entry: Entry) -> None:
         """The log of a job that has ended, when a former agent did not get to it."""
-        if self._folder(entry).exists() and isinstance(end := await self._find(entry), Ended):
-            await self._ship(entry, Finished(self._folder(entry), end))
+        if self._folder(entry).exists():
+            end = await self._find(entry)
+            if not isinstance(end, Tended):
+                await self._ship(entry, Finished(self._folder(entry), end))
 
     async def end_stray(self, folder: Path) -> None:
         """A directory that the journal knows nothing of: whatever runs in it is ended."""
@@ -225,7 +245,12 @@ class Jobs:
             log.warning("%s runs without a row in the journal: it is ended", folder.name)
             found.kill()
             await found.ended()
-        shutil.rmtree(folder, ignore_errors=True)
+        task, _, epoch = folder.name.rpartition(".")
+        known = epoch.isdigit() and self._journal.get(task, int(epoch)) is not None
+        # Confirmed, and not all of its log was sent when the agent before this one ended.
+        owed = (task, int(epoch)) if known else None
+        await asyncio.to_thread(shutil.rmtree, folder / "work", ignore_errors=True)
+        self._attic.take_in(folder, folder.name, owed)
 
     async def _ship(self, entry: Entry, logged: Logged) -> None:
         shipper = LogShipper(
@@ -265,6 +290,14 @@ class Jobs:
         return self._home.tasks / entry.folder
 
 
+def limits_of(entry: Entry, policy: Policy) -> sandbox.Limits:
+    """What a task may use of the machine."""
+    return sandbox.Limits(
+        memory_bytes=entry.offer.needs.memory_bytes or policy.memory or None,
+        cpus=None if policy.cpus is None else max(1, int(policy.cpus)),
+    )
+
+
 def result_of(entry: Entry, end: Ended) -> Result:
     """What the broker is told of a job's end."""
     cause: Cause | None = None
@@ -273,14 +306,15 @@ def result_of(entry: Entry, end: Ended) -> Result:
         state, cause = TaskState.STOPPED, Cause(fault=Fault.TASK, message="it was stopped")
     elif end.reason == "deadline":
         state = TaskState.FAILED
-        message = f"it ran longer than its {entry.offer.deadline_s:g} s and was ended"
-        cause = Cause(fault=Fault.TASK, message=message)
+        cause = out_of_time(entry, end.duration_s)
     elif end.reason == "refused":
         state, cause = TaskState.FAILED, Cause(fault=Fault.MACHINE, message=end.error)
-    elif end.reason == "killed":
-        state, cause = TaskState.STOPPED, Cause(fault=Fault.TASK, message="it was killed")
-    elif end.signal is not None:
-        name = signal.Signals(end.signal).name
+    elif end.reason == "killed" and end.oom == "no":
+        # Nobody here asked for it: a third party killed what watches over the task.
+        state = TaskState.LOST
+        cause = Cause(fault=Fault.MACHINE, message="it was killed from outside")
+    elif end.signal is not None or end.reason == "killed":
+        name = signal.Signals(end.signal or signal.SIGKILL).name
         memory = " (out of memory)" if end.oom != "no" else ""
         state = TaskState.FAILED
         cause = Cause(fault=Fault.TASK, message=f"it was ended by {name}{memory}")
@@ -297,6 +331,19 @@ def result_of(entry: Entry, end: Ended) -> Result:
         stdout_bytes=end.logs.out.size,
         stderr_bytes=end.logs.err.size,
     )
+
+
+def out_of_time(entry: Entry, ran_s: float) -> Cause:
+    """Why a task was ended by the clock: by its own deadline, or by the machine owner's."""
+    own_s = entry.offer.deadline_s
+    if own_s and ran_s >= own_s:
+        message = f"it ran longer than its {own_s:g} s and was ended"
+        return Cause(fault=Fault.TASK, message=message)
+    message = (
+        f"it was ended after {ran_s:.0f} s: the machine's owner lets no task run longer "
+        "(tasks.run_time, tasks.hours)"
+    )
+    return Cause(fault=Fault.POLICY, message=message)
 
 
 def _stopped(entry: Entry) -> Result:

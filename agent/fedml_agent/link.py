@@ -19,6 +19,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from fedml_agent.errors import AgentError
+from fedml_protocol.devices import RECONNECT_BEATS
 from fedml_protocol.topics import Address
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,13 @@ Handler = Callable[[str, bytes], Awaitable[None]]
 
 KEEP_ALIVE_S = 60
 # The broker keeps what it has for us so long after a cut.
-_SESSION_S = 24 * 3600
+SESSION_S = 24 * 3600
 # A short cut is not worth telling everybody.
 _WILL_DELAY_S = 5
 _RECEIVE_MAXIMUM = 64
 _PUBACK_S = 20.0
 
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.25, 60.0
+_FIRST_PAUSE_S = 0.25
 _STABLE_S = 60.0
 _TAKEN_OVER_PAUSE_S = 300.0
 _TAKEN_OVER = 0x8E
@@ -49,6 +50,7 @@ class Link:
     Attributes:
         up: Set while connected.
         trouble: Why it is not connected, for `status`.
+        beat_every_s: The interval of heartbeats, which bounds the pause between two attempts.
         confirmed_at: When the last confirmed message was *sent* (monotonic): the broker has heard
             of us at that moment or later.
     """
@@ -70,6 +72,7 @@ class Link:
         """
         self.up = asyncio.Event()
         self.trouble = "not connected yet"
+        self.beat_every_s = 10.0
         self.confirmed_at = 0.0
         self._address = address
         self._where = where
@@ -103,7 +106,7 @@ class Link:
                 if loop.time() - began > _STABLE_S:
                     pause = _FIRST_PAUSE_S
                 await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311
-                pause = min(pause * 2, _LAST_PAUSE_S)
+                pause = min(pause * 2, RECONNECT_BEATS * self.beat_every_s)
         finally:
             consumer.cancel()
             self._drop(LinkDown("the agent stops"))
@@ -197,7 +200,7 @@ class Link:
 
     def _connect(self) -> dict[str, Any]:
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.SessionExpiryInterval = _SESSION_S
+        properties.SessionExpiryInterval = SESSION_S
         properties.ReceiveMaximum = _RECEIVE_MAXIMUM
         return {"clean_start": False, "properties": properties}
 

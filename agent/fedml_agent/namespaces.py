@@ -35,7 +35,7 @@ _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWPID = 0x20000000
 _CLONE_NEWNET = 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -288,4 +288,4 @@ def enter_second_namespace(fork: Callable[[], int]) -> int:
 
 def seal_task() -> None:
     """The last flags before the task's program: no set-user-id program gives it anything."""
-    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)

@@ -16,7 +16,7 @@ from fedml_agent.capped_log import LogReader
 from fedml_agent.errors import AgentError, BrokerRefused
 from fedml_agent.https import Https
 from fedml_agent.journal import Journal
-from fedml_agent.tending import End, Ended, LogGrown, Stream
+from fedml_agent.tending import End, Ended, LogGrown, Stream, StreamSize
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,13 @@ class Logged(Protocol):
 
 
 class Finished:
-    """The logs of a task that ended while no agent was there."""
+    """The logs of a task that ended while no agent was there, however that was."""
 
     is_over = True
 
-    def __init__(self, taskdir: Path, end: Ended) -> None:
-        self.logs = end.logs
+    def __init__(self, taskdir: Path, end: End) -> None:
+        nothing = StreamSize(0, 0)
+        self.logs = end.logs if isinstance(end, Ended) else LogGrown(nothing, nothing)
         self._taskdir = taskdir
         self._end = end
 

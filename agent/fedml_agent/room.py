@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedml_agent import sandbox
 from fedml_agent.hardware import Gpu, Inventory
 from fedml_agent.policy import Held, Policy, may_use
 from fedml_protocol.tasks import Needs
@@ -84,7 +85,7 @@ def all_names(inventory: Inventory) -> tuple[tuple[int | str | None, ...], ...]:
 def slots(inventory: Inventory, policy: Policy) -> int:
     """Tasks at the same time: the owner's number, else one a core and at least two."""
     if policy.at_once is not None:
-        return policy.at_once
+        return max(1, policy.at_once)  # with 0 the policy refuses each offer, and says so
     return max(2, int(inventory.cpu.usable))
 
 
@@ -112,7 +113,8 @@ def report(inventory: Inventory, policy: Policy, disk_free: int) -> dict[str, An
             ],
             "kinds": kinds(policy),
         },
-        "hardware": dataclasses.asdict(inventory),
+        "hardware": dataclasses.asdict(inventory)
+        | {"sandbox": {n: c.by or c.why_not for n, c in sandbox.capabilities().items()}},
     }
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a task is locked into: its limits, its environment, and what this machine can enforce.
 
-How the locks work is in namespaces.py and view.py. What each of them gives:
+How the locks work is in namespaces.py and view.py, and in confine.py for machines without
+namespaces. What each of them gives:
 
 hide        directories are empty to the task: the agent's keys and journal, the shim's files, the
             sockets through which a process of this user could start another one outside
 read_only   outside its own directory and /tmp the task changes nothing, so it cannot leave
             something behind that runs later without a sandbox
-network     off means loopback only
+network     off means loopback only (without namespaces: not even that)
 pids        the task sees and signals its own processes only, and none of them survives it
 
 An agent that runs as root gives its tasks user 0 of the machine, without capabilities outside
@@ -21,7 +22,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,17 +43,22 @@ __all__ = [
     "NETWORK",
     "PIDS",
     "PROCESSES",
+    "PROMISED",
     "PROTECTIONS",
     "READ_ONLY",
     "Capability",
     "Limits",
     "SandboxError",
+    "cannot",
     "capabilities",
     "clean_env",
     "delegated_cgroup",
     "harden_process",
+    "optional",
 ]
 
+# What owners may require and people are told of. PROCESSES is asked for by no task.
+PROMISED = (HIDE, READ_ONLY, NETWORK, PIDS)
 _CONTROLLERS = frozenset({"memory", "pids"})
 _PASSED_ON = ("PATH", "LANG", "LANGUAGE", "TZ")
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -70,6 +76,8 @@ class Limits:
         open_files: Descriptors of each process.
         file_bytes: Size of each file that it writes.
         nice: Added to the agent's own niceness, 0 to 19. Core dumps are always off.
+        cpus: How many of the processors it runs on; the same ones for every task. A program may
+            undo this.
     """
 
     memory_bytes: int | None = None
@@ -77,9 +85,10 @@ class Limits:
     open_files: int | None = None
     file_bytes: int | None = None
     nice: int = 0
+    cpus: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("memory_bytes", "processes", "open_files", "file_bytes"):
+        for name in ("memory_bytes", "processes", "open_files", "file_bytes", "cpus"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be > 0 or None, got {value}")
@@ -106,10 +115,11 @@ def clean_env(base: Mapping[str, str], extra: Mapping[str, str], *, home: Path) 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """Whether this machine can do something for a task, and why not."""
+    """Whether this machine can do something for a task, by what means, and why not."""
 
     works: bool
     why_not: str = ""
+    by: str = ""
 
 
 def delegated_cgroup() -> str:
@@ -164,11 +174,26 @@ def capabilities() -> dict[str, Capability]:
         names = ("user_namespaces", *PROTECTIONS)
         found = {name: Capability(False, f"it could not be tried: {why}") for name in names}
     else:
-        reasons: dict[str, str] = json.loads(tried.stdout)
-        found = {name: Capability(not why, why) for name, why in reasons.items()}
+        said: dict[str, tuple[str, str]] = json.loads(tried.stdout)
+        found = {name: Capability(not why, why, by) for name, (why, by) in said.items()}
     try:
         delegated_cgroup()
         found["cgroups"] = Capability(True)
     except SandboxError as missing:
         found["cgroups"] = Capability(False, str(missing))
     return found
+
+
+def optional(require: Sequence[str], *, network: bool = True) -> tuple[str, ...]:
+    """The protections that a task may do without, when its machine's owner requires some.
+
+    A task that is to have no network does not run where it cannot be cut off.
+    """
+    needed = {*require} if network else {*require, NETWORK}
+    return tuple(name for name in PROTECTIONS if name not in needed)
+
+
+def cannot() -> dict[str, str]:
+    """The protections of tasks that this machine cannot give, each with its reason."""
+    found = capabilities()
+    return {name: found[name].why_not for name in PROMISED if not found[name].works}

@@ -65,6 +65,7 @@ class TaskSpec:
         network: False leaves it nothing but loopback.
         optional: Protections (see sandbox.py) without which the task may run where the machine
             cannot give them. Process numbers of its own are always optional.
+        say_missing: Its log begins with a line for each protection that it runs without.
         deadline_s: It is stopped after so many seconds; None means never.
         grace_s: How long it gets between TERM and KILL when its deadline is over.
         log_cap_bytes: Kept of each output stream at most; the oldest goes first.
@@ -83,6 +84,7 @@ class TaskSpec:
     read_only: bool = True
     network: bool = True
     optional: Sequence[str] = ()
+    say_missing: bool = False
     deadline_s: float | None = None
     grace_s: float = guard.DEFAULT_GRACE_S
     log_cap_bytes: int = capped_log.DEFAULT_CAP
@@ -105,6 +107,7 @@ class TaskSpec:
                 "read_only": self.read_only,
                 "network": self.network,
                 "optional": list(self.optional),
+                "say_missing": self.say_missing,
                 "deadline_s": self.deadline_s,
                 "grace_s": self.grace_s,
                 "log_cap_bytes": self.log_cap_bytes,
@@ -188,7 +191,8 @@ class Tended(asyncio.Protocol):
 
     Attributes:
         facts: shim.json: `shim`, `guard` and `task` with pid and start time, `protections` that
-            are in force, `missing` ones with the reason, `marker`.
+            are in force by namespaces, `walls` that are by other means, `missing` ones with the
+            reason, `marker`.
         logs: How far the log is, as last heard.
     """
 
@@ -409,6 +413,8 @@ async def _spawn(taskdir: Path) -> None:
         assert process.stderr is not None
         os.set_blocking(process.stderr.fileno(), False)
         said = process.stderr.read()
+    if process.returncode < 0:
+        raise TendingError(f"its shim was killed ({signal.Signals(-process.returncode).name})")
     if process.returncode:
         why = (said or b"").decode(errors="replace").strip()
         raise TaskRefused(why or f"its shim left with status {process.returncode}")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
 
+from fedml_agent import confine
 from fedml_agent.namespaces import (
     HIDE,
     NETWORK,
@@ -54,6 +55,21 @@ _CONTROL = (
     "/run/systemd/private",
     "/run/user",
     "/var/snap/lxd/common/lxd/unix.socket",
+)
+# Of these, what can be connected to by its path. "{uid}" is the agent's user; the last is user 0's.
+_CONTROL_SOCKETS = (
+    "/run/containerd/containerd.sock",
+    "/run/crio/crio.sock",
+    "/run/docker.sock",
+    "/run/libvirt/libvirt-sock",
+    "/run/podman/podman.sock",
+    "/run/systemd/private",
+    "/run/user/{uid}/bus",
+    "/run/user/{uid}/docker.sock",
+    "/run/user/{uid}/podman/podman.sock",
+    "/run/user/{uid}/systemd/private",
+    "/var/snap/lxd/common/lxd/unix.socket",
+    "/run/dbus/system_bus_socket",
 )
 # What user 0 of the machine may write although it holds no capability outside (sysctl.c asks for
 # the user id only): `core_pattern` alone would be a way out. Docker covers the same files.
@@ -140,6 +156,37 @@ def _reads_disks(name: str) -> bool:
     )
 
 
+def control_sockets() -> list[str]:
+    """Unix sockets through which this user could start a process outside of a sandbox."""
+    uid = os.geteuid()
+    found = [path.format(uid=uid) for path in _CONTROL_SOCKETS]
+    return found if uid == 0 else found[:-1]  # everybody may talk on the system bus, for little
+
+
+def covered_by(hide: Sequence[str]) -> list[str]:
+    """Every path that a task must not see when `hide` is hidden; outer ones first.
+
+    Raises:
+        SandboxError: One of them is not there, or cannot be hidden.
+    """
+    hide = [os.path.realpath(path) for path in hide]
+    wanted = dict.fromkeys(hide)
+    for path in hide:
+        if path == "/" or not os.path.exists(path):  # noqa: PTH110
+            raise SandboxError(HIDE, f"cannot hide {path}: there is no such directory")
+        wanted.update(dict.fromkeys(_aliases(path)))
+    if "/" in wanted:
+        raise SandboxError(HIDE, "cannot hide a directory that is also mounted as the root")
+    for extra in (*_CONTROL, *_raw_disks()):
+        wanted[extra] = None
+    # What lies in a covered one is covered with it.
+    covered: list[str] = []
+    for path in sorted(wanted, key=len):
+        if os.path.exists(path) and not any(_within(path, done) for done in covered):  # noqa: PTH110
+            covered.append(path)
+    return covered
+
+
 class Arrangement:
     """The view of the machine that a task gets. The guard makes it, before the task exists."""
 
@@ -184,20 +231,7 @@ class Arrangement:
             _step(NETWORK, _loopback_up)
 
     def _cover(self) -> None:
-        wanted = dict.fromkeys(self._hide)
-        for path in self._hide:
-            if path == "/" or not os.path.exists(path):  # noqa: PTH110
-                raise SandboxError(HIDE, f"cannot hide {path}: there is no such directory")
-            wanted.update(dict.fromkeys(_aliases(path)))
-        if "/" in wanted:
-            raise SandboxError(HIDE, "cannot hide a directory that is also mounted as the root")
-        for extra in (*_CONTROL, *_raw_disks()):
-            wanted[extra] = None
-        # Outer ones first; what lies in a covered one is covered with it.
-        covered: list[str] = []
-        for path in sorted(wanted, key=len):
-            if os.path.exists(path) and not any(_within(path, done) for done in covered):  # noqa: PTH110
-                covered.append(path)
+        covered = covered_by(self._hide)
         back = [
             (path, os.open(path, os.O_PATH | os.O_DIRECTORY))
             for path in dict.fromkeys((*self._show, *self._writable))
@@ -295,8 +329,27 @@ def _trial(protections: Sequence[str]) -> str:
             return ""
 
 
-def probe() -> dict[str, str]:
-    """Try each protection for real. Values are reasons; "" means that it works."""
+def probe() -> dict[str, tuple[str, str]]:
+    """Try each protection for real: why it cannot be given ("" if it can), and by what it is."""
+    by_namespaces = _probe_namespaces()
+    found = {name: (why, "" if why else "namespaces") for name, why in by_namespaces.items()}
+    for name, instead in ((HIDE, "Landlock"), (READ_ONLY, "Landlock"), (NETWORK, "a filter")):
+        if by_namespaces[name]:
+            why = confine.why_not(name, control_sockets()) or _trial_alone(name)
+            found[name] = (f"{by_namespaces[name]}; {why}", "") if why else ("", instead)
+    return found
+
+
+def _trial_alone(protection: str) -> str:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/probe", "w", encoding="ascii"):  # noqa: PTH123
+            pass
+        return confine.trial([protection], os.path.realpath(folder))
+
+
+def _probe_namespaces() -> dict[str, str]:
     adopt_orphans()
     found = {USER_NAMESPACES: _trial([HIDE])}
     for protection in PROTECTIONS:

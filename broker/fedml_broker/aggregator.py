@@ -6,6 +6,7 @@ and told the same round.
 """
 
 import asyncio
+import json
 import os
 import sys
 from pathlib import Path
@@ -51,19 +52,32 @@ class Aggregator:
         self._turn = asyncio.Lock()
 
     @classmethod
-    async def start(cls, work_dir: Path) -> "Aggregator":
-        """Start the process; `work_dir` holds its log and whatever it writes."""
+    async def start(cls, work_dir: Path, *, home: Path, blobs: Path) -> "Aggregator":
+        """Start the process.
+
+        It runs users' code, so it is locked in (see `fedml_agent.enclosed`): of the broker's
+        `home`, which holds the CA's key and everybody's runs, it can read its `work_dir` and
+        `blobs`; it can write to the first only, and has no network.
+
+        Args:
+            work_dir: Holds its log and whatever it writes.
+        """
         work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = work_dir / "aggregator.log"
         # Of the broker's own environment, only what a Python program needs: user code runs there.
         kept = ("PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "OPENBLAS_CORETYPE")
         environment = {name: os.environ[name] for name in kept if name in os.environ}
         environment |= {"HOME": str(work_dir), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment["FEDML_HOME"] = str(home.parent)  # where `fedml data fetch` puts data sets
+        facts = {
+            "hidden": [str(home)],
+            "show": [str(blobs), str(work_dir)],
+            "writable": [str(work_dir)],
+        }
         with log.open("ab") as errors:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "fedml.federate.aggregator",
+                *(sys.executable, "-m", "fedml_agent.enclosed", json.dumps(facts)),
+                *(sys.executable, "-m", "fedml.federate.aggregator"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,

@@ -42,6 +42,12 @@ class Hello(msgspec.Struct, frozen=True):
     agent_version: str
 
 
+class Resync(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an agent asks about; `sessions`: the federated runs that it keeps something of."""
+
+    sessions: list[str]
+
+
 class Labels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Labels to put on a device, and names of labels to take off."""
 
@@ -188,6 +194,12 @@ class Api:
         """A new certificate before the present one ends."""
         return {"certificate": await self._broker.devices.renew(call.device, call.body.csr)}
 
+    async def resync(self, call: Call) -> Any:
+        """Which runs are `over`, and the number of the newest order (`counter`)."""
+        # Read before the answer: every order up to it was sent earlier.
+        counter = await self._broker.orders.last(call.device.device)
+        return {"over": await self._broker.runs.over(call.body.sessions), "counter": counter}
+
     async def put_log(self, call: Call) -> Any:
         """Append a chunk of a task's log; answers how long the log is now."""
         log = LogFile(call.part("task"), _number(call.part("epoch")), call.part("stream"))
@@ -240,9 +252,15 @@ class Api:
         return {"run": await self._broker.federation.submit(call.user, call.body)}
 
     async def list_runs(self, call: Call) -> Any:
-        """The newest runs."""
+        """The newest runs. Query: `limit`, `ended_before` (seconds since 1970)."""
         limit = _number(call.http.query.get("limit", "50"))
-        return {"runs": await self._broker.runs.newest(call.user.tenant, limit=min(limit, 1000))}
+        before = call.http.query.get("ended_before")
+        found = await self._broker.runs.newest(
+            call.user.tenant,
+            limit=min(limit, 1000),
+            ended_before=None if before is None else float(_number(before)),
+        )
+        return {"runs": found}
 
     async def show_run(self, call: Call) -> Any:
         """One run: its state, its cause, its tasks, and what it waits for."""
@@ -264,17 +282,42 @@ class Api:
             await self._broker.stop(run, call.user.name)
         return {"state": (await self._broker.runs.row(run["id"]))["state"]}
 
+    async def remove_run(self, call: Call) -> Any:
+        """Delete a run that has ended, with its logs and models."""
+        run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
+        if run["ended_at"] is None:
+            raise Problem(
+                409, "the run has not ended", f"it is {run['state']}", hint="stop it first"
+            )
+        # Logs first: should we die in between, the run is still listed and can be removed again.
+        await asyncio.to_thread(self._broker.observer.forget, run["id"])
+        idle = await self._broker.store.write(lambda tx: runs.remove(tx, run["id"]))
+        sizes = [self._broker.blobs.size(sha256) or 0 for sha256 in idle]
+        gone = [await self._broker.blobs.discard(sha256) for sha256 in idle]
+        freed = sum(size for size, deleted in zip(sizes, gone, strict=True) if deleted)
+        return {"run": run["id"], "freed_bytes": freed}
+
     async def follow_run(self, call: Call) -> Any:
-        """Everything of a run as it happens: newline-delimited JSON, until the run has ended."""
+        """Everything of a run as it happens: newline-delimited JSON, until the run has ended.
+
+        Query: `after` (an event's id), `logs=0` (events only), `stay=0` (only what there is now).
+        """
         run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
         after = _number(call.http.query.get("after", "0"))
         logs = call.http.query.get("logs", "1") != "0"
+        stay = call.http.query.get("stay", "1") != "0"
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         response.enable_chunked_encoding()
         await response.prepare(call.http)
         async with self._watching(run["id"], logs):
             async for item in self._broker.observer.follow(
-                run["id"], self._broker.runs, self._broker.waiting, after=after, logs=logs
+                run["id"],
+                self._broker.runs,
+                self._broker.waiting,
+                progress=self._broker.federation.progress,
+                after=after,
+                logs=logs,
+                stay=stay,
             ):
                 await response.write(observe.line(item))
         await response.write_eof()

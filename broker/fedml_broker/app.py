@@ -172,7 +172,7 @@ class Broker:
             self.dispatcher,
             self.observer,
             self.blobs,
-            self.config.home / "work",
+            self.config.home,
         )
         self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}
         self.reports = Reports(self.fleet, self.dispatcher)

@@ -89,6 +89,7 @@ class Blobs:
             stall_s: A peer that moves no byte for so long is cut off.
             clock: Monotonic seconds, for claims.
         """
+        self.root = root
         self._blobs, self._parts, self._trash = (root / d for d in ("sha256", "parts", "trash"))
         for directory in (
             self._parts,

@@ -22,7 +22,7 @@ from fedml_broker.orders import Orders
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_protocol.cause import Cause, Fault
-from fedml_protocol.devices import Heartbeat
+from fedml_protocol.devices import RECONNECT_BEATS, Heartbeat
 from fedml_protocol.tasks import (
     FINAL,
     HELD,
@@ -41,6 +41,9 @@ from fedml_protocol.tasks import (
 from fedml_protocol.topics import Address
 
 log = logging.getLogger(__name__)
+
+# The longest pause before a machine gets a task again that it keeps losing.
+_LOSS_PAUSE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +92,13 @@ class Dispatcher:
     # ------------------------------------------------------------------ what words ask for
 
     async def load(self) -> None:
-        """Take up every open task; those that a device may hold get a full lease to be heard of."""
+        """Take up every open task; a device that may hold one gets the time to come back."""
+        back_s = RECONNECT_BEATS * self.timing.heartbeat_s + self.timing.lease_s
         for task in await self._store.read(tasks.load_open):
             self._tasks[task.id] = task
             if task.state in HELD and task.device is not None:
                 self._hold(task)
-                self._extend(task, self.timing.lease_s)
+                self._extend(task, back_s)
         self._wake.set()
 
     def added(self, new: Iterable[Task]) -> None:
@@ -242,12 +246,15 @@ class Dispatcher:
             ]
 
         done = await self._store.write(commit)
+        sending = []
         for (task, machine), still_queued in zip(picked, done, strict=True):
             if not still_queued:  # stopped in the meantime
                 self._let_go(task)
                 continue
             self._extend(task, self.timing.offer_s)
-            await self._publish_offer(task, machine.address)
+            sending.append(self._publish_offer(task, machine.address))
+        # All at once: the endpoint commits them together, and the last device waits for no other.
+        await asyncio.gather(*sending)
 
     async def _publish_offer(self, task: Task, address: Address) -> None:
         try:
@@ -340,6 +347,7 @@ class Dispatcher:
                 return
             if told.state is TaskState.LOST:
                 why = told.cause.message if told.cause is not None else "lost"
+                self._pause_after_loss(task, device)
                 await self._take_back(task, f"{machine.name}: {why}")
             else:
                 await self._end(task, told, device)
@@ -375,6 +383,14 @@ class Dispatcher:
             return
         task.tries_left -= 1
         await self._requeue(task)
+
+    def _pause_after_loss(self, task: Task, device: str) -> None:
+        """The first loss costs no time; one that repeats must not go round at full speed."""
+        pause = min(2.0**task.losses - 1, _LOSS_PAUSE_S)
+        task.losses += 1
+        if pause:
+            task.not_before[device] = self._fleet.clock() + pause
+            self._later(pause, self._awake)
 
     async def _requeue(self, task: Task) -> None:
         epoch, tries = task.epoch, task.tries_left

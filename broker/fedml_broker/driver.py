@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +79,9 @@ class Driver:
         request: "FederateRequest",
     ) -> None:
         self.told = asyncio.Event()
-        self.waiting = ""
+        self._waits: Callable[[], str] = _for_nothing
+        # The open round in numbers: {"number", "asked", "answered", "received_bytes"}.
+        self.progress: dict[str, int] | None = None
         self._all = federation
         self._run = run
         self._tenant = tenant
@@ -88,9 +90,15 @@ class Driver:
         self._needs = request.needs.needs()
         self._stopped_by = ""
         self._refused = 0
+        self._received_bytes = 0
         self._stopping = asyncio.Event()
         self._clients: dict[int, str] = {}
         self._work_dir = federation.work_dir / run
+
+    @property
+    def waiting(self) -> str:
+        """What the run waits for at this moment, in words; empty when it does not."""
+        return self._waits()
 
     def stop(self, by: str) -> None:
         """End the run as soon as possible."""
@@ -123,7 +131,7 @@ class Driver:
                 await self._end(TaskState.FAILED, Cause(fault=Fault.BROKER, message=message))
             except (StoreUnavailable, OSError) as error:
                 log.warning("%s waits for the disk: %s", self._run, error)
-                self.waiting = f"the broker's disk: {error}"
+                self._wait_for(partial(str, f"the broker's disk: {error}"))
                 await asyncio.sleep(_DISK_PAUSE_S)
                 continue
             except Exception as error:  # ours: the run must not hang for it
@@ -134,7 +142,10 @@ class Driver:
 
     async def _walk(self) -> None:
         await self._choose_clients()
-        aggregator = await Aggregator.start(self._work_dir)
+        everything = self._all
+        aggregator = await Aggregator.start(
+            self._work_dir, home=everything.home, blobs=everything.blobs.root
+        )
         try:
             await aggregator.ask(await self._opening(), RoundBegun)
             done = await self._all.store.read(lambda tx: rounds.load(tx, self._run))
@@ -157,8 +168,8 @@ class Driver:
 
         def commit(tx: Connection) -> list[str]:
             runs.end(tx, run, state, cause=cause)
-            idle = runs.release(tx, f"run/{run}/updates")
-            return idle + runs.release(tx, f"run/{run}/package")
+            # The package stays as long as the run is listed: the next run often brings it again.
+            return runs.release(tx, f"run/{run}/updates")
 
         idle = await everything.store.write(commit)
         for device in self._clients.values():
@@ -188,9 +199,10 @@ class Driver:
                 self._clients = dict(enumerate(chosen))
                 break
             missing = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
-            self._wait_for(f"{len(chosen)} of {wanted.count} machines are ready ({missing})")
+            words = f"{len(chosen)} of {wanted.count} machines are ready ({missing})"
+            self._wait_for(partial(str, words))
             await self._either(bell, within_s=everything.dispatcher.timing.heartbeat_s)
-        self.waiting = ""
+        self._waits = _for_nothing
         for device in self._clients.values():
             everything.dispatcher.reserve(device, self._run, self._needs)
 
@@ -245,6 +257,7 @@ class Driver:
                 metrics=made.metrics,
                 replies=len(good),
                 refused=self._refused,
+                received_bytes=self._received_bytes,
             )
 
         idle = await self._all.store.write(commit)
@@ -357,18 +370,20 @@ class Driver:
         deadline = loop.time() + limit.deadline_s if limit.deadline_s else math.inf
         good: dict[int, Result] = {}
         bad: dict[int, Cause] = {}
-        self._refused = 0
+        self._refused = self._received_bytes = 0
         while True:
             self.told.clear()
             self._check_stop()
-            for client, _, result in await self._results(number):
-                if client in good or client in bad or len(good) == enough:
-                    continue
+            for client, _, result in await self._results(number, {*good, *bad}):
+                if len(good) == enough:
+                    break
                 cause = await self._add(aggregator, client, result)
+                self._received_bytes += sum(a.blob.size for a in result.artifacts)
                 if cause is None:
                     good[client] = result
                 else:
                     bad[client] = cause
+                    self._refused = len(bad)
                     await self._complain(number, client, cause)
             left = len(cohort) - len(bad)
             if left < minimum:
@@ -376,14 +391,23 @@ class Driver:
             late = loop.time() >= deadline
             if len(good) >= min(enough, left) or (late and len(good) >= minimum):
                 break
-            self._wait_for(self._missing(number, cohort, good, bad, minimum if late else 0))
+            self.progress = {
+                "number": number,
+                "asked": len(cohort),
+                "answered": len(good) + len(bad),
+                "received_bytes": self._received_bytes,
+            }
+            need = minimum if late else 0
+            self._wait_for(partial(self._missing, number, cohort, good, bad, need))
             await self._either(self.told, within_s=None if late else deadline - loop.time())
-        self.waiting = ""
+        self._waits = _for_nothing
         await self._go_on_without(number)
         return dict(sorted(good.items()))
 
-    async def _results(self, number: int) -> list[tuple[int, str, Result]]:
-        return await self._all.store.read(lambda tx: tasks.results(tx, self._run, number))
+    async def _results(
+        self, number: int, known: Collection[int] = ()
+    ) -> list[tuple[int, str, Result]]:
+        return await self._all.store.read(lambda tx: tasks.results(tx, self._run, number, known))
 
     async def _add(self, aggregator: Aggregator, client: int, result: Result) -> Cause | None:
         if result.state is not TaskState.FINISHED:
@@ -401,8 +425,6 @@ class Driver:
             ),
             UpdateAdded,
         )
-        if added.refusal is not None:
-            self._refused += 1
         return added.refusal
 
     async def _complain(self, number: int, client: int, cause: Cause) -> None:
@@ -439,9 +461,15 @@ class Driver:
             if len(replies) == len(cohort) or loop.time() >= deadline:
                 break
             answered = {client: result for client, _, result in replies}
-            self._wait_for(self._missing(number, cohort, answered, {}, 0))
+            self.progress = {
+                "number": number,
+                "asked": len(cohort),
+                "answered": len(answered),
+                "received_bytes": 0,
+            }
+            self._wait_for(partial(self._missing, number, cohort, answered, {}, 0))
             await self._either(self.told, within_s=deadline - loop.time())
-        self.waiting = ""
+        self._waits = _for_nothing
         await self._go_on_without(number)
         for client, _, result in replies:
             if result.state is not TaskState.FINISHED and result.cause is not None:
@@ -463,10 +491,10 @@ class Driver:
         if self._stopping.is_set():
             raise RunStopped
 
-    def _wait_for(self, what: str) -> None:
-        if what != self.waiting:
-            self.waiting = what
-            self._all.observer.ring(self._run)
+    def _wait_for(self, words: Callable[[], str]) -> None:
+        """Whoever follows asks for the words now, and whenever a machine comes or goes."""
+        self._waits = words
+        self._all.observer.ring(self._run)
 
     async def _either(self, event: asyncio.Event, *, within_s: float | None) -> None:
         """Until `event`, a stop, or the time is over."""
@@ -510,6 +538,10 @@ class Driver:
     async def _discard(self, idle: list[str]) -> None:
         for sha256 in idle:
             await self._all.blobs.discard(sha256)
+
+
+def _for_nothing() -> str:
+    return ""
 
 
 def _unpack(package: Path, into: Path) -> None:

@@ -17,7 +17,7 @@ from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.driver import Driver
 from fedml_broker.fleet import Fleet
-from fedml_broker.launch import NeedsBody, PackageRef, check_package, possible
+from fedml_broker.launch import NeedsBody, PackageRef, check_package, possible, uploaded
 from fedml_broker.observe import Observer
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
@@ -56,7 +56,7 @@ class EvaluateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FederateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A federated run, as `fedml federate` sends it."""
+    """A federated run, as `fedml federate` sends it. For `run` see `LaunchRequest`."""
 
     app: str
     package: PackageRef
@@ -69,6 +69,7 @@ class FederateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: str = "{}"
     evaluate: EvaluateBody = EvaluateBody()
     needs: NeedsBody = NeedsBody()
+    run: str = ""
 
 
 class Federation:
@@ -81,14 +82,15 @@ class Federation:
         dispatcher: Dispatcher,
         observer: Observer,
         blobs: Blobs,
-        work_dir: Path,
+        home: Path,
     ) -> None:
         self.store = store
         self.fleet = fleet
         self.dispatcher = dispatcher
         self.observer = observer
         self.blobs = blobs
-        self.work_dir = work_dir
+        self.home = home
+        self.work_dir = home / "work"
         self._drivers: dict[str, Driver] = {}
         self._walking: dict[str, asyncio.Task[None]] = {}
 
@@ -99,11 +101,13 @@ class Federation:
             Problem: 422 when the run cannot be, or too few machines could ever take part.
         """
         _check(request)
+        run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
+        if await runs.Runs(self.store).submitted(user, run, spec):
+            return run
         package = check_package(self.blobs, request.package)
         needs = request.needs.needs()
         clients = request.clients
         possible(self.fleet, user.tenant, "federate", needs, clients.labels, clients.count)
-        run = runs.new_id()
 
         def commit(tx: Connection) -> None:
             runs.create(
@@ -112,11 +116,12 @@ class Federation:
                 run=run,
                 kind="federate",
                 name=request.name,
-                spec=msgspec.to_builtins(request),
+                spec=spec,
                 package=package,
             )
 
         await self.store.write(commit)
+        uploaded(self.blobs, package, user)
         self._drive(run, user.tenant, user.name, request)
         return run
 
@@ -138,6 +143,11 @@ class Federation:
         """What a run waits for; empty when it does not wait."""
         driver = self._drivers.get(run)
         return driver.waiting if driver is not None else ""
+
+    def progress(self, run: str) -> dict[str, int] | None:
+        """The open round of a run in numbers, if it has one."""
+        driver = self._drivers.get(run)
+        return driver.progress if driver is not None else None
 
     async def close(self) -> None:
         """Leave every run where it is; `resume` takes it up again."""

@@ -48,7 +48,10 @@ class NeedsBody(msgspec.Struct, frozen=True):
 
 
 class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A job, as `fedml launch` sends it."""
+    """A job, as `fedml launch` sends it.
+
+    A client that chooses the id of its `run` may ask again until it is answered: it starts once.
+    """
 
     command: str
     name: str = "job"
@@ -61,6 +64,7 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grace_s: float = 10.0
     retries: int = 3
     follow: bool = True
+    run: str = ""
 
 
 class Launcher:
@@ -93,7 +97,9 @@ class Launcher:
                 f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
                 hint="put them into a script in the workspace and call that",
             )
-        run = runs.new_id()
+        run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
+        if await runs.Runs(self._store).submitted(user, run, spec):
+            return run
         package = check_package(self._blobs, request.package)
         try:
             offer = Offer(
@@ -131,12 +137,13 @@ class Launcher:
                 run=run,
                 kind="launch",
                 name=request.name,
-                spec=msgspec.to_builtins(request),
+                spec=spec,
                 package=package,
             )
             tasks.insert(tx, [task])
 
         await self._store.write(commit)
+        uploaded(self._blobs, package, user)
         self._dispatcher.added([task])
         return run
 
@@ -146,7 +153,7 @@ class Launcher:
         """The run ends as its task did; how long its logs are is known first."""
         for stream, size in (("stdout", result.stdout_bytes), ("stderr", result.stderr_bytes)):
             self._observer.finish(task.run, LogFile(task.id, result.epoch, stream), size)
-        runs.end(tx, task.run, result.state, cause=result.cause, exit_code=result.exit_code)
+        runs.end(tx, task.run, result.state, cause=result.cause, exit_code=_exit_code(result))
 
     def told(self, task: Task, result: Result) -> None:
         """Wake who follows."""
@@ -167,6 +174,13 @@ class Launcher:
 
         await self._store.write(commit)
         self._observer.ring(task.run)
+
+
+def _exit_code(result: Result) -> int | None:
+    """As a shell tells it: 128 + N of what signal N has ended."""
+    if result.exit_code is None and result.signal is not None:
+        return 128 + result.signal
+    return result.exit_code
 
 
 def possible(
@@ -198,6 +212,12 @@ def possible(
         f"{asked} of {len(candidates)} that were looked at:\n{looked_at}",
         hint="ask for less, or let a machine join that has it",
     )
+
+
+def uploaded(blobs: Blobs, package: Blob | None, user: User) -> None:
+    """The run refers to its package now: the upload need not keep it any longer."""
+    if package is not None:
+        blobs.release(package.sha256, f"u/{user.name}")
 
 
 def check_package(blobs: Blobs, package: PackageRef | None) -> Blob | None:

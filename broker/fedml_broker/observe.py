@@ -11,6 +11,7 @@ import codecs
 import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -150,6 +151,11 @@ class Observer:
                 return offset, b""
             raise
 
+    def forget(self, run: str) -> None:
+        """Delete the logs of a run that is being removed; whoever follows it looks again."""
+        shutil.rmtree(self._root / check_id(run, "run"), ignore_errors=True)
+        self.ring(run)
+
     def _path(self, run: str, log: LogFile) -> Path:
         try:
             check_id(run, "run")
@@ -168,15 +174,19 @@ class Observer:
         state: RunState,
         waiting: Callable[[str], str],
         *,
+        progress: Callable[[str], dict[str, Any] | None] = lambda run: None,
         after: int = 0,
         logs: bool = True,
+        stay: bool = True,
     ) -> AsyncIterator[dict[str, Any]]:
         """Everything of a run as it happens: events, log lines, and at last its end.
 
         Args:
             state: Gives the run's present row, and whether all its logs have arrived.
             waiting: Says what the run waits for, in words; empty when it does not.
+            progress: The open round of a federated run in numbers; goes beside `waiting`.
             after: Events up to this id are known to the caller.
+            stay: Until the run has ended; otherwise only what there is by now.
 
         Yields:
             ``{"event": …}``, ``{"log": …}`` and ``{"waiting": …}`` objects; the last one is
@@ -195,7 +205,11 @@ class Observer:
                     yield chunk
             if row["ended_at"] is None and (reason := waiting(run)) != told:
                 told = reason
-                yield {"waiting": reason}
+                numbers = progress(run)
+                yield {"waiting": reason} | ({} if numbers is None else {"round": numbers})
+            if not stay:
+                yield {"end": row}
+                return
             if row["ended_at"] is not None and (not logs or await self._arrived(run, row, bell)):
                 for chunk in self._new_chunks(run, seen) if logs else ():
                     yield chunk
@@ -217,8 +231,10 @@ class Observer:
                 text = so_far.decoder.decode(data).replace("\0", "")
                 if begin > so_far.offset:
                     text = f"\n[about {begin - so_far.offset} bytes were not kept]\n{text}"
-                chunks.append({"log": {**log._asdict(), "offset": begin, "text": text}})
-                so_far.offset = begin + len(data)
+                end = begin + len(data)
+                place = {"offset": begin, "end": end}
+                chunks.append({"log": {**log._asdict(), **place, "text": text}})
+                so_far.offset = end
         return chunks
 
     async def _arrived(self, run: str, row: dict[str, Any], bell: asyncio.Event) -> bool:

@@ -57,6 +57,13 @@ class Orders:
         body = sign(order, self._identity.signing_key)
         await self._publish(address, channel, body, round(lifetime_s) or 1)
 
+    async def last(self, device: str) -> int:
+        """The number of the newest order to a device; all up to it have been sent."""
+        if device in self._next:
+            return self._next[device]
+        query = sa.select(devices.c.counter).where(devices.c.id == device)
+        return int(await self._store.read(lambda tx: tx.execute(query).scalar()) or 0)
+
     async def acknowledge(self, address: topics.Address, task: str, epoch: int) -> None:
         """Tell the agent that it need not send this result again."""
         await self._publish(address, topics.DN_ACK, ResultAck(task=task, epoch=epoch), 60)

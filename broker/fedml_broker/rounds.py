@@ -69,6 +69,7 @@ def finish(
     metrics: Mapping[str, float],
     replies: int,
     refused: int,
+    received_bytes: int = 0,
 ) -> list[str]:
     """Close a round with its model; the blobs that nobody needs any more."""
     runs.refer(tx, model.sha256, f"run/{run}/model/{number}")
@@ -93,6 +94,7 @@ def finish(
         "model": model.sha256,
         "replies": replies,
         "refused": refused,
+        "received_bytes": received_bytes,
     }
     add_event(tx, run, "round_ends", data)
     idle = runs.release(tx, f"run/{run}/updates/{number}")

@@ -17,6 +17,7 @@ from fedml_broker.api import (
     Hello,
     KeyRequest,
     Labels,
+    Resync,
     TokenRequest,
     UserRequest,
 )
@@ -53,6 +54,7 @@ def table(api: Api) -> Sequence[Route]:
         Route("POST", "/v1/agent/recover", ANYBODY, api.recover, RecoverRequest),
         Route("POST", "/v1/agent/hello", DEVICE, api.hello, Hello),
         Route("POST", "/v1/agent/renew", DEVICE, api.renew, RenewRequest),
+        Route("POST", "/v1/agent/resync", DEVICE, api.resync, Resync),
         Route("PUT", "/v1/agent/logs/{task}/{epoch}/{stream}", DEVICE, api.put_log),
         Route("HEAD", "/v1/blobs/{sha256}", SIGNED_IN, api.head_blob),
         Route("GET", "/v1/blobs/{sha256}", SIGNED_IN, api.get_blob),
@@ -61,6 +63,7 @@ def table(api: Api) -> Sequence[Route]:
         Route("POST", "/v1/federate", MEMBER, api.federate, FederateRequest),
         Route("GET", "/v1/runs", MEMBER, api.list_runs),
         Route("GET", "/v1/runs/{run}", MEMBER, api.show_run),
+        Route("DELETE", "/v1/runs/{run}", ADMIN, api.remove_run),
         Route("GET", "/v1/runs/{run}/follow", MEMBER, api.follow_run),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, api.stop_run),
         Route("GET", "/v1/devices", MEMBER, api.list_devices),

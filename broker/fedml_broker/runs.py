@@ -5,8 +5,10 @@ Every word (`launch.py`, `federate.py`) starts its runs here and ends them here,
 the same whatever it does.
 """
 
+import re
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,7 +18,7 @@ from fedml_broker.accounts import User
 from fedml_broker.observe import add_event
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
-from fedml_broker.tables import blob_refs, clients, rounds, runs, tasks
+from fedml_broker.tables import blob_refs, clients, events, rounds, runs, tasks
 from fedml_broker.tasks import cause_json
 from fedml_protocol.blob import Blob
 from fedml_protocol.cause import Cause
@@ -25,9 +27,23 @@ from fedml_protocol.tasks import FINAL, TaskState
 _FINAL_NAMES = [s.name for s in FINAL]
 
 
+_ID = re.compile(r"r-[a-z0-9]{8,32}")
+
+
 def new_id() -> str:
     """An id that sorts by nothing and fits into a topic."""
     return "r-" + secrets.token_hex(5)
+
+
+def check_new_id(given: str) -> str:
+    """The id that a client has chosen for its run, or a new one.
+
+    Raises:
+        Problem: 422.
+    """
+    if given and _ID.fullmatch(given) is None:
+        raise Problem(422, "not a run's id", f"{given!r}: r- and 8 to 32 of a-z and 0-9")
+    return given or new_id()
 
 
 class Runs:
@@ -48,6 +64,20 @@ class Runs:
             raise Problem(404, "no such run", f"{run!r} is unknown", hint="`fedml run list`")
         return dict(row)
 
+    async def submitted(self, user: User, run: str, spec: dict[str, Any]) -> bool:
+        """Whether this very run was submitted before: its client has not heard the answer.
+
+        Raises:
+            Problem: 409 when another run has the id.
+        """
+        query = sa.select(runs).where(runs.c.id == run)
+        row = await self._store.read(lambda tx: tx.execute(query).mappings().first())
+        if row is None:
+            return False
+        if (row["tenant"], row["user"], row["spec"]) != (user.tenant, user.name, spec):
+            raise Problem(409, "this run's id is taken", run, hint="leave it out: one is chosen")
+        return True
+
     async def of_tenant(self, tenant: str, run: str) -> dict[str, Any]:
         """The run, if it is the tenant's.
 
@@ -59,8 +89,10 @@ class Runs:
             raise Problem(404, "no such run", f"{run!r} is unknown", hint="`fedml run list`")
         return row
 
-    async def newest(self, tenant: str, *, limit: int = 50) -> list[dict[str, Any]]:
-        """The tenant's runs, newest first, without their specs."""
+    async def newest(
+        self, tenant: str, *, limit: int = 50, ended_before: float | None = None
+    ) -> list[dict[str, Any]]:
+        """The tenant's runs, newest first, without their specs; or those that ended long ago."""
         columns = [c for c in runs.c if c.name != "spec"]
         query = (
             sa.select(*columns)
@@ -68,12 +100,22 @@ class Runs:
             .order_by(runs.c.created_at.desc())
             .limit(limit)
         )
+        if ended_before is not None:
+            query = query.where(runs.c.ended_at < ended_before)
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
 
     async def open(self, kind: str) -> list[dict[str, Any]]:
         """Runs of a kind that have not ended."""
         query = sa.select(runs).where(runs.c.kind == kind, runs.c.state.not_in(_FINAL_NAMES))
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
+
+    async def over(self, names: Sequence[str]) -> list[str]:
+        """Which of these runs have ended, or were never here."""
+        going_on = sa.select(runs.c.id).where(
+            runs.c.id.in_(names), runs.c.state.not_in(_FINAL_NAMES)
+        )
+        found = await self._store.read(lambda tx: set(tx.execute(going_on).scalars()))
+        return [name for name in names if name not in found]
 
     async def tasks(self, run: str) -> list[dict[str, Any]]:
         """The tasks of a run, for people."""
@@ -170,6 +212,17 @@ def stop_asked(tx: Connection, run: str, by: str) -> bool:
     if changed:
         add_event(tx, run, "stopping", {"by": by})
     return bool(changed)
+
+
+def remove(tx: Connection, run: str) -> list[str]:
+    """Forget a run that has ended; the blobs that nobody needs now.
+
+    What a device may still report of it is acknowledged and changes nothing.
+    """
+    for table in (events, rounds, clients, tasks):
+        tx.execute(table.delete().where(table.c.run == run))
+    tx.execute(runs.delete().where(runs.c.id == run))
+    return release(tx, f"run/{run}")
 
 
 # ---------------------------------------------------------------------- blobs of a run

@@ -7,7 +7,7 @@ final.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ class Task:
         lease_until: On the monotonic clock; 0 while nobody holds it.
         refused: Devices that rejected it for good, and why.
         not_before: Devices that rejected it for now, and until when (monotonic).
+        losses: How often machines have said that they lost it, since this process began.
     """
 
     offer: Offer
@@ -50,6 +51,7 @@ class Task:
     accepted_seq: int = -1
     refused: dict[str, str] = field(default_factory=dict)
     not_before: dict[str, float] = field(default_factory=dict)
+    losses: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -173,14 +175,24 @@ def stop_queued(tx: Connection, run: str) -> list[str]:
     return ids
 
 
-def results(tx: Connection, run: str, round_n: int) -> list[tuple[int, str, Result]]:
-    """What the clients of one round have sent: client, device, result; ascending by client."""
+def results(
+    tx: Connection, run: str, round_n: int, known: Collection[int] = ()
+) -> list[tuple[int, str, Result]]:
+    """What the clients of one round have sent, but for those whose answer is known already.
+
+    Returns:
+        Client, device, result; ascending by client.
+    """
     query = (
         sa.select(tasks.c.client, tasks.c.device, tasks.c.result)
         .where(tasks.c.run == run, tasks.c.round == round_n, tasks.c.result.is_not(None))
         .order_by(tasks.c.client)
     )
-    return [(r.client, r.device, parse(Result, r.result)) for r in tx.execute(query)]
+    return [
+        (r.client, r.device, parse(Result, r.result))
+        for r in tx.execute(query)
+        if r.client not in known
+    ]
 
 
 def lost(task: Task, why: str) -> Result:

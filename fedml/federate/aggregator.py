@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from fedml.federate import algorithm, cohort
 from fedml.federate.aggregate import Fold
 from fedml.federate.application import Application, ApplicationError, set_weights
-from fedml.federate.layout import BadUpdate
+from fedml.federate.layout import BadUpdate, SumBroken
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
 from fedml_protocol.federate import (
@@ -81,6 +81,11 @@ class Aggregator:
         self._algorithm = algorithm.create(opened.algorithm, json.loads(opened.algorithm_config))
         if self._algorithm.kind is not algorithm.Kind.SYNCHRONOUS:
             raise ApplicationError(f"{self._algorithm.name} is asynchronous: not deployed yet")
+        if self._algorithm.stages != 1:
+            raise ApplicationError(
+                f"{self._algorithm.name} asks one cohort {self._algorithm.stages} times a round: "
+                "not deployed yet; `fedml simulate` runs it"
+            )
         config = json.loads(opened.config)
         self._application = Application(Path(opened.app_dir) / opened.app, config)
         if opened.central and self._application.evaluates:
@@ -167,6 +172,8 @@ def serve(questions: BinaryIO, answers: BinaryIO) -> None:
         asked = parse(AggregatorFrame, questions.read(frame_length(head)))
         try:
             body = aggregator.answer(asked.body)
+        except SumBroken:
+            raise  # half a sum is no good: this process ends, the next one folds the round anew
         except Exception as error:  # the user's code may raise anything, and it is his to read
             traceback.print_exc()
             body = Failed(cause=_cause(error))

@@ -73,6 +73,16 @@ class Application:
         return self._evaluate is not None
 
     @property
+    def trainer(self) -> Any:
+        """What the file calls ``train``: a function, or a `local_sgd.LocalSGD`."""
+        return self._train
+
+    @property
+    def evaluator(self) -> Any:
+        """What the file calls ``evaluate``, None where it does not."""
+        return self._evaluate
+
+    @property
     def takes_correction(self) -> bool:
         """Whether its `train` understands a `correction`."""
         return "correction" in inspect.signature(self._train or _nothing).parameters
@@ -125,11 +135,15 @@ class UserTraining:
     @property
     def examples(self) -> int:
         """How many examples there are, as far as can be told before training."""
-        return _size(self._data)
+        count = getattr(self._application.trainer, "examples", None)
+        return _size(self._data) if count is None else int(count(self._data))
 
     @property
     def supports(self) -> frozenset[Need]:
-        """A correction only if the user's train takes one."""
+        """A correction only if the user's train takes one; the built-in training does it all."""
+        built_in: frozenset[Need] | None = getattr(self._application.trainer, "supports", None)
+        if built_in is not None:
+            return built_in
         takes = self._application.takes_correction
         return frozenset({Need.CORRECTION}) if takes else frozenset()
 
@@ -144,8 +158,10 @@ class UserTraining:
         examples = found.pop("examples", float(_size(self._data)))
         if examples < 0:
             raise ApplicationError(f"train() says that it saw {examples:g} examples")
+        trained = _trained(self._module)
+        _check_same(trained, model)
         return Trained(
-            model=_to_arrays(self._module),
+            model=trained,
             examples=int(examples),
             steps=int(found.pop("steps", 1)),
             lr=found.pop("lr", None),
@@ -153,8 +169,26 @@ class UserTraining:
         )
 
     def gradient(self, model: Arrays) -> tuple[Arrays, float]:
-        """The user's file offers none."""
-        raise UnsupportedByTraining("this file offers no full gradient; choose fedavg or fedopt")
+        """That of the built-in training; a train function of the user's own offers none."""
+        found = getattr(self._application.trainer, "gradient", None)
+        if found is None:
+            raise UnsupportedByTraining(
+                "this file offers no full gradient; choose fedavg or fedopt"
+            )
+        set_weights(self._module, model)
+        gradient: tuple[Arrays, float] = found(self._module, self._data)
+        return gradient
+
+
+def _check_same(trained: Arrays, given: Arrays) -> None:
+    """A model comes back with the names and shapes that it went in with."""
+    for name, values in given.items():
+        if name not in trained:
+            raise ApplicationError(f"train() took the tensor {name!r} out of the model")
+        if trained[name].shape != values.shape:
+            raise ApplicationError(
+                f"train() changed the shape of {name!r}: {values.shape} to {trained[name].shape}"
+            )
 
 
 def set_weights(module: Any, arrays: Arrays) -> None:
@@ -178,12 +212,24 @@ def seed_everything(seed: int) -> None:
         torch.manual_seed(seed)
 
 
+def _trained(module: Any) -> Arrays:
+    """The arrays of a model that was trained.
+
+    A dict's are not copied: the next `set_weights` puts others in their place.
+    """
+    return dict(_checked(module)) if isinstance(module, dict) else _to_arrays(module)
+
+
+def _checked(module: dict[str, Any]) -> dict[str, Any]:
+    for name, values in module.items():
+        if not isinstance(values, np.ndarray):
+            raise ApplicationError(f"model()[{name!r}] is a {type(values).__name__}, no array")
+    return module
+
+
 def _to_arrays(module: Any) -> Arrays:
     if isinstance(module, dict):
-        for name, values in module.items():
-            if not isinstance(values, np.ndarray):
-                raise ApplicationError(f"model()[{name!r}] is a {type(values).__name__}, no array")
-        return {name: np.array(values, copy=True) for name, values in module.items()}
+        return {name: np.array(values, copy=True) for name, values in _checked(module).items()}
     if not hasattr(module, "state_dict"):
         raise ApplicationError(
             f"model() returned a {type(module).__name__}; return a torch module or a dict of arrays"

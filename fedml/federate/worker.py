@@ -32,7 +32,6 @@ from fedml_protocol.federate import (
 from fedml_protocol.frames import HEAD_BYTES, frame, frame_length
 
 SOCKET = "worker.sock"
-_DONE = "done"
 
 
 class Worker:
@@ -71,7 +70,8 @@ class Worker:
 
     def _answer(self, order: StageOrder) -> StageDone:
         out = Path(order.out_dir)
-        done_file = out / _DONE
+        # By boot: after a power cut, what it speaks of may be there by name only.
+        done_file = out / f"done-{_boot()}"
         if done_file.exists():
             return parse(StageDone, done_file.read_bytes())
         try:
@@ -79,18 +79,19 @@ class Worker:
         except Exception as error:  # the user's code may raise anything, and it is his to read
             traceback.print_exc()
             done = StageDone(task=order.task, epoch=order.epoch, cause=_cause(error))
-        _write(done_file, serialise(done))
+        _write(done_file, serialise(done), synced=False)
         return done
 
     def _stage(self, order: StageOrder, out: Path) -> StageDone:
-        from safetensors.numpy import load_file, save_file
+        from safetensors.numpy import save_file
 
         from fedml.federate import algorithm, cohort
         from fedml.federate.application import UserTraining, set_weights
+        from fedml.federate.tensor_file import mapped
 
         spec = order.spec
         application = self._prepared(spec)
-        model = load_file(order.model_path)
+        model = mapped(order.model_path)
         metrics: dict[str, float] = {}
         if spec.evaluate or spec.kind is StageKind.EVALUATE:
             set_weights(self._module, model)
@@ -101,7 +102,7 @@ class Worker:
         chosen = algorithm.create(spec.algorithm, json.loads(spec.algorithm_config))
         local = UserTraining(application, self._module, self._data)
         algorithm.require_support(chosen, local, f"train() in {spec.app}")
-        sent = load_file(order.sent_path) if order.sent_path else {}
+        sent = mapped(order.sent_path) if order.sent_path else {}
         # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
         rng = cohort.generator(spec.seed, spec.round - 1, spec.client)
         update = chosen.client_update(model, sent, self._state_before(spec.round), local, rng)
@@ -149,7 +150,7 @@ class Worker:
             return
         folder = self._root / "state"
         folder.mkdir(exist_ok=True)
-        _write(folder / f"{round_n}.safetensors", save(state))
+        _write(folder / f"{round_n}.safetensors", save(state), synced=True)
         for old in sorted(folder.glob("*.safetensors"), key=lambda f: int(f.stem))[:-2]:
             old.unlink()
 
@@ -164,12 +165,18 @@ def _cause(error: Exception) -> Cause:
     return Cause(fault=Fault.TASK, message=text[:2000], traceback=shown)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+
+
+def _write(path: Path, data: bytes, *, synced: bool) -> None:
+    """Replace a file as a whole; `synced`: also for a power cut."""
     beside = path.with_name(path.name + ".new")
     with beside.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if synced:
+            file.flush()
+            os.fsync(file.fileno())
     beside.replace(path)
 
 

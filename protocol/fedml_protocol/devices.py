@@ -11,6 +11,11 @@ from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.ids import check_id
 from fedml_protocol.tasks import TaskState
 
+# An agent that has lost the broker tries again after at most so many heartbeat intervals: so a
+# broker that comes back knows how long it may take until it has heard everybody, and a large fleet,
+# whose heartbeats are rare, does not come back all at once.
+RECONNECT_BEATS = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Presence:

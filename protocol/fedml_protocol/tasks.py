@@ -76,7 +76,10 @@ class OnLost(IntEnum):
 
 
 class RejectReason(IntEnum):
-    """Why an offer was not taken. `PERMANENT` lists those that asking again will not change."""
+    """Why an offer was not taken. `PERMANENT` lists those that asking again will not change.
+
+    NOT_NOW is the machine owner's no that may pass: other hours, a policy file that he must mend.
+    """
 
     SIGNATURE = 1
     POLICY_REFUSED = 2
@@ -87,6 +90,7 @@ class RejectReason(IntEnum):
     DRAINING = 7
     STALE = 8
     PACKAGE = 9
+    NOT_NOW = 10
 
 
 PERMANENT: Set[RejectReason] = frozenset(

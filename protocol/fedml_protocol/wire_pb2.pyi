@@ -46,6 +46,7 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAINING: _ClassVar[RejectReason]
     STALE: _ClassVar[RejectReason]
     PACKAGE: _ClassVar[RejectReason]
+    NOT_NOW: _ClassVar[RejectReason]
 
 class StageKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -80,6 +81,7 @@ UNSUPPORTED: RejectReason
 DRAINING: RejectReason
 STALE: RejectReason
 PACKAGE: RejectReason
+NOT_NOW: RejectReason
 STAGE_KIND_UNSPECIFIED: StageKind
 TRAIN: StageKind
 EVALUATE: StageKind

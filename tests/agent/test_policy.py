@@ -3,6 +3,7 @@
 
 import dataclasses
 import datetime
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedml_agent.policy import (
-    EXPLAINED,
     KINDS,
+    REQUIRABLE,
     Held,
     Policy,
-    PolicyError,
     Request,
     check,
-    describe,
+    closed,
     explain,
+    may_use,
+    time_limit_s,
+)
+from fedml_agent.policy_file import (
+    EXPLAINED,
+    PolicyError,
+    describe,
     load,
     load_or_refuse,
-    may_use,
     parse,
-    time_limit_s,
 )
 
 NOON = datetime.time(12, 0)
@@ -55,7 +60,7 @@ def refused_by(policy: Policy, **more: Any) -> str | None:
 
 TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = [
     # rule, settings, a request that passes (None: none does), a request that is refused
-    ("tasks.kinds", {"kinds": ("deploy",)}, {"kind": "deploy"}, {"kind": "launch"}),
+    ("tasks.kinds", {"kinds": ("federate",)}, {"kind": "federate"}, {"kind": "launch"}),
     ("tasks.kinds", {}, {"kind": "federate"}, {"kind": "mine-bitcoin"}),
     ("tasks.commands", {"commands": False}, {}, {"commands": True}),
     ("tasks.at_once", {"at_once": 2}, {"held": Held(tasks=1)}, {"held": Held(tasks=2)}),
@@ -78,22 +83,6 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
     ("publishers.allow", {"publishers": ("ada",)}, {}, {"publisher": "Ada"}),
     ("publishers.deny", {"publishers_denied": ("mal*",)}, {}, {"publisher": "mallory"}),
     ("publishers.deny", {"publishers_denied": ("evil/*",)}, {}, {"tenant": "evil"}),
-    ("containers.required", {"containers_only": True}, {"image": "x"}, {}),
-    ("containers.images", {"images": ("acme/*",)}, {"image": "acme/a:1"}, {"image": "evil/a:1"}),
-    ("containers.images", {"images": ("acme/*",)}, {}, {"image": ""}),
-    ("mounts.allow", {}, {}, {"mounts": ("/",)}),
-    ("mounts.allow", {"mounts": ("/srv",)}, {"mounts": ("/srv/a",)}, {"mounts": ("/srvx",)}),
-    ("mounts.allow", {"mounts": ("/srv",)}, {"mounts": ("/srv",)}, {"mounts": ("/srv:rw",)}),
-    ("mounts.allow", {"mounts": ("/srv",)}, {}, {"mounts": ("/srv/../etc",)}),
-    ("mounts.allow", {"mounts": ("/srv",)}, {}, {"mounts": ("/srv", "/etc")}),
-    ("mounts.allow", {"mounts": ("/",)}, {}, {"mounts": ("srv",)}),
-    (
-        "mounts.allow",
-        {"mounts": ("/srv", "/srv/out:rw")},
-        {"mounts": ("/srv/out/x:rw", "/srv/out")},
-        {"mounts": ("/srv/in:rw",)},
-    ),
-    ("data", {"data": {"heart": "/x"}}, {"data": ("heart",)}, {"data": ("heart", "lung")}),
     ("resources.gpus", {}, {"gpus": 3}, {"gpus": 4}),
     ("resources.gpus", {"gpus": (0,)}, {"gpus": 1}, {"gpus": 2}),
     ("resources.gpus", {"gpus": ("GPU-b",)}, {"gpus": 2}, {"gpus": 3}),
@@ -119,16 +108,11 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
     ),
     (
         "privacy.secure_aggregation_only",
-        {"secure_aggregation_only": True, "data": {"heart": "/x"}},
+        {"secure_aggregation_only": True, "data": {"heart": "/x"}, "require": ()},
         {},
-        # A launched task has nobody to add up with: what it says of itself does not count.
-        {"data": ("heart",), "secure_aggregation": True},
-    ),
-    (
-        "privacy.secure_aggregation_only",
-        {"secure_aggregation_only": True, "mounts": ("/srv",)},
-        {},
-        {"mounts": ("/srv",)},
+        # Where data cannot be hidden from a launched task, it is as good as one that reads it; and
+        # it has nobody to add up with: what it says of itself does not count.
+        {"cannot": {"hide": "no"}, "secure_aggregation": True},
     ),
     (
         "privacy.max_epsilon",
@@ -140,7 +124,7 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
         "privacy.max_epsilon",
         {"max_epsilon": 100.0},
         {"epsilon_spent": 100.0},
-        {"kind": "analytics", "epsilon": None},
+        {"kind": "federate", "epsilon": None},
     ),
     (
         "network.federated",
@@ -148,6 +132,14 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
         {"kind": "launch", "network": True},
         {"kind": "federate", "network": True},
     ),
+    (
+        "network.federated",
+        {},
+        {"kind": "launch", "cannot": {"network": "no"}},
+        {"kind": "federate", "cannot": {"network": "no"}},
+    ),
+    ("sandbox.require", {}, {"cannot": {"pids": "no"}}, {"cannot": {"hide": "no"}}),
+    ("sandbox.require", {"require": ("pids",)}, {}, {"cannot": {"pids": "no"}}),
 ]
 
 
@@ -167,7 +159,7 @@ def test_the_table_above_covers_every_rule() -> None:
 
 def test_the_defaults_let_an_ordinary_task_run() -> None:
     for kind in KINDS:
-        assert refused_by(Policy(), kind=kind, commands=True, image="python:3.11", gpus=1) is None
+        assert refused_by(Policy(), kind=kind, commands=True, gpus=1) is None
 
 
 def test_an_owner_can_give_federated_workers_the_network() -> None:
@@ -191,10 +183,77 @@ def test_a_refusal_says_which_rule_what_was_asked_and_what_may_be() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("set_to", "more", "passing"),
+    [
+        ({"broken": "line 3"}, {}, True),
+        ({"kinds": ()}, {}, False),
+        ({"commands": False}, {"commands": True}, False),
+        ({"publishers": ()}, {}, False),
+        ({"run_time_s": 60}, {"deadline_s": 61.0}, False),
+        ({"hours": ((0, 60),)}, {}, True),
+        ({"hours": ()}, {}, False),
+        ({"at_once": 1}, {"held": Held(tasks=1)}, True),
+        ({"at_once": 0}, {}, False),
+        ({}, {"gpus": 1, "held": Held(gpus=3)}, True),
+        ({}, {"gpus": 4}, False),
+        ({"memory": GB}, {"memory": GB, "held": Held(memory=1)}, True),
+        ({"memory": GB}, {"memory": GB + 1}, False),
+        ({"cpus": 1.0}, {"cpus": 1.0, "held": Held(cpus=0.5)}, True),
+        ({}, {"disk_free": GB}, True),
+        ({"secure_aggregation_only": True}, {"kind": "federate"}, False),
+        ({"max_epsilon": 1.0}, {"kind": "federate"}, False),
+        ({}, {"kind": "federate", "network": True}, False),
+        ({}, {"kind": "federate", "cannot": {"network": "no"}}, True),
+        ({}, {"cannot": {"hide": "no"}}, True),
+    ],
+)
+def test_a_refusal_knows_whether_waiting_may_help(
+    set_to: dict[str, Any], more: dict[str, Any], passing: bool
+) -> None:
+    refusal = check(Policy(**set_to), asked(**more))
+    assert refusal is not None
+    assert refusal.passing is passing
+
+
+@pytest.mark.parametrize(
+    ("set_to", "says"),
+    [
+        ({"secure_aggregation_only": True}, "federated runs have no secure aggregation yet"),
+        ({"max_epsilon": 2.0}, "differential privacy, which federated runs cannot give yet"),
+    ],
+)
+def test_a_floor_that_nothing_can_meet_yet_says_so(set_to: dict[str, Any], says: str) -> None:
+    assert says in str(check(Policy(**set_to), asked(kind="federate")))
+    assert check(Policy(**set_to), asked(kind="launch", commands=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("set_to", "more", "says"),
+    [
+        ({}, {}, ""),
+        ({"broken": "policy.toml:3: no"}, {}, "policy file cannot be used until it is mended: pol"),
+        ({"kinds": ()}, {}, "its owner takes no tasks"),
+        ({"at_once": 0}, {}, "its owner takes no tasks"),
+        ({}, {"cannot": {"hide": "no namespaces"}}, "no 'hide': no namespaces"),
+        ({}, {"cannot": {"pids": "no namespaces"}}, ""),
+        ({"require": ()}, {"cannot": {"hide": "no namespaces"}}, ""),
+        ({}, {"disk_free": GB}, "its disk is low: 1.0 GB are free, 2 GB must stay free"),
+        ({"hours": ((0, 60),)}, {}, "takes tasks only at 00:00-01:00 of its local time"),
+        ({"hours": ((0, 780),)}, {}, ""),
+    ],
+)
+def test_what_closes_the_whole_machine_is_said_before_anybody_asks(
+    set_to: dict[str, Any], more: dict[str, Any], says: str
+) -> None:
+    told = closed(Policy(**set_to), **{"at": NOON, "disk_free": 9 * GB, "cannot": {}} | more)
+    assert (says in told) if says else told == ""
+
+
 def test_explain_lists_every_rule_with_its_verdict() -> None:
     policy = Policy(commands=False, gpus=())
     rulings = {one.rule: one.ok for one in explain(policy, asked(commands=True, gpus=1))}
-    assert len(rulings) == 18
+    assert len(rulings) == 15
     assert {rule for rule, ok in rulings.items() if not ok} == {"tasks.commands", "resources.gpus"}
 
 
@@ -238,7 +297,7 @@ def test_a_request_that_makes_no_sense_is_not_even_checked(wrong: dict[str, Any]
 def test_a_task_is_stopped_at_the_first_limit(
     set_to: dict[str, Any], at: datetime.time, deadline_s: float | None, limit: float | None
 ) -> None:
-    assert time_limit_s(Policy(**set_to), asked(at=at, deadline_s=deadline_s)) == limit
+    assert time_limit_s(Policy(**set_to), at, deadline_s) == limit
 
 
 @given(
@@ -282,7 +341,6 @@ def test_a_gpu_without_a_readable_uuid_can_only_be_named_by_number() -> None:
 
 names = st.sampled_from(["ada", "bob", "acme", "a"])
 patterns = st.sampled_from(["*", "a*", "ada", "acme/*", "*/bob", "bob", "x"])
-paths = st.sampled_from(["/", "/a", "/a/b", "/a:rw", "/a/b:rw", "/c"])
 windows = st.tuples(st.integers(0, 1439), st.integers(1, 1440)).filter(lambda w: w[0] != w[1])
 gpu_names = st.sampled_from([0, 1, "GPU-a", "GPU-b", "MIG-b1"])
 
@@ -300,9 +358,6 @@ policies = st.builds(
     hours=st.none() | some(windows),
     publishers=some(patterns),
     publishers_denied=some(patterns),
-    containers_only=st.booleans(),
-    images=some(patterns),
-    mounts=some(paths),
     data=st.dictionaries(names, st.just("/x")),
     gpus=st.none() | some(gpu_names),
     cpus=st.none() | st.floats(0, 4),
@@ -311,7 +366,9 @@ policies = st.builds(
     secure_aggregation_only=st.booleans(),
     max_epsilon=st.none() | st.floats(0, 2),
     federated_network=st.booleans(),
+    require=some(st.sampled_from(REQUIRABLE)),
     log_days=st.floats(0, 100),
+    log_disk=st.integers(0, 100),
 )
 requests = st.builds(
     Request,
@@ -329,10 +386,8 @@ requests = st.builds(
     disk_free=st.integers(0, 200),
     epsilon_spent=st.floats(0, 2),
     devices=some(st.sampled_from(asked().devices)),
+    cannot=st.dictionaries(st.sampled_from(REQUIRABLE), st.just("no")),
     commands=st.booleans(),
-    image=st.none() | names,
-    mounts=some(paths),
-    data=some(names),
     gpus=st.integers(0, 3),
     cpus=st.floats(0, 3),
     memory=st.integers(0, 80),
@@ -377,12 +432,8 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "hours": narrower,
     "publishers": fewer,
     "publishers_denied": lambda draw, value: (*value, *draw(some(patterns))),
-    "containers_only": lambda _, value: True,
-    "images": fewer,
-    "mounts": lambda draw, value: tuple(
-        one.removesuffix(":rw") if draw(st.booleans()) else one for one in fewer(draw, value)
-    ),
-    "data": lambda draw, value: {name: value[name] for name in fewer(draw, value)},
+    # More data sets: more that is to be kept from tasks.
+    "data": lambda draw, value: {**value, **draw(st.dictionaries(names, st.just("/y")))},
     "gpus": lambda draw, value: draw(some(gpu_names)) if value is None else fewer(draw, value),
     "cpus": lower,
     "memory": lower,
@@ -390,7 +441,9 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "secure_aggregation_only": lambda _, value: True,
     "max_epsilon": lower,
     "federated_network": lambda _, value: False,
+    "require": lambda draw, value: (*value, *draw(some(st.sampled_from(REQUIRABLE)))),
     "log_days": lower,
+    "log_disk": lower,
     "broken": lambda _, value: "the file is broken",
 }
 
@@ -420,7 +473,7 @@ def test_tightening_never_turns_a_refusal_into_an_acceptance(
         assert all(before[rule] or not ok for rule, ok in after.items())
     if check(policy, request) is not None:
         assert check(tight, request) is not None
-    limit, tight_limit = time_limit_s(policy, request), time_limit_s(tight, request)
+    limit, tight_limit = (time_limit_s(p, request.at, request.deadline_s) for p in (policy, tight))
     assert limit is None or (tight_limit is not None and tight_limit <= limit)
 
 
@@ -445,13 +498,22 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         run_time_s=12 * 3600,
         hours=((22 * 60, 6 * 60),),
         publishers_denied=("mallory",),
-        mounts=("/srv/data", "/srv/scratch:rw"),
         data={"heart": "/srv/data/heart.csv"},
         gpus=(0, "GPU-0f4b7c1e-5a0d-4a9b-8f6e-2c5a3d1b7e90"),
         cpus=4.0,
         memory=16 * GB,
         max_epsilon=2.0,
     )
+
+
+def test_the_example_of_the_documentation_is_a_policy() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "agent.md").read_text()
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    shown = {section: set(table) for section, table in tomllib.loads(example).items()}
+    known = {section: set(table) for section, table in tomllib.loads(EXPLAINED).items()}
+    assert parse(example).kinds == ("federate",)
+    known["privacy"].discard("max_epsilon")  # it stands there as a comment
+    assert shown == known
 
 
 def test_the_explained_file_shows_the_true_defaults() -> None:
@@ -463,6 +525,8 @@ def test_the_explained_file_shows_the_true_defaults() -> None:
         assert f"# {line}" in shown.splitlines()
     assert example.disk_reserve == Policy().disk_reserve
     assert example.log_days == Policy().log_days
+    assert example.log_disk == Policy().log_disk
+    assert example.require == Policy().require
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -475,10 +539,10 @@ texts = st.text(st.characters(codec="utf-8"), max_size=8)
     st.integers(0, 10**15),
 )
 def test_what_describe_writes_reads_back_as_the_same_policy(
-    policy: Policy, data: dict[str, str], images: tuple[str, ...], memory: int
+    policy: Policy, data: dict[str, str], publishers: tuple[str, ...], memory: int
 ) -> None:
     data = {name: path for name, path in data.items() if "/../" not in f"{path}/"}
-    policy = dataclasses.replace(policy, data=data, images=images, memory=memory)
+    policy = dataclasses.replace(policy, data=data, publishers=publishers, memory=memory)
     assert parse(describe(policy)) == policy
 
 
@@ -520,9 +584,9 @@ def test_values_are_read_as_people_write_them(line: str, field: str, value: obje
         ("[tasks]\nat_once = true\n", 2, "must be a whole number >= 0, not True"),
         ("[tasks]\nat_once = -1\n", 2, "must be a whole number"),
         ("[tasks]\nat_once = 1.5\n", 2, "must be a whole number"),
-        ('[tasks]\nkinds = [\n "launch",\n "lanch",\n]\n', 2, "a list of some of launch, deploy"),
-        ('[tasks]\nkinds = "launch"\n', 2, "a list of some of launch, deploy"),
-        ("[tasks]\nkinds = [[]]\n", 2, "a list of some of launch, deploy"),
+        ('[tasks]\nkinds = [\n "launch",\n "lanch",\n]\n', 2, "a list of some of launch, federate"),
+        ('[tasks]\nkinds = "launch"\n', 2, "a list of some of launch, federate"),
+        ("[tasks]\nkinds = [[]]\n", 2, "a list of some of launch, federate"),
         ('x = """\n[tasks]\nat_once = "a"\n"""\n[tasks]\nat_once = "a"\n', 6, "tasks.at_once must"),
         ('tasks.run_time = "-1h"\n', 1, 'must be a time like "90m"'),
         ("tasks.run_time = 60\n", 1, 'must be a time like "90m"'),
@@ -534,8 +598,15 @@ def test_values_are_read_as_people_write_them(line: str, field: str, value: obje
         ("tasks.hours = 8\n", 1, "must be a list of texts"),
         ("publishers.allow = [1]\n", 1, "must be a list of texts"),
         ('publishers.allow = "ada"\n', 1, "must be a list of texts"),
-        ('mounts.allow = ["srv"]\n', 1, "must be a list of absolute paths"),
-        ('mounts.allow = ["/a/../b:rw"]\n', 1, "must be a list of absolute paths"),
+        ('[mounts]\nallow = ["/srv"]\n', 1, "unknown setting mounts"),
+        ("containers.required = true\n", 1, "unknown setting containers"),
+        (
+            'sandbox.require = ["hid"]\n',
+            1,
+            "must be a list of some of hide, read_only, network, pids",
+        ),
+        ('sandbox.require = "hide"\n', 1, "must be a list of some of hide"),
+        ("logs.keep_disk = 1\n", 1, 'must be a size like "16GB"'),
         ("[data]\nok = '/x'\nheart = 'heart.csv'\n", 3, "data.heart must be an absolute path"),
         ("[data]\nheart.x = '/x'\n", 2, "data.heart must be an absolute path"),
         ("data = 3\n", 1, "data is a section"),

@@ -352,6 +352,12 @@ tell(found)
     }
 
 
+async def test_a_task_runs_on_so_many_processors(tasks: Tasks) -> None:
+    script = "tell(len(os.sched_getaffinity(0)))"
+    assert await tasks.ask(script, limits=Limits(cpus=1)) == 1
+    assert await tasks.ask(script, limits=Limits(cpus=4096)) == len(os.sched_getaffinity(0))
+
+
 async def test_a_task_has_so_many_processes_and_no_more(tasks: Tasks) -> None:
     # For user 0 the kernel knows only a coarse limit, of 300 at least.
     script = """

@@ -491,7 +491,14 @@ def test_a_full_disk_costs_log_lines_and_neither_the_task_nor_its_record(
 
 @pytest.mark.skipif(os.geteuid() != 0 or INSIDE, reason="this is such a run, or one beside it")
 @pytest.mark.parametrize(
-    "module", ["test_shim.py", "test_tending.py", "test_sandbox.py", "test_capabilities.py"]
+    "module",
+    [
+        "test_shim.py",
+        "test_tending.py",
+        "test_sandbox.py",
+        "test_capabilities.py",
+        "test_confine.py",
+    ],
 )
 def test_all_of_it_holds_for_an_ordinary_user(module: str) -> None:
     if not shutil.which("setpriv"):

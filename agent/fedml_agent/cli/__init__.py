@@ -19,6 +19,7 @@ _VERBS = {
     "status": "status",
     "hardware": "hardware",
     "policy": "policy",
+    "diagnose": "diagnose",
     "logout": "logout",
 }
 

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fedml-agent login KEY`."""
 
+import datetime
 import json
 import socket
 import sys
 
 import click
 
-from fedml_agent import hardware, room
+from fedml_agent import hardware, room, sandbox
 from fedml_agent import login as joining
 from fedml_agent.cli.options import home_option, json_option
 from fedml_agent.errors import AgentError
 from fedml_agent.home import Home
-from fedml_agent.policy import load_or_refuse
+from fedml_agent.policy import closed
+from fedml_agent.policy_file import load_or_refuse
 from fedml_agent.version import VERSION
 
 
@@ -54,6 +56,14 @@ def login(key: str, name: str | None, labels: tuple[str, ...], home: Home, as_js
         inventory=room.report(inventory, policy, room.disk_free(home.root)),
         version=VERSION,
     )
+    shut = closed(
+        policy,
+        at=datetime.datetime.now().astimezone().time(),
+        disk_free=room.disk_free(home.root),
+        cannot=sandbox.cannot(),
+    )
+    if shut:
+        click.secho(f"No task will be taken as things are: {shut}", fg="yellow", err=True)
     if as_json:
         found = {"device": joined.device, "tenant": joined.tenant, "url": joined.url}
         click.echo(json.dumps(found))

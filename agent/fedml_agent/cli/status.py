@@ -5,10 +5,12 @@ import json
 
 import click
 
-from fedml_agent import control, policy, room
+from fedml_agent import control, room, sandbox
 from fedml_agent.cli.options import home_option, json_option
 from fedml_agent.control import NotRunning
 from fedml_agent.home import Home
+from fedml_agent.policy import Policy
+from fedml_agent.policy_file import load_or_refuse
 
 
 @click.command()
@@ -21,7 +23,8 @@ def status(home: Home, as_json: bool) -> None:
     connected.
     """
     membership = home.membership()
-    rules = policy.load_or_refuse(home.policy)
+    rules = load_or_refuse(home.policy)
+    lacks = sandbox.cannot()
     free = room.disk_free(home.root)
     try:
         found = control.ask(home.control)
@@ -37,11 +40,13 @@ def status(home: Home, as_json: bool) -> None:
                     "agent": found,
                     "disk_free_bytes": free,
                     "policy": rules.broken or "ok",
+                    "sandbox_missing": lacks,
                 }
             )
         )
     else:
-        _show(home, membership.device, membership.url, found, free, rules.broken)
+        _show(home, membership.device, membership.url, found, free, rules)
+        _show_sandbox(rules, lacks)
     if found is None:
         raise SystemExit(NotRunning.exit_code)
     if found["link"] != "up":
@@ -54,11 +59,9 @@ def _show(
     url: str,
     found: "dict[str, object] | None",
     free: int,
-    broken: str | None,
+    rules: Policy,
 ) -> None:
-    def row(name: str, text: str, colour: str | None = None) -> None:
-        click.echo(f"{name:<10}" + click.style(text, fg=colour))
-
+    row = _row
     row("device", device)
     row("broker", url)
     if found is None:
@@ -85,7 +88,22 @@ def _show(
         if found["alarms"]:
             row("alarms", f"{found['alarms']}: see the agent's log", "red")
     row("disk", f"{free / 1e9:.1f} GB free")
-    row("policy", broken or str(home.policy), "red" if broken else None)
+    where = str(home.policy) if home.policy.exists() else "the defaults"
+    row("policy", rules.broken or where, "red" if rules.broken else None)
+
+
+def _show_sandbox(rules: Policy, lacks: dict[str, str]) -> None:
+    for name, why in lacks.items():
+        if name in rules.require:
+            _row("sandbox", f"no '{name}', so no task is taken: {why}", "red")
+        else:
+            _row("sandbox", f"tasks run without '{name}': {why}", "yellow")
+    if not lacks:
+        _row("sandbox", "every protection is in force")
+
+
+def _row(name: str, text: str, colour: str | None = None) -> None:
+    click.echo(f"{name:<10}" + click.style(text, fg=colour))
 
 
 def _time(seconds: float) -> str:

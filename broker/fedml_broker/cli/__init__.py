@@ -5,7 +5,9 @@ Data goes to stdout, talk to stderr. Exit codes: 0 done, 1 something else went w
 was typed wrongly, 5 the broker does not answer, 6 it answered no.
 """
 
+import difflib
 import importlib
+import os
 import sys
 
 import click
@@ -26,9 +28,33 @@ class _Verbs(click.Group):
         found = getattr(importlib.import_module(f"fedml_broker.cli.{cmd_name}"), cmd_name)
         return found if isinstance(found, click.Command) else None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; a verb that is not there gets the nearest one."""
+        near = difflib.get_close_matches(args[0], _VERBS, n=1)
+        if args[0] not in _VERBS and near:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+
+def _tell_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from fedml_broker.app import our_version
+
+        click.echo(f"fedml-broker {our_version()}")
+        context.exit()
+
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="fedml-agent")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_tell_version,
+    help="Show the version and exit.",
+)
 def command() -> None:
     """Decides and remembers: schedules tasks, aggregates models, keeps what machines send.
 
@@ -57,4 +83,6 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except BrokenPipeError:
+        # Whoever read our output has gone; at exit Python would complain about it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

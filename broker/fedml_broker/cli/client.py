@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The admin's connection to the running broker of this home, and how tables are printed."""
+"""The admin's connection to the running broker of this home, and options of many commands."""
 
 import json
 import os
 import ssl
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import urllib3
-from rich.console import Console
-from rich.table import Table
 from urllib3.exceptions import HTTPError
 
 from fedml_protocol.errors import BadKey
@@ -92,32 +89,6 @@ class Client:
             text = found["title"] + (f": {found['detail']}" if found.get("detail") else "")
             raise CommandFailed(text, found.get("hint", ""), 6)
         return found
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
-    """A table on a terminal, columns of plain text in a pipe."""
-    if not rows:
-        click.echo(empty, err=True)
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(table)
-
-
-def when(moment: float | None) -> str:
-    """A time for people."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else "–"
-
-
-def words(labels: Mapping[str, str]) -> str:
-    """Labels for people."""
-    return " ".join(f"{name}={value}" for name, value in sorted(labels.items())) or "–"
 
 
 def parse_labels(given: Sequence[str]) -> dict[str, str]:

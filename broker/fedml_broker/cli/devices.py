@@ -1,23 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fedml-broker devices list|show|label|drain|revoke|remove`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fedml_broker.cli.client import (
-    Client,
-    home_option,
-    json_option,
-    parse_labels,
-    print_table,
-    when,
-    words,
-)
+from fedml_broker.cli.client import Client, home_option, json_option, parse_labels
+from fedml_broker.cli.tables import Columns, print_list, print_thing, when, words
 
 GB = 1e9
+
+
+def _size(capacity: dict[str, Any]) -> str:
+    gpus = capacity["gpus"]
+    text = f"{capacity['cpus']} CPUs, {capacity['memory_bytes'] / GB:.0f} GB"
+    return text + (f", {len(gpus)} × {gpus[0]['name']}" if gpus else "")
+
+
+_COLUMNS: Columns = {
+    "NAME": lambda device: device["name"],
+    "DEVICE": lambda device: device["id"],
+    "STATUS": lambda device: device["status"],
+    "TASKS": lambda device: f"{len(device['tasks'])} of {device['capacity']['slots']}",
+    "HAS": lambda device: _size(device["capacity"]),
+    "LABELS": lambda device: words(device["labels"]),
+    "SEEN": lambda device: when(device["last_seen_at"]),
+}
+_FACTS: Columns = {
+    "name": lambda device: device["name"],
+    "device": lambda device: device["id"],
+    "status": lambda device: device["status"],
+    "has": lambda device: _size(device["capacity"]),
+    "labels": lambda device: words(device["labels"]),
+    "tasks": lambda device: "\n".join(device["tasks"]) or "none",
+    "refusing": lambda device: device["refusing"] or "nothing",
+    "agent": lambda device: device["agent_version"],
+    "joined": lambda device: when(device["enrolled_at"]),
+    "seen": lambda device: when(device["last_seen_at"]),
+    "certificate": lambda device: f"until {when(device['certificate_expires_at'])}",
+}
 
 
 @click.group()
@@ -31,23 +53,8 @@ def devices() -> None:
 def list_devices(home: Path, as_json: bool) -> None:
     """List the machines with what they have and what they do."""
     found = Client(home).call("GET", "/v1/devices")["devices"]
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    rows = [
-        (
-            device["name"],
-            device["id"],
-            device["status"],
-            f"{len(device['tasks'])} of {device['capacity']['slots']}",
-            _size(device["capacity"]),
-            words(device["labels"]),
-            when(device["last_seen_at"]),
-        )
-        for device in found
-    ]
-    columns = ("NAME", "DEVICE", "STATUS", "TASKS", "HAS", "LABELS", "SEEN")
-    print_table(columns, rows, "no machines yet: `fedml-broker keys create`")
+    empty = "no machines yet: `fedml-broker keys create`"
+    print_list(found, _COLUMNS, as_json=as_json, empty=empty)
 
 
 @devices.command()
@@ -57,24 +64,7 @@ def list_devices(home: Path, as_json: bool) -> None:
 def show(device: str, home: Path, as_json: bool) -> None:
     """Show one machine (by name or id) with its hardware."""
     found = Client(home).call("GET", f"/v1/devices/{device}")
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    rows = {
-        "name": found["name"],
-        "device": found["id"],
-        "status": found["status"],
-        "has": _size(found["capacity"]),
-        "labels": words(found["labels"]),
-        "tasks": ", ".join(found["tasks"]) or "none",
-        "refusing": found["refusing"] or "nothing",
-        "agent": found["agent_version"],
-        "joined": when(found["enrolled_at"]),
-        "seen": when(found["last_seen_at"]),
-        "certificate": f"until {when(found['certificate_expires_at'])}",
-    }
-    for name, text in rows.items():
-        click.echo(f"{name:<13}{text}")
+    print_thing(found, _FACTS, as_json=as_json)
 
 
 @devices.command()
@@ -116,9 +106,3 @@ def remove(device: str, home: Path) -> None:
     """Forget a machine; it must log in again."""
     Client(home).call("DELETE", f"/v1/devices/{device}")
     click.echo(f"{device} is removed", err=True)
-
-
-def _size(capacity: dict[str, Any]) -> str:
-    gpus = capacity["gpus"]
-    text = f"{capacity['cpus']} CPUs, {capacity['memory_bytes'] / GB:.0f} GB"
-    return text + (f", {len(gpus)} × {gpus[0]['name']}" if gpus else "")

@@ -2,6 +2,7 @@
 """`fedml-broker doctor`."""
 
 import contextlib
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -45,6 +46,14 @@ def _checks(home: Path) -> Iterator[tuple[str, str]]:
     )
     lines = worker.stderr.strip().splitlines()
     yield "aggregator", "" if worker.returncode == 0 else f"it cannot start: {lines[-1]}"
+    facts = json.dumps({"hidden": [str(home)], "show": [], "writable": []})
+    walls = subprocess.run(
+        [sys.executable, "-m", "fedml_agent.enclosed", facts, "true"],
+        capture_output=True,
+        text=True,
+    )
+    lost = " ".join(walls.stderr.split())
+    yield "aggregators locked in", f"{lost}; give run rights to people you trust" if lost else ""
     try:
         found = Client(home).call("GET", "/v1/status")
     except CommandFailed as error:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
-from fedml_broker.cli.client import (
-    Client,
-    home_option,
-    json_option,
-    parse_labels,
-    print_table,
-    when,
-    words,
-)
+from fedml_broker.cli.client import Client, home_option, json_option, parse_labels
+from fedml_broker.cli.tables import Columns, print_list, when, words
+
+_COLUMNS: Columns = {
+    "KEY": lambda key: key["id"],
+    "USED": lambda key: f"{key['used']} of {key['uses'] or 'any'}",
+    "GOOD UNTIL": lambda key: "revoked" if key["revoked"] else when(key["expires_at"]),
+    "LABELS": lambda key: words(key["labels"]),
+    "MADE BY": lambda key: f"{key['created_by']}, {when(key['created_at'])}",
+}
 
 
 @click.group()
@@ -52,20 +53,7 @@ def create(uses: int, days: float, labels: tuple[str, ...], home: Path, as_json:
 def list_keys(home: Path, as_json: bool) -> None:
     """List the login keys, without their secrets."""
     found = Client(home).call("GET", "/v1/keys")["keys"]
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    rows = [
-        (
-            key["id"],
-            f"{key['used']} of {key['uses'] or 'any'}",
-            "revoked" if key["revoked"] else when(key["expires_at"]),
-            words(key["labels"]),
-            f"{key['created_by']}, {when(key['created_at'])}",
-        )
-        for key in found
-    ]
-    print_table(("KEY", "USED", "GOOD UNTIL", "LABELS", "MADE BY"), rows, "no keys yet")
+    print_list(found, _COLUMNS, as_json=as_json, empty="no keys yet")
 
 
 @keys.command()

@@ -1,12 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedml-broker runs list|show|stop`."""
+"""`fedml-broker runs list|show|stop|remove`."""
 
-import json
+import re
+import time
 from pathlib import Path
 
 import click
 
-from fedml_broker.cli.client import Client, home_option, json_option, print_table, when
+from fedml_broker.cli.client import Client, CommandFailed, home_option, json_option
+from fedml_broker.cli.tables import Columns, Row, print_list, print_thing, when
+
+_UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+_TASKS_SHOWN = 20
+_PAGE = 1000
+
+
+def _tasks(run: Row) -> str:
+    lines = [
+        f"{task['id']}: {task['state']} on {task['device'] or 'no machine'}, epoch {task['epoch']}"
+        for task in run["tasks"]
+    ]
+    more = [f"… and {len(lines) - _TASKS_SHOWN} before"] if len(lines) > _TASKS_SHOWN else []
+    return "\n".join(more + lines[-_TASKS_SHOWN:]) or "none yet"
+
+
+_COLUMNS: Columns = {
+    "RUN": lambda run: run["id"],
+    "KIND": lambda run: run["kind"],
+    "NAME": lambda run: run["name"],
+    "STATE": lambda run: run["state"],
+    "USER": lambda run: run["user"],
+    "ASKED FOR": lambda run: when(run["created_at"]),
+    "ENDED": lambda run: when(run["ended_at"]),
+}
+_FACTS: Columns = {
+    "run": lambda run: f"{run['id']}, {run['name']} ({run['kind']}) of {run['user']}",
+    "state": lambda run: run["state"] + (f", by {who}" if (who := run["stopped_by"]) else ""),
+    "waits": lambda run: run["waiting"].replace("; ", "\n"),
+    "cause": lambda run: run["cause"]["message"] if run["cause"] else "",
+    "asked for": lambda run: when(run["created_at"]),
+    "ended": lambda run: when(run["ended_at"]),
+    "tasks": _tasks,
+}
 
 
 @click.group()
@@ -15,19 +50,13 @@ def runs() -> None:
 
 
 @runs.command("list")
-@click.option("--limit", default=50, show_default=True)
+@click.option("--limit", default=50, show_default=True, help="How many, the newest first.")
 @home_option
 @json_option
 def list_runs(limit: int, home: Path, as_json: bool) -> None:
     """List the newest runs."""
     found = Client(home).call("GET", f"/v1/runs?limit={limit}")["runs"]
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    rows = [
-        (r["id"], r["kind"], r["name"], r["state"], r["user"], when(r["created_at"])) for r in found
-    ]
-    print_table(("RUN", "KIND", "NAME", "STATE", "USER", "SINCE"), rows, "no runs yet")
+    print_list(found, _COLUMNS, as_json=as_json, empty="no runs yet")
 
 
 @runs.command()
@@ -36,19 +65,7 @@ def list_runs(limit: int, home: Path, as_json: bool) -> None:
 @json_option
 def show(run: str, home: Path, as_json: bool) -> None:
     """Show one run: its state and cause, its tasks, what it waits for."""
-    found = Client(home).call("GET", f"/v1/runs/{run}")
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    click.echo(f"{found['id']}  {found['kind']}  {found['name']}  {found['state']}")
-    if found["waiting"]:
-        click.echo(f"waits: {found['waiting']}")
-    if found["cause"]:
-        click.echo(f"cause: {found['cause']['message']}")
-    rows = [
-        (t["id"], t["device"] or "–", t["state"], str(t["epoch"])) for t in found["tasks"][-20:]
-    ]
-    print_table(("TASK", "DEVICE", "STATE", "EPOCH"), rows, "no tasks yet")
+    print_thing(Client(home).call("GET", f"/v1/runs/{run}"), _FACTS, as_json=as_json)
 
 
 @runs.command()
@@ -58,3 +75,48 @@ def stop(run: str, home: Path) -> None:
     """Stop a run."""
     Client(home).call("POST", f"/v1/runs/{run}/stop")
     click.echo(f"{run} is being stopped", err=True)
+
+
+@runs.command()
+@click.argument("run", nargs=-1)
+@click.option("--older-than", metavar="AGE", help="All that ended so long ago: 12h, 30d, 8w.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@home_option
+def remove(run: tuple[str, ...], older_than: str | None, yes: bool, home: Path) -> None:
+    """Delete runs that have ended, with their logs and models.
+
+    \b
+    Examples:
+      fedml-broker runs remove r-1c0ffee123
+      fedml-broker runs remove --older-than 30d --yes     # from cron
+    """
+    if bool(run) == bool(older_than):
+        raise click.UsageError("name runs, or --older-than, one of the two")
+    before = None if older_than is None else int(time.time() - _age(older_than))
+    client = Client(home)
+    if before is not None:
+        first = _ended_before(client, before)
+        count = f"{len(first)} or more" if len(first) == _PAGE else str(len(first))
+        if first and not yes:
+            click.confirm(f"Delete {count} runs with logs and models?", abort=True, err=True)
+        run = tuple(first)
+    removed, freed = 0, 0
+    while run:
+        for name in run:
+            freed += client.call("DELETE", f"/v1/runs/{name}")["freed_bytes"]
+            removed += 1
+        run = () if before is None else tuple(_ended_before(client, before))
+    click.echo(f"{removed} runs are deleted, {freed / 1e6:.1f} MB of models are free", err=True)
+
+
+def _ended_before(client: Client, moment: int) -> list[str]:
+    found = client.call("GET", f"/v1/runs?ended_before={moment}&limit={_PAGE}")["runs"]
+    return [row["id"] for row in found]
+
+
+def _age(text: str) -> float:
+    """Seconds in ``30d``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text.strip())
+    if match is None:
+        raise CommandFailed(f"--older-than takes 12h, 30d or 8w, not {text!r}", exit_code=2)
+    return float(match[1]) * _UNITS[match[2]]

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fedml-broker users create|list|token`."""
 
-import json
 from pathlib import Path
 
 import click
 
-from fedml_broker.cli.client import Client, home_option, json_option, print_table, when
+from fedml_broker.cli.client import Client, home_option, json_option
+from fedml_broker.cli.tables import Columns, print_list, when
+
+_COLUMNS: Columns = {
+    "USER": lambda user: user["name"],
+    "ROLE": lambda user: user["role"],
+    "TOKENS": lambda user: str(user["tokens"]),
+    "SINCE": lambda user: when(user["created_at"]),
+}
 
 
 @click.group()
@@ -31,11 +38,7 @@ def create(name: str, admin: bool, home: Path) -> None:
 def list_users(home: Path, as_json: bool) -> None:
     """List the users."""
     found = Client(home).call("GET", "/v1/users")["users"]
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    rows = [(u["name"], u["role"], str(u["tokens"]), when(u["created_at"])) for u in found]
-    print_table(("USER", "ROLE", "TOKENS", "SINCE"), rows, "no users yet")
+    print_list(found, _COLUMNS, as_json=as_json, empty="no users yet")
 
 
 @users.command()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as an object: what it is doing, what it says, and what came out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedml.client import Client, Told
+from fedml.errors import BrokerRefused, RunFailed
+
+# The states in which nothing happens any more.
+FINAL = frozenset({"FINISHED", "FAILED", "STOPPED", "LOST"})
+
+
+class Run:
+    """One run of one broker, as it was when it was last looked at.
+
+    Attributes:
+        id: Unique for ever.
+        details: Everything that the broker says of it; `refresh` looks again.
+    """
+
+    def __init__(self, client: Client, details: Mapping[str, Any]) -> None:
+        self.id = str(details["id"])
+        self.details = dict(details)
+        self._client = client
+
+    @classmethod
+    def find(cls, client: Client, run: str) -> Run:
+        """The run with this id.
+
+        Raises:
+            BrokerRefused: There is none.
+        """
+        return cls(client, client.call("GET", f"/v1/runs/{run}"))
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} {self.state}>"
+
+    @property
+    def name(self) -> str:
+        """As its file calls it."""
+        return str(self.details["name"])
+
+    @property
+    def kind(self) -> str:
+        """`launch` or `federate`."""
+        return str(self.details["kind"])
+
+    @property
+    def state(self) -> str:
+        """QUEUED, RUNNING, FINISHED, FAILED, STOPPED or LOST."""
+        return str(self.details["state"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will happen any more."""
+        return self.state in FINAL
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of a launched job that has ended by itself."""
+        code = self.details["exit_code"]
+        return None if code is None else int(code)
+
+    @property
+    def cause(self) -> str:
+        """Why it did not finish; empty while nothing is wrong."""
+        cause = self.details["cause"]
+        return "" if cause is None else str(cause["message"])
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """Of a federated run: the metrics of each round's model, from round 0 (the first model)."""
+        rounds = self.details.get("rounds")
+        if rounds is None:
+            rounds = self.refresh().details.get("rounds", [])
+        return [dict(r["metrics"]) for r in rounds if r["model"]]
+
+    def refresh(self) -> Run:
+        """Look again; itself."""
+        self.details = dict(self._client.call("GET", f"/v1/runs/{self.id}"))
+        return self
+
+    def follow(self) -> Iterator[dict[str, Any]]:
+        """Events and logs as they happen, until the run has ended; see `Client.follow`."""
+        return self._client.follow(self.id)
+
+    def logs(self, *, follow: bool = False) -> Iterator[str]:
+        """What its tasks have printed, in pieces; with `follow` until the run has ended."""
+        for item in self._client.follow(self.id, stay=follow):
+            if "log" in item:
+                yield item["log"]["text"]
+
+    def stop(self) -> None:
+        """Ask for its end; again is harmless. `wait` tells when it has come."""
+        self._client.call("POST", f"/v1/runs/{self.id}/stop")
+
+    def wait(self, *, check: bool = False) -> Run:
+        """Until it has ended; itself.
+
+        Raises:
+            RunFailed: With `check`: it did not finish. The text has the task's own traceback.
+        """
+        for _ in self._client.follow(self.id, logs=False):
+            pass
+        self.refresh()
+        if check and self.state != "FINISHED":
+            cause = self.details["cause"] or {}
+            text = f"{self.id} {self.state}: {self.cause}"
+            raise RunFailed(f"{text}\n{cause.get('traceback', '')}".rstrip(), cause.get("hint", ""))
+        return self
+
+    def download(
+        self,
+        into: Path | str,
+        *,
+        of_round: int | None = None,
+        told: Told = lambda done, total: None,
+    ) -> int:
+        """Write the model of a federated run (safetensors) into a file; of which round it is.
+
+        Args:
+            into: The file; what is there is replaced, once everything has come.
+            of_round: 0 is the first model, before any training; None the newest there is.
+            told: Hears how far it is, bytes.
+
+        Raises:
+            BrokerRefused: The run has no such model.
+        """
+        number, blob = _model(self.refresh(), of_round)
+        self._client.download(blob["sha256"], Path(into), told)
+        return number
+
+
+def _model(run: Run, wanted: int | None) -> tuple[int, Mapping[str, Any]]:
+    if "rounds" not in run.details:
+        raise BrokerRefused(
+            f"{run.id} is a launched job: it has no model",
+            "let the job itself send its files where they are needed",
+        )
+    models = {r["round"]: r["model"] for r in run.details["rounds"] if r["model"]}
+    if not models:
+        raise BrokerRefused(f"{run.id} has no model yet", f"fedml run logs -f {run.id}")
+    number = max(models) if wanted is None else wanted
+    if number not in models:
+        raise BrokerRefused(
+            f"{run.id} has no model of round {number}", f"rounds 0 to {max(models)} have one"
+        )
+    return number, models[number]
