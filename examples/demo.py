@@ -1,82 +1,221 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: a broker, four agents, a job, a federated run on real data; then all ends.
+"""`make demo`: a broker, four agents, a job, a federated run on real data.
 
-All of its state lies in `.demo/` of the checkout, made anew each time.
+On a terminal everything stays up until Ctrl-C, and you are told what to try; without one it ends by
+itself. Kill any process of it: it is started again, as systemd would, and goes on where it was.
+All state lies in `.demo/` of the checkout (or in the folder that is named as an argument), made
+anew each time but for the data that was fetched.
 """
 
+import asyncio
+import contextlib
+import ctypes
+import fcntl
 import json
 import os
+import shlex
 import shutil
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-HOME = ROOT / ".demo"
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT / ".demo"
+SETS = HOME / "sets"
 BIN = Path(sys.executable).parent
+ROUNDS = 10
+
+# What dies so soon after its start will not get better by being started again.
+TOO_SOON_S = 3.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_prctl = ctypes.CDLL(None).prctl
 
 
-def main() -> None:
-    """Run the demo."""
-    shutil.rmtree(HOME, ignore_errors=True)
-    HOME.mkdir()
-    from fedml import data as datasets
+class Broken(Exception):
+    """The demo cannot go on; the text says why."""
 
-    say("fetching UCI Heart Disease (four hospitals)")
-    heart = datasets.load("heart", home=HOME / "data", fetch=True)
-    running: list[subprocess.Popen[str]] = []
-    try:
+
+class Service:
+    """A process that is started again whenever it dies."""
+
+    def __init__(self, name: str, home: Path, *words: str) -> None:
+        self.name = name
+        self.home = home
+        self.log = HOME / f"{name}.log"
+        self.process: asyncio.subprocess.Process | None = None
+        self.said: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._words = words
+
+    async def keep(self) -> None:
+        """Start it, and start it again, for ever. `said` becomes its first line of output."""
+        while True:
+            began = time.monotonic()
+            with self.log.open("a") as log:
+                self.process = await asyncio.create_subprocess_exec(
+                    str(BIN / self._words[0]),
+                    *self._words[1:],
+                    env=env(self.home),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C is for the demo, which then ends all in order
+                    preexec_fn=die_with_parent,
+                )
+            async for line in self.process.stdout:
+                if not self.said.done():
+                    self.said.set_result(line.decode())
+            code = await self.process.wait()
+            how = f"ended with code {code}" if code >= 0 else f"got {signal.Signals(-code).name}"
+            if time.monotonic() - began < TOO_SOON_S:
+                lines = "\n".join(self.log.read_text().splitlines()[-8:])
+                raise Broken(f"{self.name} {how}; the end of {self.log}:\n{lines}")
+            say(f"{self.name} {how}; it is started again and goes on where it was")
+
+
+class Demo:
+    """Everything that runs."""
+
+    def __init__(self, services: asyncio.TaskGroup) -> None:
+        self._group = services
+        self._keeping: list[asyncio.Task[None]] = []
+        self.services: dict[str, Service] = {}
+
+    def start(self, name: str, home: Path, *words: str) -> Service:
+        """Another service."""
+        service = self.services[name] = Service(name, home, *words)
+        self._keeping.append(self._group.create_task(service.keep(), name=name))
+        return service
+
+    def leave(self) -> None:
+        """From now on, what ends is not started again."""
+        for task in self._keeping:
+            task.cancel()
+
+    async def show(self) -> str:
+        """The story, from an empty folder to a trained model; the federated run."""
+        say("UCI Heart Disease: the patients of four hospitals")
+        await call(SETS, "fedml", "data", "fetch", "heart")
+        from fedml import data as datasets
+
+        heart = datasets.load("heart", home=SETS)
         say("a broker comes up")
-        with (HOME / "broker.log").open("w") as log:
-            broker = start(
-                log, HOME, "fedml-broker", "up", "--https-port=0", "--mqtt-port=0", "--json"
-            )
-        running.append(broker)
-        told = json.loads(broker.stdout.readline())
+        broker = self.start(
+            "broker", HOME, "fedml-broker", "up", "--https-port=0", "--mqtt-port=0", "--json"
+        )
+        told = json.loads(await broker.said)
+        print(f"{told['url']}, MQTT at {told['mqtt']}; log in {broker.log}")
+        say("four agents join over TLS, one in each hospital")
         for name in heart.clients:
             home = HOME / name
             (home / "agent").mkdir(parents=True)
-            (home / "agent" / "policy.toml").write_text(f'[data]\nheart = "{HOME / "data"}"\n')
-            call(home, "fedml-agent", "login", told["login_key"], "--name", name)
-            with (HOME / f"{name}.log").open("w") as log:
-                running.append(start(log, home, "fedml-agent", "run"))
-        say(f"four agents joined over TLS: {', '.join(heart.clients)}")
-        call(HOME, "fedml", "login", Path(told["admin_key_file"]).read_text())
+            # The machine's owner decides what federated code may read.
+            (home / "agent" / "policy.toml").write_text(f'[data]\nheart = "{SETS}"\n')
+            if name == heart.clients[0]:  # can tasks be locked in here? It says what to do
+                check = ("fedml-agent", "policy", "check", "--kind", "federate")
+                await call(home, *check, quiet=True)
+            await call(home, "fedml-agent", "login", told["login_key"], "--name", name, quiet=True)
+            self.start(name, home, "fedml-agent", "run")
+            print(f"  {name}")
+        await call(HOME, "fedml", "login", Path(told["admin_key_file"]).read_text())
         say("a job on one of them")
         (HOME / "hello.yaml").write_text("job: echo hello from $(uname -n)\n")
-        call(HOME, "fedml", "launch", str(HOME / "hello.yaml"))
-        say("ten federated rounds across all four")
-        shutil.copytree(ROOT / "examples" / "heart", HOME / "heart")
-        features = int(heart.train.x.shape[1])
+        await call(HOME, "fedml", "launch", str(HOME / "hello.yaml"))
+        say(f"{ROUNDS} federated rounds across all four; no patient leaves his hospital")
+        shutil.copytree(ROOT / "examples" / "heart", HOME / "heart", dirs_exist_ok=True)
+        config = {"features": int(heart.train.x.shape[1]), "lr": 0.3, "steps": 20}
         run = {
             "app": "heart.py",
-            "rounds": 10,
-            "clients": {"count": 4},
-            "config": {"features": features, "lr": 0.3, "steps": 20},
+            "rounds": ROUNDS,
+            "clients": {"count": len(heart.clients)},
+            "config": config,
         }
         (HOME / "heart" / "run.yaml").write_text(json.dumps(run))
-        call(HOME, "fedml", "federate", str(HOME / "heart" / "run.yaml"))
-        compare(heart, run["config"])
-    finally:
-        for process in reversed(running):
-            process.terminate()
-        for process in running:
-            process.wait(20)
-    say("everything has been stopped")
+        await call(HOME, "fedml", "federate", str(HOME / "heart" / "run.yaml"))
+        newest = json.loads(await answer(HOME, "fedml", "run", "list", "--limit=1", "--json"))[0]
+        rounds = json.loads(await answer(HOME, "fedml", "run", "show", newest["id"], "--json"))
+        compare(heart, config, rounds["rounds"][ROUNDS]["metrics"]["devices.accuracy"])
+        return str(newest["id"])
+
+    def say_what_to_try(self, run: str) -> None:
+        """Commands that work as they stand."""
+        agent = next(s for name, s in self.services.items() if name != "broker")
+        say("all of it is still up; in another terminal, try")
+        for line in (
+            f'export FEDML_HOME={shlex.quote(str(HOME))} PATH={shlex.quote(str(BIN))}:"$PATH"',
+            "fedml run list",
+            f"fedml run show {run}",
+            "fedml device list",
+            f"fedml launch {shlex.quote(str(HOME / 'hello.yaml'))}",
+            f"fedml federate {shlex.quote(str(HOME / 'heart' / 'run.yaml'))}",
+            "fedml-broker status",
+            f"kill -9 {agent.process.pid}    # an agent; look here what happens",
+        ):
+            print(f"  {line}")
+        print("\nCtrl-C ends the demo and everything that it has started.", flush=True)
 
 
-def compare(heart, config) -> None:
+def compare(heart, config, together: float) -> None:
     """The same training in one place, and in each hospital alone, on everybody's test patients."""
     sys.path.insert(0, str(ROOT / "examples" / "heart"))
     import heart as app
 
-    once = {**config, "steps": config["steps"] * 10}
-    parts = {"all data in one place": heart}
-    parts |= {f"{name} alone": heart.of_client(name) for name in heart.clients}
+    say("how often each model is right about the test patients of all four hospitals")
+    once = {**config, "steps": config["steps"] * ROUNDS}
+    parts = {f"{name} alone": heart.of_client(name) for name in heart.clients}
+    parts |= {"all patients in one place": heart}
+    found = {}
     for name, part in parts.items():
         model = app.model(config)
         app.train(model, part, once, None)
-        print(f"  {name:<24} accuracy {app.evaluate(model, heart, config)['accuracy']:.3f}")
+        found[name] = app.evaluate(model, heart, config)["accuracy"]
+    found["federated"] = together
+    for name, accuracy in sorted(found.items(), key=lambda item: item[1]):
+        print(f"  {name:<28}{100 * accuracy:5.1f} %")
+
+
+async def call(home: Path, *words: str, quiet: bool = False) -> None:
+    """A command, as a person would type it.
+
+    Raises:
+        Broken: It did not end with 0.
+    """
+    sys.stdout.flush()
+    pipe = asyncio.subprocess.PIPE if quiet else None
+    process = await asyncio.create_subprocess_exec(
+        str(BIN / words[0]),
+        *words[1:],
+        env=env(home),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        _, errors = await process.communicate()
+    except asyncio.CancelledError:
+        process.terminate()
+        await process.wait()
+        raise
+    if process.returncode:
+        text = (errors or b"").decode()
+        raise Broken(f"`{' '.join(words[:3])}` ended with code {process.returncode}\n{text}")
+
+
+async def answer(home: Path, *words: str) -> str:
+    """What a command prints."""
+    process = await asyncio.create_subprocess_exec(
+        str(BIN / words[0]), *words[1:], env=env(home), stdout=asyncio.subprocess.PIPE
+    )
+    text, _ = await process.communicate()
+    if process.returncode:
+        raise Broken(f"`{' '.join(words[:3])}` ended with code {process.returncode}")
+    return text.decode()
 
 
 def say(text: str) -> None:
@@ -84,26 +223,122 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def start(log, home: Path, *words: str) -> "subprocess.Popen[str]":
-    """A process of the demo, in its own home."""
-    return subprocess.Popen(
-        [str(BIN / words[0]), *words[1:]],
-        env=env(home),
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-    )
-
-
-def call(home: Path, *words: str) -> None:
-    """A command, as a person would type it."""
-    subprocess.run([str(BIN / words[0]), *words[1:]], env=env(home), check=True)
-
-
 def env(home: Path) -> dict[str, str]:
-    """The environment, with a home of its own."""
-    return {**os.environ, "FEDML_HOME": str(home)}
+    """The environment, with a home of its own, and nothing written outside the checkout."""
+    kept = {"TMPDIR": str(HOME / "tmp"), "PIP_CACHE_DIR": str(HOME / "tmp" / "pip")}
+    return {**os.environ, **kept, "FEDML_HOME": str(home)}
+
+
+def die_with_parent() -> None:
+    """Called in a child: should the demo be killed, the kernel ends its children."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def fresh_folder() -> int:
+    """An empty `.demo`, but for data that was fetched; the lock that says whose it is.
+
+    Raises:
+        Broken: Another demo works there.
+    """
+    HOME.mkdir(exist_ok=True)
+    lock = os.open(HOME / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise Broken(f"another demo is running in {HOME}; end it with Ctrl-C there") from error
+    for path in HOME.iterdir():
+        if path.is_dir() and path != SETS:
+            shutil.rmtree(path)
+        elif path.is_file() and path.name != "lock":
+            path.unlink()
+    (HOME / "tmp").mkdir()
+    return lock
+
+
+async def end(demo: Demo) -> None:
+    """End the agents, then the broker, then whatever they have left behind."""
+    services = list(demo.services.values())
+    for group in (services[1:], services[:1]):
+        running = [s.process for s in group if s.process and s.process.returncode is None]
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await asyncio.gather(*(process.wait() for process in running))
+    sweep()
+
+
+def sweep() -> None:
+    """Kill what is left: shims and workers outlive their agents on purpose."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+def guard() -> None:
+    """Go on as a child of a process that does nothing but clean up, should this one be killed.
+
+    It hands signals on. Killed itself, it takes this one along, which then ends as on SIGTERM.
+    """
+    # Orphans of our children come to us, so that none is missed.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    child = os.fork()
+    if child == 0:
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        die_with_parent()
+        return
+    for number in SIGNALS:
+        signal.signal(number, lambda received, _: os.kill(child, received))
+    _, status = os.waitpid(child, 0)
+    sweep()
+    code = os.waitstatus_to_exitcode(status)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+async def main(stay: bool) -> int:
+    """Run the demo; its exit code."""
+    got: list[int] = []
+    story = asyncio.current_task()
+
+    def stop(number: int) -> None:
+        if not got and story is not None:
+            story.cancel()
+        got.append(number)
+
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    shown = False
+    services = asyncio.TaskGroup()
+    demo = Demo(services)
+    try:
+        async with services:
+            try:
+                run = await demo.show()
+                shown = True
+                if stay:
+                    demo.say_what_to_try(run)
+                    await asyncio.Event().wait()
+            finally:
+                demo.leave()
+    except asyncio.CancelledError:
+        if not got:
+            raise
+    finally:
+        await end(demo)
+    say("everything has been stopped")
+    return 0 if shown else 128 + got[0]
 
 
 if __name__ == "__main__":
-    main()
+    guard()
+    try:
+        lock = fresh_folder()
+        code = asyncio.run(main(sys.stdin.isatty() and sys.stdout.isatty()))
+    except* Broken as broken:
+        for error in broken.exceptions:
+            print(f"\nthe demo cannot go on: {error}", file=sys.stderr)
+        code = 1
+    sys.exit(code)

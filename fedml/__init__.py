@@ -1,2 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library that people and task code import."""
+"""The library that people and task code import.
+
+`import fedml` costs next to nothing: what stands in `__all__` is imported when it is first used.
+"""
+
+import importlib
+from typing import Any
+
+# Name -> where it comes from: a module, or `module:name`.
+_LAZY = {
+    "Device": "fedml.devices:Device",
+    "Run": "fedml.runs:Run",
+    "api": "fedml.api",
+    "data": "fedml.data",
+    "federate": "fedml.federate",
+    "model": "fedml.model",
+    "protect": "fedml.protect",
+    "simulate": "fedml.simulation:simulate",
+}
+
+__all__ = [*_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fedml' has no attribute {name!r}")
+    module, _, attribute = _LAZY[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

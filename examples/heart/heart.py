@@ -30,7 +30,12 @@ def train(model, data, config, rng):
 
 def evaluate(model, data, config):
     x, y = np.asarray(data.test.x, float), np.asarray(data.test.y, float)
-    return {"accuracy": float(np.mean((_probability(model, x) > 0.5) == y)), "examples": len(x)}
+    p = np.clip(_probability(model, x), 1e-9, 1 - 1e-9)
+    return {
+        "accuracy": float(np.mean((p > 0.5) == y)),
+        "loss": float(-np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))),
+        "examples": len(x),
+    }
 
 
 def _probability(model, x):

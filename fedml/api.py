@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python API: what the `fedml` command does, as functions.
+
+    from fedml import api
+
+    run = api.launch("job.yaml")
+    print(*run.logs(follow=True), sep="", end="")
+    model = api.federate("run.yaml").wait(check=True).download("model.safetensors")
+
+Each takes `home=DIR` where the login is not in FEDML_HOME or `~/.fedml`, and raises the errors of
+`fedml.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedml import devices, session
+from fedml import launch as submit
+from fedml.client import Client
+from fedml.devices import Device
+from fedml.runs import Run
+
+if TYPE_CHECKING:
+    from fedml.data import About
+
+__all__ = [
+    "Device",
+    "Run",
+    "data_fetch",
+    "data_list",
+    "data_load",
+    "data_show",
+    "device_list",
+    "device_show",
+    "federate",
+    "launch",
+    "login",
+    "logout",
+    "run_download",
+    "run_list",
+    "run_logs",
+    "run_show",
+    "run_status",
+    "run_stop",
+    "run_wait",
+    "whoami",
+]
+
+Home = Path | str | None
+
+
+def connect(home: Home = None) -> Client:
+    """The broker that this home is logged in at."""
+    return Client(session.load(_home(home)))
+
+
+def login(key: str, *, home: Home = None) -> str:
+    """Keep a user's key (from `fedml-broker users token NAME`); the broker's address."""
+    return session.login(_home(home), key).url
+
+
+def logout(*, home: Home = None) -> None:
+    """Forget the login."""
+    session.logout(_home(home))
+
+
+def whoami(*, home: Home = None) -> dict[str, str]:
+    """Who you are to the broker: name, tenant, role."""
+    found: dict[str, str] = connect(home).call("GET", "/v1/whoami")
+    return found
+
+
+def launch(job: Path | str, *, home: Home = None) -> Run:
+    """Submit a job file; the run, which has only been queued."""
+    client = connect(home)
+    return Run.find(client, submit.launch(client, Path(job)))
+
+
+def federate(file: Path | str, *, home: Home = None) -> Run:
+    """Submit a federated run; the run, which has only been queued."""
+    client = connect(home)
+    return Run.find(client, submit.federate(client, Path(file)))
+
+
+def run_list(*, limit: int = 50, home: Home = None) -> list[Run]:
+    """The newest runs, newest first."""
+    client = connect(home)
+    return [Run(client, r) for r in client.call("GET", f"/v1/runs?limit={limit}")["runs"]]
+
+
+def run_show(run: str, *, home: Home = None) -> Run:
+    """One run."""
+    return Run.find(connect(home), run)
+
+
+def run_status(run: str, *, home: Home = None) -> str:
+    """Its state: QUEUED, RUNNING, FINISHED, FAILED, STOPPED or LOST."""
+    return run_show(run, home=home).state
+
+
+def run_logs(run: str, *, follow: bool = False, home: Home = None) -> Iterator[str]:
+    """What its tasks have printed, in pieces; with `follow` until the run has ended."""
+    return run_show(run, home=home).logs(follow=follow)
+
+
+def run_stop(run: str, *, home: Home = None) -> None:
+    """Ask for its end."""
+    run_show(run, home=home).stop()
+
+
+def run_wait(run: str, *, check: bool = False, home: Home = None) -> Run:
+    """Until it has ended; with `check`, RunFailed if it did not finish."""
+    return run_show(run, home=home).wait(check=check)
+
+
+def run_download(
+    run: str, into: Path | str, *, of_round: int | None = None, home: Home = None
+) -> int:
+    """Write the model of a federated run into a file; of which round it is."""
+    return run_show(run, home=home).download(into, of_round=of_round)
+
+
+def device_list(*, home: Home = None) -> list[Device]:
+    """Every machine that you may use."""
+    return devices.everything(connect(home))
+
+
+def device_show(device: str, *, home: Home = None) -> Device:
+    """One machine, by name or id."""
+    return devices.find(connect(home), device)
+
+
+def data_list(*, home: Home = None) -> list[About]:
+    """Every data set that `data_load` knows."""
+    from fedml import data
+
+    return [data.describe(name, home=_home(home)) for name in data.names()]
+
+
+def data_show(name: str, *, home: Home = None) -> About:
+    """Licence, source, size, and whether it is here."""
+    from fedml import data
+
+    return data.describe(name, home=_home(home))
+
+
+def data_fetch(name: str, *, home: Home = None) -> None:
+    """Bring a data set, unless it is here already."""
+    from fedml import data
+
+    data.fetch(name, home=_home(home))
+
+
+def data_load(name: str, *, fetch: bool = False, home: Home = None) -> Any:
+    """Read a data set: a `fedml.data.Dataset`."""
+    from fedml import data
+
+    return data.load(name, home=_home(home), fetch=fetch)
+
+
+def _home(given: Home) -> Path:
+    return session.find_home(None if given is None else str(given))

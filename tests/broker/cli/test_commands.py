@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The admin's commands against a running broker: what they print, and what they change."""
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from fedml import session
+from fedml.client import Client
+from fedml.errors import BrokerRefused
+from fedml.package import build
+from tests.place import Place, command
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A broker with one agent."""
+    with Place(tmp_path_factory.mktemp("place")) as place:
+        place.agent("one")
+        run = place.launch("true")
+        place.end(run)  # now it is known to be online
+        place.client.call("DELETE", f"/v1/runs/{run}")
+        yield place
+
+
+def _broker(
+    place: Place, *words: str, code: int = 0, answer: str = ""
+) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run(
+        command("fedml_broker", *words),
+        env={**os.environ, "FEDML_HOME": str(place.home)},
+        input=answer,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def _json(place: Place, *words: str) -> Any:
+    return json.loads(_broker(place, *words, "--json").stdout)
+
+
+def _blobs(place: Place) -> set[str]:
+    return {p.name for p in (place.home / "broker" / "blobs" / "sha256").glob("*/*")}
+
+
+def test_status_and_devices_are_for_people_and_for_scripts(place: Place) -> None:
+    assert "1 of 1 online" in _broker(place, "status").stdout
+    assert _json(place, "status")["online"] == 1
+    (device,) = _json(place, "devices", "list")
+    head, line = _broker(place, "devices", "list").stdout.splitlines()
+    assert head.split() == ["NAME", "DEVICE", "STATUS", "TASKS", "HAS", "LABELS", "SEEN"]
+    assert line.split()[:3] == ["one", device["id"], "online"]
+    facts = _broker(place, "devices", "show", "one").stdout
+    assert f"device       {device['id']}\n" in facts
+    assert _json(place, "devices", "show", device["id"])["name"] == "one"
+
+
+def test_labels_are_put_on_and_taken_off(place: Place) -> None:
+    before = _json(place, "devices", "show", "one")["labels"]
+    said = _broker(place, "devices", "label", "one", "a=1", "b=2").stdout
+    assert {"a=1", "b=2"} <= set(said.split())
+    _broker(place, "devices", "label", "one", "a-", "b-")
+    assert _json(place, "devices", "show", "one")["labels"] == before
+    assert "is not NAME=VALUE" in _broker(place, "devices", "label", "one", "x", code=2).stderr
+
+
+def test_a_drained_machine_is_shown_as_such(place: Place) -> None:
+    _broker(place, "devices", "drain", "one")
+    assert _json(place, "devices", "show", "one")["status"] == "draining"
+    _broker(place, "devices", "drain", "one", "--off")
+    assert _json(place, "devices", "show", "one")["status"] == "online"
+
+
+def test_keys_and_users_are_listed_with_what_became_of_them(place: Place) -> None:
+    made = _json(place, "keys", "create", "--uses", "3", "--label", "site=north")
+    _broker(place, "keys", "revoke", made["id"])
+    key = next(k for k in _json(place, "keys", "list") if k["id"] == made["id"])
+    assert (key["uses"], key["labels"], key["revoked"]) == (3, {"site": "north"}, True)
+    line = next(
+        text
+        for text in _broker(place, "keys", "list").stdout.splitlines()
+        if text.startswith(made["id"])
+    )
+    assert "0 of 3" in line
+    assert "revoked" in line
+    _broker(place, "users", "create", "kim")
+    assert {"admin", "kim"} == {user["name"] for user in _json(place, "users", "list")}
+    assert "member" in _broker(place, "users", "list").stdout
+
+
+def test_a_run_that_ended_is_removed_with_logs_and_models(place: Place) -> None:
+    before = _blobs(place)
+    run = place.federate(rounds=2)
+    assert place.end(run)["state"] == "FINISHED"
+    rounds = _json(place, "runs", "show", run)["rounds"]
+    models = {r["model"]["sha256"] for r in rounds if r["model"]}
+    assert len(models) == 3
+    assert models <= _blobs(place) - before
+    model = place.folder / "model"
+    place.client.download(place.model(run), model)
+    assert load_file(model)["seen"].tolist() == [2.0]
+    assert (place.home / "broker" / "logs" / run).exists()
+
+    said = _broker(place, "runs", "remove", run).stderr
+
+    assert "1 runs are deleted" in said
+    assert _blobs(place) == before
+    assert not (place.home / "broker" / "logs" / run).exists()
+    for table in ("runs", "tasks", "rounds", "clients", "events"):
+        column = "id" if table == "runs" else "run"
+        assert place.query(f"SELECT 1 FROM {table} WHERE {column} = :run", run=run) == []
+    assert "no such run" in _broker(place, "runs", "show", run, code=6).stderr
+    assert "no such run" in _broker(place, "runs", "remove", run, code=6).stderr
+
+
+def test_what_another_run_needs_stays(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "main.sh").write_text("echo shared\n")
+    build(tmp_path / "work", tmp_path / "package.tar.gz")
+    package = place.client.upload(tmp_path / "package.tar.gz")
+    first, second = (place.launch("sh main.sh", package=package) for _ in range(2))
+    for run in (first, second):
+        place.end(run)
+    _broker(place, "runs", "remove", first)
+    assert package["sha256"] in _blobs(place)
+    assert place.stdout(second) == "shared\n"
+    _broker(place, "runs", "remove", second)
+    assert package["sha256"] not in _blobs(place)
+
+
+def test_a_run_that_goes_on_is_not_removed(place: Place) -> None:
+    run = place.launch("sleep 600")
+    said = _broker(place, "runs", "remove", run, code=6).stderr
+    assert "the run has not ended" in said
+    assert "try: stop it first" in said
+    _broker(place, "runs", "stop", run)
+    assert place.end(run)["state"] == "STOPPED"
+    assert "STOPPED, by admin" in _broker(place, "runs", "show", run).stdout
+    _broker(place, "runs", "remove", run)
+
+
+def test_old_runs_are_removed_together_once_somebody_says_yes(place: Place) -> None:
+    _broker(place, "runs", "remove", "--older-than", "0h", "--yes")
+    runs = [place.launch("true") for _ in range(3)]
+    for run in runs:
+        place.end(run)
+    listed = _broker(place, "runs", "list").stdout
+    assert all(run in listed for run in runs)
+    assert "0 runs are deleted" in _broker(place, "runs", "remove", "--older-than", "1h").stderr
+    place.wait(1.1)  # ages are whole seconds
+    asked = _broker(place, "runs", "remove", "--older-than", "0h", answer="n\n", code=130).stderr
+    assert "Delete 3 runs" in asked
+    assert len(_json(place, "runs", "list")) == 3
+    _broker(place, "runs", "remove", "--older-than", "0h", "--yes")
+    assert _json(place, "runs", "list") == []
+    assert "no runs yet" in _broker(place, "runs", "list").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name runs, or --older-than"),
+        (["r-1", "--older-than", "3d"], "name runs, or --older-than"),
+        (["--older-than", "soon"], "takes 12h, 30d or 8w, not 'soon'"),
+    ],
+)
+def test_remove_wants_to_know_what(place: Place, words: list[str], said: str) -> None:
+    assert said in _broker(place, "runs", "remove", *words, code=2).stderr
+
+
+def test_only_an_admin_may_remove(place: Place) -> None:
+    run = place.launch("true")
+    place.end(run)
+    _broker(place, "users", "create", "lee")
+    token = _broker(place, "users", "token", "lee").stdout
+    lee = Client(session.login(place.folder / "lee", token))
+    assert lee.call("GET", f"/v1/runs/{run}")["id"] == run
+    with pytest.raises(BrokerRefused, match="only an admin may do this"):
+        lee.call("DELETE", f"/v1/runs/{run}")
+
+
+def test_a_verb_that_does_not_exist_gets_the_nearest_one(place: Place) -> None:
+    assert "Did you mean 'devices'?" in _broker(place, "device", code=2).stderr
+
+
+def test_a_second_broker_on_one_home_is_told_of_the_first(place: Place) -> None:
+    said = _broker(place, "up", code=1).stderr
+    assert "another broker works on" in said
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for option, other in (("--https-port", "--mqtt-port"), ("--mqtt-port", "--https-port")):
+            done = subprocess.run(
+                command("fedml_broker", "up", f"{option}={port}", f"{other}=0"),
+                env={**os.environ, "FEDML_HOME": str(tmp_path / option)},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 1
+            assert f"port {port} on 127.0.0.1 is taken" in done.stderr
+            assert "Traceback" not in done.stderr
+
+
+def test_a_home_without_a_broker_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("fedml_broker", "status", "--home", str(tmp_path)), capture_output=True, text=True
+    )
+    assert done.returncode == 5
+    assert "there is no broker in" in done.stderr
+    assert "try: `fedml-broker up`" in done.stderr

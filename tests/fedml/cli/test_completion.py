@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completion as bash does it: the printed script, then a word and TAB."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.place import command
+
+
+def _complete(line: str) -> list[str]:
+    words = line.split(" ")
+    script = (
+        'eval "$SCRIPT"\n'
+        f"COMP_WORDS=({line})\nCOMP_CWORD={len(words) - 1}\n"
+        f"_{words[0].replace('-', '_')}_completion {words[0]}\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    printed = subprocess.run(
+        command("fedml", "completion", "bash"), check=True, capture_output=True, text=True
+    ).stdout
+    done = subprocess.run(
+        ["bash", "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "SCRIPT": printed,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("fedml la", ["launch"]),
+        ("fedml run st", ["status", "stop"]),
+        ("fedml launch --det", ["--detach"]),
+        ("fedml completion z", ["zsh"]),
+        ("fedml-agent log", ["login", "logout"]),
+        ("fedml-broker keys cr", ["create"]),
+    ],
+)
+def test_bash_completes_all_three_commands(line: str, found: list[str]) -> None:
+    assert _complete(line) == found
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_a_script_that_names_all_three(shell: str) -> None:
+    text = subprocess.run(
+        command("fedml", "completion", shell), check=True, capture_output=True, text=True
+    ).stdout
+    for variable in ("_FEDML_COMPLETE", "_FEDML_AGENT_COMPLETE", "_FEDML_BROKER_COMPLETE"):
+        assert variable in text

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation says what the code does: every command has help and a page that names it.
+
+What README and pages show as commands or files is run by `tests/end_to_end/test_docs.py`.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from fedml.cli import command as fedml
+from fedml_agent.cli import command as fedml_agent
+from fedml_broker.cli import command as fedml_broker
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+README = (ROOT / "README.md").read_text()
+
+# The page of each word. What is not here may stand on any page.
+PAGE_OF = {
+    "fedml-agent": "agent.md",
+    "fedml-broker": "broker.md",
+    "fedml launch": "launch.md",
+    "fedml run": "launch.md",
+    "fedml device": "launch.md",
+    "fedml federate": "federate.md",
+    "fedml data": "data.md",
+}
+
+
+def _walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for verb in command.list_commands(context):
+            found = command.get_command(context, verb)
+            assert found is not None, f"{name} {verb} is listed and not there"
+            yield from _walk(f"{name} {verb}", found)
+
+
+COMMANDS = dict(
+    found
+    for name, command in (
+        ("fedml", fedml),
+        ("fedml-agent", fedml_agent),
+        ("fedml-broker", fedml_broker),
+    )
+    for found in _walk(name, command)
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help, f"`{name}` says nothing of itself"
+    first = command.help.partition("\n\n")[0]
+    assert re.search(r"[.:]", first), f"`{name}`: a sentence comes first, not {first!r}"
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"`{name} {parameter.opts[0]}` has no help"
+
+
+@pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if not isinstance(c, click.Group)])
+def test_every_command_is_named_on_its_page(name: str) -> None:
+    word = next((w for w in (" ".join(name.split()[:2]), name.split()[0]) if w in PAGE_OF), None)
+    pages = [PAGE_OF[word]] if word else list(PAGES)
+    named = re.compile(rf"\b{re.escape(name)}\b")
+    assert any(named.search(PAGES[page]) for page in pages), f"`{name}` is not in {pages}"
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_no_page_shows_a_command_that_does_not_exist(page: str) -> None:
+    text = README if page == "README.md" else PAGES[page]
+    shown = re.findall(r"(?:^|`|\$\()(fedml(?:-agent|-broker)?(?: [a-z]+)*)", text, re.M)
+    for words in {tuple(found.split()) for found in shown if " " in found}:
+        known = words[0]
+        for word in words[1:]:
+            if isinstance(COMMANDS[known], click.Group):
+                assert f"{known} {word}" in COMMANDS, f"{page} shows `{' '.join(words)}`"
+                known = f"{known} {word}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    path = (
+        ROOT / page
+        if page.isupper() or page.endswith(("README.md", "CONTRIBUTING.md"))
+        else (ROOT / "docs" / page)
+    )
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_tables_of_options_match_what_the_commands_have() -> None:
+    """`docs/broker.md` says what an option is unless given; so does `--help`."""
+    up = {o.opts[0]: o for o in COMMANDS["fedml-broker up"].params if isinstance(o, click.Option)}
+    rows = re.findall(r"^\| `(--[a-z-]+)[^`]*` \| ([\d.]+) \|", PAGES["broker.md"], re.M)
+    assert rows
+    for name, default in rows:
+        assert float(default) == up[name].default, name
