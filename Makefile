@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCHMARKS := aggregation robust_rules mqtt_endpoint agent_idle first_line deployed_round
 
 help: ## print the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,8 +36,11 @@ check: $(STAMP) ## format, lint, types, generated code
 	$(BIN)/mypy --strict protocol/fedml_protocol agent/fedml_agent broker/fedml_broker
 	$(BIN)/python protocol/generate.py --check
 
+bench: $(STAMP) system ## measure against the targets, short; docs/benchmarks.md
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --quick || exit 1; echo; done
+
 format: $(STAMP) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: help demo test check format system
+.PHONY: help demo test check bench format system

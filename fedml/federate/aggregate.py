@@ -11,7 +11,10 @@ into partial sums, nor on the machine.
 `Fold` is the fast one, for updates that stay readable until the result (files, or arrays that
 nobody changes). It sums in plain float64, keeps a bound of its rounding error, and at the end
 sums again, exactly, those few coordinates whose last bit the bound leaves open (Ziv's test). It
-needs one float64 accumulator and some two megabytes, whatever the number of clients.
+needs one float64 accumulator and some two megabytes, whatever the number of clients. Often no bit
+is left open: where all terms are whole multiples of one unit, and together fewer than 2**53 of
+them, float64 holds the exact sum. (Ties are common with few clients: the mean of two equal weights
+lies half-way between two floats for every second coordinate.)
 `exact_sum.PartialSum` is the one that forgets what it was given and can be merged.
 """
 
@@ -30,6 +33,7 @@ from fedml.federate.arrays import Array, Arrays
 from fedml.federate.exact_sum import Levels, PartialSum, WeightedMetrics, mean_of, weighted
 from fedml.federate.layout import (
     CHUNK,
+    COARSEST,
     BadUpdate,
     Given,
     Layout,
@@ -37,6 +41,8 @@ from fedml.federate.layout import (
     Spec,
     SumBroken,
     admit,
+    fineness,
+    grid,
     magnitude,
     quiet,
     require_finite,
@@ -74,7 +80,9 @@ class Fold:
         self._seen: set[int] = set()
         self._metrics = WeightedMetrics()
         self._sums: dict[str, npt.NDArray[np.float64]] = {}
+        # Of each chunk: what bounds its sum, and the unit of which all its terms are multiples.
         self._bounds: dict[str, npt.NDArray[np.float64]] = {}
+        self._units: dict[str, npt.NDArray[np.int64]] = {}
         self._exact: dict[str, Levels] = {}
 
     @property
@@ -151,6 +159,7 @@ class Fold:
         if not self._sums and not self._exact:
             self._open(self.layout)
         weights = np.array([weight for _, _, weight in pending])
+        fine = [fineness(weight) for _, _, weight in pending]
         rows = np.empty((len(pending), CHUNK))
         partial = np.empty(CHUNK)
         with self._reading(), quiet(), contextlib.ExitStack() as files:
@@ -164,15 +173,21 @@ class Fold:
                         term = weighted(source, name, start, stop, weight)
                         self._exact[name].deposit(term, start)
                     continue
-                size, bound = stop - start, 0.0
-                for row, (_, source, weight) in zip(rows, pending, strict=True):
+                size, chunk = stop - start, start // CHUNK
+                bound, unit = float(self._bounds[name][chunk]), int(self._units[name][chunk])
+                for row, (_, source, weight), whole in zip(rows, pending, fine, strict=True):
                     values = source.read(name, start, stop)
                     row[:size] = values
-                    bound += weight * magnitude(values)
+                    if _is_exact(bound, unit):
+                        smallest, most = grid(values)
+                        unit = min(unit, smallest + whole)
+                    else:  # and never will be again
+                        most = magnitude(values)
+                    bound += weight * most
                 # Summed in any order inside the product: `_finish` allows for all of them.
                 np.dot(weights, rows[:, :size], out=partial[:size])
                 self._sums[name][start:stop] += partial[:size]
-                self._bounds[name][start // CHUNK] += bound
+                self._bounds[name][chunk], self._units[name][chunk] = bound, unit
         self._folded = len(self._added)
 
     def _require_whole(self) -> None:
@@ -195,7 +210,9 @@ class Fold:
         for name, spec in layout.tensors.items():
             if spec.dtype.kind == "f" and spec.dtype.itemsize < 8:
                 self._sums[name] = np.zeros(spec.size)
-                self._bounds[name] = np.zeros(-(-spec.size // CHUNK))
+                chunks = -(-spec.size // CHUNK)
+                self._bounds[name] = np.zeros(chunks)
+                self._units[name] = np.full(chunks, COARSEST)
             else:
                 # Float64 leaves no spare bits for a test of the last one.
                 self._exact[name] = Levels(spec.size)
@@ -211,12 +228,16 @@ class Fold:
         open_bits: list[npt.NDArray[np.intp]] = []
         for index, start in enumerate(range(0, spec.size, CHUNK)):
             stop = min(start + CHUNK, spec.size)
+            bound = self._bounds[name][index]
+            if _is_exact(bound, int(self._units[name][index])):
+                out[start:stop] = mean_of(sums[start:stop], total, spec.dtype)
+                continue
             chunk = sums[start:stop].copy()
             if not np.isfinite(chunk).all():
                 self._blame(name)
             # n terms of at most b in sum are added with an error of at most n * u * b, in any
             # order; twice that covers the rounding of the two lines that follow as well.
-            slack = 2 * (len(self._added) + 2) * _UNIT * self._bounds[name][index]
+            slack = 2 * (len(self._added) + 2) * _UNIT * bound
             with np.errstate(over="ignore"):
                 low = mean_of(chunk - slack, total, spec.dtype)
                 high = mean_of(chunk + slack, total, spec.dtype)
@@ -253,6 +274,11 @@ class Fold:
                 with quiet():
                     require_finite(client, name, source.read(name, 0, spec.size))
         raise SumBroken(f"tensor {name!r}: an update changed after it was accepted")
+
+
+def _is_exact(bound: float, unit: int) -> bool:
+    """Whether sums of multiples of ``2**unit`` were never rounded, if none exceeds ``bound``."""
+    return bound <= math.ldexp(1.0, unit + 53)
 
 
 def _batches(unsure: _Coordinates) -> Iterator[_Coordinates]:

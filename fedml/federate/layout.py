@@ -22,6 +22,7 @@ from fedml.federate.tensor_file import BadTensorFile, TensorFile
 
 CHUNK = 32768  # elements a step: four clients' rows in float64 fill a 1 MiB L2 cache
 _HEAVIEST = 2.0**200
+COARSEST = 700  # the unit of zero: above that of every other term
 _LARGEST = 2.0**480  # neither weighted sums nor sums of squares come near overflow
 
 
@@ -257,6 +258,37 @@ def magnitude(values: Array) -> float:
     if not math.isfinite(bound):
         bound = float(np.max(np.abs(values.astype(np.float64, copy=False))))
     return bound
+
+
+def grid(values: Array) -> tuple[int, float]:
+    """How fine and how large values are: multiples of ``2**unit``, none larger than ``most``.
+
+    Tighter than `magnitude`, and four times as slow.
+
+    Args:
+        values: float16 or float32.
+
+    Returns:
+        ``unit`` and ``most``; `COARSEST` and 0.0 where all are zero, ``most`` infinite where one
+        is NaN or an infinity.
+    """
+    bits = values.astype(np.float32, copy=False).view(np.uint32) << 1  # without the sign
+    largest = int(bits.max(initial=0))
+    if largest == 0:
+        return COARSEST, 0.0
+    bits -= 1  # zeros become the largest of all
+    smallest = int(bits.min()) + 1
+    # IEEE 754 binary32: 8 bits of exponent, 23 of fraction; exponents 0 and 1 share their unit.
+    most = math.inf if largest >> 24 == 255 else math.ldexp(1.0, (largest >> 24) - 126)
+    return max(smallest >> 24, 1) - 150, most
+
+
+def fineness(weight: float) -> int:
+    """The largest ``unit`` for which a weight is a multiple of ``2**unit``; `COARSEST` for 0."""
+    if weight == 0.0:
+        return COARSEST
+    above, below = float(weight).as_integer_ratio()
+    return (above & -above).bit_length() - below.bit_length()
 
 
 def _square_sum(values: Array) -> float:

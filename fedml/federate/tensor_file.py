@@ -7,14 +7,15 @@ The format is 8 bytes of header length (little endian), a JSON header, then the 
 
 Opening checks the whole header against the file's size: every byte of data belongs to exactly one
 tensor, every length matches its shape. Reading gives one run of elements at a time, so memory
-does not grow with the file. Nothing is memory-mapped: a file that shrinks while it is read gives
-an error, not a SIGBUS.
+does not grow with the file. Nothing that came from elsewhere is memory-mapped: a file that shrinks
+while it is read gives an error, not a SIGBUS (`mapped` is for files that nobody changes).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,6 +89,10 @@ class TensorFile:
             self.close()
             raise
 
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._fd
+
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
         if self._fd >= 0:
@@ -127,6 +132,23 @@ class TensorFile:
     def load(self) -> Arrays:
         """Every tensor, whole, in its shape."""
         return {name: self.read(name).reshape(e.shape) for name, e in self.entries.items()}
+
+
+def mapped(path: str | Path) -> Arrays:
+    """Every tensor of a file as a read-only view of it, nothing read before it is used.
+
+    For a file that nobody changes any more: one that is cut later kills the process (SIGBUS).
+
+    Raises:
+        OSError: The file cannot be opened.
+        BadTensorFile: The header is wrong, or does not fit the file's size.
+    """
+    with TensorFile(path) as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return {
+            name: np.frombuffer(data, e.dtype, e.size, e.offset).reshape(e.shape)
+            for name, e in file.entries.items()
+        }
 
 
 def _parse(path: Path, fd: int) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from fedml.federate import aggregate
 from fedml.federate.aggregate import Fold, PartialSum, SumBroken, combine, weighted_mean
 from fedml.federate.algorithm import Update
 from fedml.federate.arrays import Arrays
-from fedml.federate.layout import CHUNK, BadUpdate, Layout
+from fedml.federate.layout import CHUNK, BadUpdate, Layout, fineness, grid
 
 DTYPES = st.sampled_from([np.float16, np.float32, np.float64, np.int32, np.int64])
 
@@ -139,6 +140,7 @@ def test_ties_are_summed_again_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     # The mean of two float32 is half-way between two others every other time.
     rng = np.random.default_rng(0)
     updates = [{"w": (1 + rng.random(5000)).astype(np.float32)} for _ in range(2)]
+    updates[0]["w"][0] = 1e-30  # so fine a unit that the sums need not be exact
     again = []
     sum_again = Fold._sum_again
     monkeypatch.setattr(
@@ -148,6 +150,41 @@ def test_ties_are_summed_again_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_bits(weighted_mean(updates, [1, 1]), oracle(updates, [1, 1]))
     assert 2000 < sum(len(batch["w"]) for batch in again) < 3000
     assert max(len(batch["w"]) for batch in again) <= 1000
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (60.0, 44.0), (0.5, 2.0**90), (3.0, 0.0)])
+def test_a_sum_that_float64_holds_is_not_summed_again(
+    monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float]
+) -> None:
+    rng = np.random.default_rng(0)
+    updates = [{"w": (1 + rng.random(5000)).astype(np.float32)} for _ in range(2)]
+    updates[0]["w"][:9] = 0
+    if weights[1] > 2**50:
+        updates[0]["w"][:] = 0  # nothing of the light one: not even its digits count
+    monkeypatch.delattr(Fold, "_sum_again")
+
+    assert same_bits(weighted_mean(updates, weights), oracle(updates, weights))
+
+
+def test_a_layer_that_nobody_changed_is_not_summed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = [{"frozen": np.zeros(CHUNK + 1, np.float16)} for _ in range(3)]
+    monkeypatch.delattr(Fold, "_sum_again")
+
+    assert not weighted_mean(updates, [1.0, 0.1, 7.0])["frozen"].any()
+
+
+@given(hnp.arrays(np.float32, 20, elements=st.floats(width=32)))
+def test_the_grid_of_values_holds_each_of_them(values: np.ndarray) -> None:
+    unit, most = grid(values)
+
+    finite = np.isfinite(values).all()
+    assert math.isinf(most) == (not finite)
+    if finite:
+        largest = float(np.abs(values).max())
+        assert largest <= most <= max(2 * largest, 2.0**-126)
+        assert all(Fraction(v) % (Fraction(2) ** unit) == 0 for v in values.tolist())
+    for weight in np.abs(values[np.isfinite(values)]).tolist():
+        assert weight == 0 or Fraction(weight) % (Fraction(2) ** fineness(weight)) == 0
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from fedml.federate.tensor_file import BadTensorFile, TensorFile
+from fedml.federate.tensor_file import BadTensorFile, TensorFile, mapped
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -42,6 +42,20 @@ def test_every_type_that_numpy_has_is_read_back(tmp_path: Path) -> None:
     for name, array in TENSORS.items():
         assert loaded[name].dtype == array.dtype
         np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_a_mapped_file_holds_the_same_and_cannot_be_written(tmp_path: Path) -> None:
+    arrays = {"w": np.arange(6.0).reshape(2, 3), "none": np.empty((0, 2)), "one": np.array(7.0)}
+    save_file(arrays, tmp_path / "f")
+
+    found = mapped(tmp_path / "f")
+    (tmp_path / "f").unlink()
+
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], array)
+        assert found[name].shape == array.shape
+        assert not found[name].flags.writeable
 
 
 def test_a_run_of_elements_is_read_without_the_rest(tmp_path: Path) -> None:

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One member of the crew that runs a simulation's clients.
+
+The user's file is imported while the process that started this one does the same. Orders come
+in over one descriptor, what clients did goes back; sums and updates go through the arena. When
+the other descriptor ends, whoever started this process is gone, and it ends too, whatever it is
+doing.
+
+Client by client it makes the calls that `federate.worker` makes on a device.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from fedml.federate import algorithm, cohort
+from fedml.federate.aggregate import PartialSum
+from fedml.federate.application import (
+    Application,
+    ApplicationError,
+    Client,
+    UserTraining,
+    set_weights,
+)
+from fedml.federate.arrays import Arrays
+from fedml.federate.layout import BadUpdate, Spec, admit
+from fedml.federate.local_sgd import BadData
+from fedml.simulation import engine as engines
+from fedml.simulation.arena import Board, Place, Shelf
+
+_SPIN_S = 0.0003  # how long to look for the next order before sleeping for it
+_REPORT_S = 0.2
+_NOTHING: Mapping[Any, Any] = {}  # never written to
+_LOOK_EVERY = 64  # clients between two looks at the memory that this process takes
+
+
+class Task(Enum):
+    """What to do with the clients of an order."""
+
+    SUM = auto()  # train, and add up
+    EACH = auto()  # train, and keep each update as a file
+    EVALUATE = auto()
+    COUNT = auto()  # load, and say how many examples there are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a member is told once.
+
+    Attributes:
+        number: Of the member; no two of a run have the same.
+        folder: Of the arena.
+        states: Where clients keep what they keep between rounds.
+        room: Bytes that its shelf may take.
+        memory: Bytes that the process should not exceed.
+        model, sent, update: What the boards hold.
+    """
+
+    number: int
+    config: Mapping[str, Any]
+    algorithm: str
+    algorithm_config: Mapping[str, Any]
+    seed: int
+    clients: int
+    engine: str
+    folder: str
+    states: str
+    room: int
+    memory: int
+    model: Mapping[str, Spec]
+    sent: Mapping[str, Spec]
+    update: Mapping[str, Spec]
+
+
+class Order(NamedTuple):
+    """What a member is told for a round. A tuple, since it is pickled in every one.
+
+    Attributes:
+        turn: The round, from 0; of it and the client come the random numbers.
+        clients: In this order.
+        version: Which model and what is sent with it.
+        starts: Another turn than `turn` for some clients, where there are no rounds.
+        evaluate: Evaluate the model on each client before it trains.
+        careful: Report client by client: the last member died over these.
+        kept: The last turn that a checkpoint holds; states from then on are kept.
+        places: Where data of clients lies that this member may not know of.
+    """
+
+    task: Task
+    turn: int
+    clients: tuple[int, ...]
+    version: int
+    starts: Mapping[int, int] = _NOTHING
+    evaluate: bool = False
+    careful: bool = False
+    kept: int = -1
+    places: Mapping[int, Place] = _NOTHING
+
+
+class Done(NamedTuple):
+    """One client is through.
+
+    Attributes:
+        examples: How many it holds; -1 where nobody has counted.
+        weight: How much its update counts.
+        seconds: That it took.
+        metrics: Of its training; names that begin with ``eval.`` of the evaluation before.
+        place: Where its data now lies, if this member has just put it there.
+        cause: Why it failed, and the traceback; None when it did not.
+    """
+
+    client: int
+    examples: int = -1
+    weight: float = 0.0
+    seconds: float = 0.0
+    metrics: Mapping[str, float] = _NOTHING
+    place: Place | None = None
+    cause: tuple[str, str] | None = None
+
+
+class Member:
+    """Runs orders, in whichever process it is made."""
+
+    def __init__(self, setup: Setup, application: Application) -> None:
+        self._setup = setup
+        self._folder = Path(setup.folder)
+        self._application = application
+        self._algorithm = algorithm.create(setup.algorithm, setup.algorithm_config)
+        self._module: Any = None
+        self._engine: engines.Engine | None = None
+        if setup.engine != "exact":
+            module = application.new_model(setup.seed)
+            trainer, config = application.trainer, setup.config
+            self._engine = engines.build(setup.engine, trainer, config, module)
+        # Whether the engine itself adds clients up, or they walk one by one.
+        self._direct = self._engine is not None and engines.averages(self._algorithm)
+        self._boards: dict[int, tuple[Board, Board]] = {}
+        self._shelf = Shelf(self._folder, f"data-{setup.number}", setup.room)
+        self._places: dict[int, Place] = {}
+        self._data: OrderedDict[int, Any] = OrderedDict()
+        self._fresh: Place | None = None
+        self._loads = 0
+        self._sum: Board | None = None
+        if self._engine is not None:
+            path = self._folder / f"sum-{setup.number}"
+            self._sum = Board(path, in_doubles(setup.update), create=True)
+
+    @property
+    def sum(self) -> Mapping[str, Any]:
+        """Where this member leaves its sums; empty if they go through a file."""
+        return {} if self._sum is None else self._sum.arrays
+
+    def run(self, order: Order) -> Iterator[Done]:
+        """Do what an order says, client by client."""
+        self._places.update(order.places)
+        if order.task is Task.COUNT:
+            yield from self._each(order, lambda client: self._counted(client))
+            return
+        model, sent = self._board(order.version)
+        if order.task is Task.EVALUATE:
+            set_weights(self._own_module(), model)
+            yield from self._each(order, lambda c: Done(c, metrics=self._evaluated(c)))
+        elif self._direct and order.task is Task.SUM:
+            yield from self._summed(order, model)
+        else:
+            yield from self._walked(order, model, sent)
+
+    # ------------------------------------------------------------------ ways through an order
+
+    def _each(self, order: Order, one: Any) -> Iterator[Done]:
+        for client in order.clients:
+            began = time.perf_counter()
+            self._fresh = None
+            try:
+                done = one(client)
+            except Exception as error:  # the user's code may raise anything, and it is his to read
+                yield Done(client, cause=_cause(error))
+                continue
+            seconds = time.perf_counter() - began
+            yield Done(
+                client, done.examples, done.weight, seconds, done.metrics, self._fresh, done.cause
+            )
+
+    def _walked(self, order: Order, model: Arrays, sent: Arrays) -> Iterator[Done]:
+        """The calls of a device, for one client after the other."""
+        partial = PartialSum(self._algorithm.layout(model))
+        if self._sum is not None:
+            for array in self._sum.arrays.values():
+                array.fill(0)
+
+        def one(client: int) -> Done:
+            data = self._client_data(client)
+            metrics: Mapping[str, float] = {}
+            if order.evaluate:
+                set_weights(self._own_module(), model)  # the last client has trained in it
+                metrics = self._evaluated(client)
+            local = UserTraining(self._application, self._own_module(), data)
+            algorithm.require_support(self._algorithm, local, "train()")
+            turn = order.starts.get(client, order.turn)
+            rng = cohort.generator(self._setup.seed, turn, client)
+            before = self._state_before(client, turn)
+            update = self._algorithm.client_update(model, sent, before, local, rng)
+            if order.task is Task.EACH:
+                admit(client, update.arrays, update.weight, self._algorithm.layout(model))
+                arrays = {n: np.ascontiguousarray(a) for n, a in update.arrays.items()}
+                save_file(arrays, self._folder / f"update-{turn}-{client}")
+            elif self._sum is None:
+                partial.add(client, update.arrays, update.weight)
+            else:
+                admit(client, update.arrays, update.weight, self._algorithm.layout(model))
+                for name, total in self._sum.arrays.items():
+                    total += update.weight * update.arrays[name].astype(np.float64)
+            self._keep_state(client, turn, order.kept, update.client_state)
+            examples = local.examples
+            return Done(client, examples, update.weight, metrics={**metrics, **update.metrics})
+
+        yield from self._each(order, one)
+        if order.task is Task.SUM and self._sum is None:
+            save_file(partial.to_arrays(), self._folder / f"sum-{self._setup.number}")
+
+    def _summed(self, order: Order, model: Arrays) -> Iterator[Done]:
+        """The engine trains and adds up."""
+        engine = self._engine
+        if engine is None or self._sum is None:
+            raise RuntimeError("only an engine adds up")
+        engine.begin(model)
+        if order.evaluate:
+            set_weights(self._own_module(), model)
+        for start in range(0, len(order.clients), engine.chunk):
+            chunk = order.clients[start : start + engine.chunk]
+            yield from self._chunk(engine, order, chunk)
+        engine.finish(self._sum.arrays)
+
+    def _chunk(
+        self, engine: engines.Engine, order: Order, clients: tuple[int, ...]
+    ) -> Iterator[Done]:
+        began = time.perf_counter()
+        ready: list[int] = []
+        data: list[Any] = []
+        rngs: list[engines.Rng] = []
+        fresh: dict[int, Place | None] = {}
+        metrics: dict[int, Mapping[str, float]] = {}
+        for client in clients:
+            self._fresh = None
+            try:
+                data.append(self._client_data(client))
+                metrics[client] = self._evaluated(client) if order.evaluate else {}
+            except Exception as error:  # as in `_each`
+                del data[len(ready) :]
+                yield Done(client, cause=_cause(error))
+                continue
+            ready.append(client)
+            rngs.append(_later(self._setup.seed, order.turn, client))
+            fresh[client] = self._fresh
+        if not ready:
+            return
+        try:
+            found = engine.train(ready, data, rngs)
+        except Exception as error:  # as in `_each`
+            if len(ready) == 1:
+                yield Done(ready[0], place=fresh[ready[0]], cause=_cause(error))
+                return
+            # One of them spoils it for all: find out who.
+            for client in ready:
+                yield from self._chunk(engine, order, (client,))
+            return
+        seconds = (time.perf_counter() - began) / len(ready)
+        for client, numbers in zip(ready, found, strict=True):
+            examples = numbers.pop("examples")
+            del numbers["steps"], numbers["lr"]
+            numbers |= metrics[client]
+            yield Done(client, int(examples), examples, seconds, numbers, fresh[client])
+
+    def _counted(self, client: int) -> Done:
+        data = self._client_data(client)
+        local = UserTraining(self._application, None, data)
+        return Done(client, local.examples)
+
+    def _evaluated(self, client: int) -> Mapping[str, float]:
+        found = self._application.evaluate(self._own_module(), self._client_data(client))
+        return {f"eval.{name}": value for name, value in found.items()}
+
+    # ------------------------------------------------------------------ what clients have
+
+    def _client_data(self, client: int) -> Any:
+        if client in self._data:
+            self._data.move_to_end(client)
+            return self._data[client]
+        place = self._places.get(client)
+        if place is not None:
+            data = self._shelf.get(place)
+        else:
+            setup = self._setup
+            data = self._application.data(Client(index=client, count=setup.clients))
+            place = self._shelf.put(data)
+            if place is not None:
+                # The shared copy, so that this process holds none of its own.
+                data = self._shelf.get(place)
+                self._places[client] = self._fresh = place
+        self._data[client] = data
+        self._loads += 1
+        if self._loads % _LOOK_EVERY == 0 and _resident() > self._setup.memory:
+            self._shed()
+        return data
+
+    def _shed(self) -> None:
+        """Let go of half of the data, the longest unused; it is loaded again when needed."""
+        old = [client for client, _ in zip(self._data, range(len(self._data) // 2), strict=False)]
+        for client in old:
+            del self._data[client]
+        if self._engine is not None:
+            self._engine.forget(old)
+
+    def _own_module(self) -> Any:
+        """The model for everything but the engine, which has one of its own."""
+        if self._module is None:
+            self._module = self._application.new_model(self._setup.seed)
+        return self._module
+
+    def _board(self, version: int) -> tuple[Arrays, Arrays]:
+        boards = self._boards.get(version)
+        if boards is None:
+            setup = self._setup
+            boards = (
+                Board(self._folder / f"model-{version}", setup.model),
+                Board(self._folder / f"sent-{version}", setup.sent),
+            )
+            self._boards[version] = boards
+        return boards[0].arrays, boards[1].arrays
+
+    def _state_before(self, client: int, turn: int) -> Arrays | None:
+        """What this client kept after its last round before this one."""
+        folder = Path(self._setup.states) / str(client)
+        before = [n for n in _turns(folder) if n < turn]
+        return load_file(folder / f"{max(before)}.safetensors") if before else None
+
+    def _keep_state(self, client: int, turn: int, kept: int, state: Arrays | None) -> None:
+        if state is None:
+            return
+        folder = Path(self._setup.states) / str(client)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f"{turn}.new"
+        save_file({n: np.ascontiguousarray(a) for n, a in state.items()}, beside)
+        beside.replace(folder / f"{turn}.safetensors")
+        # One from before the last checkpoint, should the run be resumed there, and the latest one.
+        turns = sorted(_turns(folder))
+        safe = [n for n in turns if n <= kept][-1:]
+        for old in turns:
+            if old != turns[-1] and old not in safe:
+                (folder / f"{old}.safetensors").unlink()
+
+
+def in_doubles(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The same arrays in float64."""
+    return {name: Spec(spec.shape, np.dtype(np.float64)) for name, spec in specs.items()}
+
+
+def _turns(folder: Path) -> list[int]:
+    return [int(f.stem) for f in folder.glob("*.safetensors")] if folder.exists() else []
+
+
+def _later(seed: int, turn: int, client: int) -> engines.Rng:
+    return lambda: cohort.generator(seed, turn, client)
+
+
+def _cause(error: Exception) -> tuple[str, str]:
+    text = f"{type(error).__name__}: {error}"
+    ours = isinstance(
+        error,
+        ApplicationError | algorithm.UnsupportedByTraining | BadData | BadUpdate | engines.Diverged,
+    )
+    return text, "" if ours else "".join(traceback.format_exception(error))[-8000:]
+
+
+def _resident() -> int:
+    """Bytes of this process that are its own."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()
+    except OSError:
+        return 0
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _end_with(life: int, folders: list[str]) -> None:
+    """Wait for the starter to end; then so does this process, leaving nothing behind."""
+
+    def wait() -> None:
+        with suppress(OSError):
+            os.read(life, 1)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="simulation.life", daemon=True).start()
+
+
+def say(talk: Connection, thing: Any) -> None:
+    """Send; half the time of `Connection.send`, which can do more."""
+    talk.send_bytes(pickle.dumps(thing, 5))
+
+
+def hear(talk: Connection) -> Any:
+    """Receive what `say` said. In a round of microseconds, sleeping would cost more than looking.
+
+    Raises:
+        EOFError: Nobody will say anything any more.
+    """
+    until = time.perf_counter() + _SPIN_S
+    while not talk.poll(0) and time.perf_counter() < until:
+        os.sched_yield()  # to whoever else wants this core
+    return pickle.loads(talk.recv_bytes())  # noqa: S301 - from our own process
+
+
+def main() -> None:
+    """The process: its arguments are two inherited file descriptors and the user's file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gives orders
+    talk = Connection(int(sys.argv[1]))
+    folder: list[str] = []
+    _end_with(int(sys.argv[2]), folder)
+    try:
+        application = Application(Path(sys.argv[3]), {})
+        setup: Setup = talk.recv()
+        folder.append(setup.folder)
+        application.config = dict(setup.config)
+        member = Member(setup, application)
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.set_num_threads(1)
+    except EOFError:
+        return
+    except Exception as error:  # the user's file may raise anything when it is imported
+        talk.send(_cause(error))
+        return
+    talk.send("ready")
+    while True:
+        try:
+            order = hear(talk)
+        except EOFError:
+            return
+        done: list[Done] = []
+        said = time.perf_counter()
+        for one in member.run(order):
+            done.append(one)
+            if order.careful or time.perf_counter() - said > _REPORT_S:
+                say(talk, (done, False))
+                done, said = [], time.perf_counter()
+        say(talk, (done, True))

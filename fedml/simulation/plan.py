@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be simulated: a run file, checked as a whole, with what was said on the command line.
+
+The same file runs on agents (`fedml federate`); only the section ``simulation`` is for here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedml import jobfile
+from fedml.errors import ConfigError
+from fedml.federate.algorithm import Algorithm, BadParameter, Kind, UnknownAlgorithm, create
+from fedml.simulation.devices import Devices
+
+ENGINES = ("auto", "exact", "closed_form", "inplace", "stacked")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One simulation, all values settled.
+
+    Attributes:
+        name: How it is called.
+        app: The user's file.
+        config: Handed to the user's functions.
+        algorithm: By name, `algorithm_config` its parameters.
+        rounds: Rounds, or versions of the model where the algorithm is asynchronous.
+        seed: Of everything that is drawn.
+        clients: How many there are.
+        per_round: Answers that a round takes; at work at a time, if asynchronous.
+        over_select: How many more are asked, as a part of `per_round`. Only devices are late.
+        minimum: With how many answers a round may close.
+        deadline_s: Of one round, in simulated time; 0 waits.
+        every: Rounds between evaluations.
+        on_clients: Evaluate on the clients' data.
+        on_central: Evaluate on central data.
+        engine: One of `ENGINES`.
+        workers: Processes.
+        checkpoint_s: Seconds between checkpoints.
+        devices: How fast and reliable clients are; None leaves time out.
+    """
+
+    name: str
+    app: Path
+    rounds: int
+    clients: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+    algorithm: str = "fedavg"
+    algorithm_config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    per_round: int = 0
+    over_select: float = 0.0
+    minimum: int = 0
+    deadline_s: float = 0.0
+    every: int = 1
+    on_clients: bool = True
+    on_central: bool = True
+    engine: str = "auto"
+    workers: int = 0
+    checkpoint_s: float = 30.0
+    devices: Devices | None = None
+
+    def __post_init__(self) -> None:
+        per_round = self.per_round or self.clients
+        wrong = [
+            text
+            for good, text in (
+                (self.rounds >= 1, f"rounds must be >= 1, got {self.rounds}"),
+                (self.clients >= 1, f"clients.count must be >= 1, got {self.clients}"),
+                (
+                    0 <= self.per_round <= self.clients,
+                    f"clients.per_round is {self.per_round}, there are {self.clients} clients",
+                ),
+                (
+                    0 <= self.minimum <= per_round,
+                    f"clients.minimum is {self.minimum}, {per_round} take part in a round",
+                ),
+                (0 <= self.over_select <= 10, "clients.over_select must be in [0, 10]"),
+                (self.deadline_s >= 0, "clients.deadline_s must be >= 0"),
+                (self.every >= 1, f"evaluate.every must be >= 1, got {self.every}"),
+                (self.seed >= 0, f"seed must be >= 0, got {self.seed}"),
+                (self.workers >= 0, f"workers must be >= 0, got {self.workers}"),
+                (
+                    self.engine in ENGINES,
+                    f"there is no engine {self.engine!r}; there are {', '.join(ENGINES)}",
+                ),
+            )
+            if not good
+        ]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+        object.__setattr__(self, "per_round", per_round)
+        object.__setattr__(self, "minimum", self.minimum or per_round)
+        object.__setattr__(self, "workers", self.workers or _cores())
+
+    def create_algorithm(self) -> Algorithm:
+        """The algorithm, its parameters checked.
+
+        Raises:
+            ConfigError: It is unknown, a parameter is wrong, or it cannot go with the rest.
+        """
+        try:
+            algorithm = create(self.algorithm, self.algorithm_config)
+        except (UnknownAlgorithm, BadParameter, TypeError) as error:
+            raise ConfigError(str(error)) from error
+        if algorithm.kind is Kind.ASYNCHRONOUS and (self.over_select or self.deadline_s):
+            raise ConfigError(
+                f"{algorithm.name} has no rounds to over-select for or to close at a deadline",
+                "leave out clients.over_select and clients.deadline_s, or choose fedavg",
+            )
+        return algorithm
+
+    def identity(self) -> str:
+        """What must be the same for a run to be resumed, as JSON."""
+        free = {"rounds", "workers", "checkpoint_s", "name", "engine"}
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        kept["app"] = self.app.name  # a workspace may be moved, and its code mended
+        return json.dumps(kept, sort_keys=True, default=str)
+
+
+def read(
+    source: Path | str | Mapping[str, Any],
+    *,
+    changes: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Plan:
+    """A plan from a run file, or from a mapping of the same keys.
+
+    Args:
+        source: The file; a mapping's ``workspace`` is relative to the current directory.
+        changes: What a sweep varies: ``lr`` (a key of ``config``), or a path to any other key
+            such as ``algorithm_config.server_lr``, ``clients.per_round`` or ``seed``.
+        **settings: Attributes of `Plan` that are said elsewhere; None says nothing.
+
+    Raises:
+        ConfigError: With what is wrong in the file or between its keys.
+    """
+    if isinstance(source, Mapping):
+        found, workspace = _plain(source), Path(source.get("workspace", ".")).resolve()
+    else:
+        found, workspace = jobfile.read_simulated(Path(source))
+    for key in ("config", "algorithm_config"):
+        value = found.get(key) or {}
+        found[key] = json.loads(value) if isinstance(value, str) else dict(value)
+    for path, value in (changes or {}).items():
+        _change(found, path, value)
+    for key in ("app", "clients", "rounds"):
+        if key not in found and settings.get(key) is None:
+            raise ConfigError(f"{_called(source)}: there is no `{key}`")
+    clients, evaluate = found["clients"], found.get("evaluate") or {}
+    simulation = found.get("simulation") or {}
+    if "count" not in clients:
+        raise ConfigError(f"{_called(source)}: there is no `clients.count`")
+    seed = found.get("seed", 0)
+    values: dict[str, Any] = {
+        "name": found.get("name", "simulation"),
+        "app": workspace / found["app"],
+        "rounds": found.get("rounds"),
+        "clients": clients["count"],
+        "seed": seed,
+        "every": evaluate.get("every"),
+        "on_clients": evaluate.get("devices"),
+        "on_central": evaluate.get("central"),
+        "devices": Devices.read(simulation["devices"] or {}, workspace, seed)
+        if "devices" in simulation
+        else None,
+    }
+    for key in ("config", "algorithm", "algorithm_config"):
+        values[key] = found.get(key)
+    for key in ("per_round", "over_select", "minimum", "deadline_s"):
+        values[key] = clients.get(key)
+    for key in ("engine", "workers", "checkpoint_s"):
+        values[key] = simulation.get(key)
+    values |= {key: value for key, value in settings.items() if value is not None}
+    if not values["app"].is_file():
+        raise ConfigError(f"there is no {values['app'].name} in {values['app'].parent}")
+    return Plan(**{key: value for key, value in values.items() if value is not None})
+
+
+def _plain(source: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("app", "workspace", "name", "algorithm", "algorithm_config", "rounds", "seed",
+             "config", "clients", "evaluate", "needs", "simulation")  # fmt: skip
+    for key in source:
+        if key not in known:
+            raise ConfigError(f"there is no key {key!r}; there are {', '.join(known)}")
+    return {key: dict(v) if isinstance(v, Mapping) else v for key, v in source.items()}
+
+
+def _change(found: dict[str, Any], path: str, value: Any) -> None:
+    first, _, rest = path.partition(".")
+    scalars = ("algorithm", "rounds", "seed", "name")
+    sections = ("config", "algorithm_config", "clients", "evaluate", "simulation")
+    if not rest:
+        if first in sections:
+            raise ConfigError(f"{path} is a section: say which of its keys, as {path}.KEY")
+        (found if first in scalars else found["config"])[first] = value
+        return
+    if first not in sections:
+        raise ConfigError(f"{path}: there is no section {first!r} to change")
+    inside = found.setdefault(first, {})
+    *between, last = rest.split(".")
+    for part in between:
+        inside = inside.setdefault(part, {})
+    inside[last] = value
+
+
+def _called(source: Any) -> str:
+    return "the run" if isinstance(source, Mapping) else str(source)
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1

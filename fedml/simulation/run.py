@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One simulation from start to end: the server's part of the rounds, with a crew of clients.
+
+`Simulation` is to a simulated run what the broker's driver and `federate.aggregator` are to a
+deployed one, and calls the algorithm in the same way: with the engine `exact`, the models of every
+round have the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedml.errors import ConfigError
+from fedml.federate import algorithm as algorithms
+from fedml.federate.algorithm import Kind, UnsupportedByTraining
+from fedml.federate.application import Application, ApplicationError, UserTraining, set_weights
+from fedml.federate.arrays import Arrays
+from fedml.federate.layout import Layout
+from fedml.simulation import asynchronous, checkpoint, engine, synchronous
+from fedml.simulation.arena import Arena, Board
+from fedml.simulation.checkpoint import Checkpoint
+from fedml.simulation.crew import Crew
+from fedml.simulation.member import Done, Order, Setup, Task
+from fedml.simulation.plan import Plan
+from fedml.simulation.record import Record
+from fedml.simulation.result import ClientFailed, Listener, Result, Round, mean_metrics
+
+
+class Simulation:
+    """One run of a plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        debug: bool = False,
+        listener: Listener | None = None,
+    ) -> None:
+        """Make ready to run.
+
+        Args:
+            plan: What.
+            folder: Where results and checkpoints go; None keeps them in memory.
+            resume: Go on from the checkpoint in ``folder``.
+            debug: One member, in this process: breakpoints and profilers work.
+            listener: Hears how it goes.
+        """
+        self.plan = plan
+        self.algorithm = plan.create_algorithm()
+        self.listener = listener or Listener()
+        self.clock = 0.0  # simulated seconds
+        self.turn = 0
+        self.model: Arrays = {}
+        self.state: Arrays = {}
+        self.engine = ""
+        self.crew: Crew
+        self.record: Record
+        self.update: Layout
+        self.bytes_down = 0
+        self.bytes_up = 0
+        self._folder = folder
+        self._resume = resume
+        self._debug = debug
+        self._application: Application
+        self._central: Any = None
+        self._central_model: Any = None
+        self._boards: dict[int, tuple[Board, Board]] = {}
+        self._sent_specs: Layout
+        self._arena: Arena
+        self._saved = 0.0
+        self.kept_turn = -1
+        self._trained = 0
+        self._began = 0.0
+        self._wall_before = 0.0
+        self._previous: tuple[int, float] = (0, 0.0)
+
+    # ------------------------------------------------------------------ from start to end
+
+    def run(self) -> Result:
+        """All rounds.
+
+        Raises:
+            ConfigError: The run cannot be; the text says why and the hint what to change.
+            ClientFailed: With the client, the round and the traceback.
+            RunFailed: It ended otherwise.
+            KeyboardInterrupt: Somebody stopped it; the last round that was done is kept.
+        """
+        found = self._checkpoint()
+        with ExitStack() as stack:
+            self._arena = stack.enter_context(Arena())
+            plan = self.plan
+            count = 0 if self._debug else plan.workers
+            self.crew = stack.enter_context(Crew(plan.app, count, self._arena))
+            self._open(found, stack)
+            self.record = Record(self._folder)
+            stack.callback(self.record.close)
+            self._note(found)
+            self._began = time.monotonic()
+            self._saved = self._began
+            self._previous = (self.turn, self._began)
+            try:
+                if found is None:
+                    self._first_model()
+                if self.algorithm.kind is Kind.ASYNCHRONOUS:
+                    asynchronous.walk(self)
+                else:
+                    synchronous.walk(self)
+                self._last_evaluation()
+            finally:
+                # Ctrl-C and failures too: what is done is kept.
+                self.save(force=True)
+            return self._result()
+
+    def _open(self, found: Checkpoint | None, stack: ExitStack) -> None:
+        """Everything that the first round needs."""
+        plan = self.plan
+        try:
+            self._application = Application(plan.app, plan.config)
+            model = self._application.first_model(plan.seed)
+            local = UserTraining(self._application, None, None)
+            algorithms.require_support(self.algorithm, local, f"train() in {plan.app.name}")
+        except (ApplicationError, UnsupportedByTraining) as error:
+            raise ConfigError(str(error)) from error
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
+        self._central_model = self._application.new_model(plan.seed)
+        trainer = self._application.trainer
+        self.engine, why = engine.choose(plan.engine, trainer, self._central_model, self.algorithm)
+        self.state = self.algorithm.start(model)
+        self.model = model
+        if found is not None:
+            self._take_up(found)
+        sent = self.algorithm.sent(self.model, self.state)
+        self.update = self.algorithm.layout(self.model)
+        model_specs, self._sent_specs = Layout.of(self.model), Layout.of(sent)
+        self.bytes_down = _bytes(model_specs) + _bytes(self._sent_specs)
+        self.bytes_up = _bytes(self.update)
+        self.publish(0)
+        states = (self._folder or self._arena.folder) / checkpoint.STATES
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        setup = Setup(
+            number=0,
+            config=plan.config,
+            algorithm=plan.algorithm,
+            algorithm_config=plan.algorithm_config,
+            seed=plan.seed,
+            clients=plan.clients,
+            engine=self.engine,
+            folder=str(self._arena.folder),
+            states=str(states),
+            room=0,
+            memory=total // (2 * plan.workers),
+            model=model_specs.tensors,
+            sent=self._sent_specs.tensors,
+            update=self.update.tensors,
+        )
+        # A round of a linear model is over before another process has woken up.
+        inside = self._debug or (self.engine == "closed_form" and _blas_is_single())
+        if inside and not self._debug:
+            self.crew.dismiss()
+        self.crew.start(setup, self._application if inside else None)
+        members = len(self.crew.members)
+        processes = f"{members} process{'es' if members > 1 else ''}"
+        self.listener.say(f"engine {self.engine} on {processes}: {why}")
+        if self.plan.on_central and self._application.evaluates:
+            self._central = self._application.central()
+
+    def duration(self, client: int) -> float:
+        """Simulated seconds of one client's part."""
+        devices = self.plan.devices
+        if devices is None:
+            return 1.0
+        sizes = self.crew.sizes()
+        if client not in sizes:
+            self._count()
+        epochs = self.plan.config.get("epochs", 1)
+        passes = epochs if isinstance(epochs, int | float) and epochs > 0 else 1
+        examples = sizes.get(client, 0) * passes
+        return devices.duration(client, examples, self.bytes_down, self.bytes_up)
+
+    def _count(self) -> None:
+        """How many examples every client has: devices take time by them."""
+        order = Order(task=Task.COUNT, turn=self.turn, clients=tuple(range(self.plan.clients)),
+                      version=0)  # fmt: skip
+        shares = self.crew.run(order)
+        done = [one for _, each in shares for one in each]
+        self.settle(self.turn // self.algorithm.stages + 1, done, least=self.plan.clients)
+
+    def settle(self, number: int, done: Sequence[Done], *, least: int) -> list[Done]:
+        """Those whose part went well, in the order of clients.
+
+        Raises:
+            ClientFailed: A client failed, and fewer than ``least`` are left without it.
+        """
+        good = sorted((one for one in done if one.cause is None), key=lambda one: one.client)
+        bad = sorted((one for one in done if one.cause is not None), key=lambda one: one.client)
+        for one in bad:
+            text, traceback = one.cause or ("", "")
+            if len(good) < least:
+                raise ClientFailed(one.client, number, text, traceback)
+            self.listener.say(f"round {number} goes on without client {one.client}: {text}")
+        return good
+
+    # ------------------------------------------------------------------ what the rounds make
+
+    def publish(self, version: int) -> None:
+        """Put the model, and what is sent with it, where members read it."""
+        boards = self._boards.get(version)
+        sent = self.algorithm.sent(self.model, self.state)
+        if boards is None:
+            folder = self._arena.folder
+            layouts = (("model", Layout.of(self.model)), ("sent", self._sent_specs))
+            made = [Board(folder / f"{w}-{version}", x.tensors, create=True) for w, x in layouts]
+            boards = self._boards[version] = (made[0], made[1])
+        boards[0].write(self.model)
+        boards[1].write(sent)
+
+    def update_file(self, turn: int, client: int) -> Path:
+        """Where an update of `Task.EACH` is."""
+        return self._arena.folder / f"update-{turn}-{client}"
+
+    @property
+    def evaluates_clients(self) -> bool:
+        """Whether models are evaluated on clients' data."""
+        return self.plan.on_clients and self._application.evaluates
+
+    def ended(
+        self,
+        number: int,
+        good: Sequence[Done],
+        asked: int,
+        trained: Mapping[str, float],
+    ) -> None:
+        """Write a round down and say so."""
+        now = time.monotonic()
+        metrics = {f"train.{name}": value for name, value in trained.items()}
+        if number % self.plan.every == 0 or number == self.plan.rounds:
+            metrics |= self._central_metrics()
+        self._trained += len(good)
+        took = now - self._previous[1]
+        self._previous = (self.turn, now)
+        simulated = self.clock if self.plan.devices is not None else None
+        self.record.add_round(
+            number,
+            wall_s=self._wall_before + now - self._began,
+            simulated_s=simulated,
+            asked=asked,
+            answered=len(good),
+            bytes_down=asked * self.bytes_down,
+            bytes_up=len(good) * self.bytes_up,
+            metrics=metrics,
+        )
+        self.record.add_clients(
+            number, ((one.client, one.examples, one.seconds, one.metrics) for one in good)
+        )
+        self.listener.ended(
+            Round(
+                number=number,
+                rounds=self.plan.rounds,
+                asked=asked,
+                answered=len(good),
+                metrics=metrics,
+                wall_s=self._wall_before + now - self._began,
+                simulated_s=simulated,
+                clients_per_s=len(good) / took if took > 0 else 0.0,
+            )
+        )
+        self.save()
+
+    def heard(self, done: Sequence[Done]) -> None:
+        """Clients are done, as the crew reports them."""
+        self.listener.done(len(done))
+
+    def _first_model(self) -> None:
+        self.record.add_round(
+            0,
+            wall_s=0.0,
+            simulated_s=0.0 if self.plan.devices is not None else None,
+            metrics=self._central_metrics(),
+        )
+
+    def _central_metrics(self) -> dict[str, float]:
+        if self._central is None:
+            return {}
+        set_weights(self._central_model, self.model)
+        with _all_cores():
+            found = self._application.evaluate(self._central_model, self._central)
+        return {f"central.{name}": value for name, value in found.items()}
+
+    def add_devices(self, number: int, done: Sequence[Done]) -> None:
+        """What clients found of the model of round ``number``."""
+        reports = [one.metrics for one in done]
+        weighted = [(report.get("eval.examples", 0.0), _only_eval(report)) for report in reports]
+        means = mean_metrics(weighted)
+        if means:
+            means["examples"] = math.fsum(weight for weight, _ in weighted)
+        self.record.add_metrics(number, {f"devices.{name}": v for name, v in means.items()})
+
+    def _last_evaluation(self) -> None:
+        """The last model on every client's data, as in deployed runs."""
+        if not self.evaluates_clients:
+            return
+        clients = tuple(range(self.plan.clients))
+        order = Order(task=Task.EVALUATE, turn=self.turn, clients=clients, version=0)
+        self.publish(0)
+        self.listener.begins(self.plan.rounds, len(clients))
+        shares = self.crew.run(order, self.heard)
+        done = [one for _, each in shares for one in each]
+        good = self.settle(self.plan.rounds, done, least=0)
+        self.add_devices(self.turn // self.algorithm.stages, good)
+
+    # ------------------------------------------------------------------ to go on later
+
+    def save(self, *, force: bool = False) -> None:
+        """Keep a checkpoint, if it is time for one."""
+        now = time.monotonic()
+        due = force or now - self._saved >= self.plan.checkpoint_s
+        # In the middle of a round of several stages there is nothing to go on from.
+        if self._folder is None or not due or self.turn % self.algorithm.stages:
+            return
+        Checkpoint(
+            turn=self.turn,
+            model=self.model,
+            state=self.state,
+            simulated_s=self.clock,
+            sizes=self.crew.sizes(),
+            identity=self.plan.identity(),
+            engine=self.engine,
+        ).save(self._folder)
+        self.record.flush()
+        self.kept_turn = self.turn - 1
+        self._saved = now
+
+    def _checkpoint(self) -> Checkpoint | None:
+        """What to go on from; makes the folder."""
+        if self._folder is None:
+            return None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        found = Checkpoint.load(self._folder)
+        if not self._resume:
+            if found is not None:
+                done = found.turn // self.algorithm.stages
+                raise ConfigError(
+                    f"{self._folder} holds a run of {done} rounds",
+                    "--resume goes on with it, another --out starts anew",
+                )
+        elif found is None:
+            self.listener.say(f"nothing to resume in {self._folder}: starting with round 1")
+        if found is None:
+            checkpoint.clear(self._folder)
+            return None
+        if found.identity != self.plan.identity():
+            raise ConfigError(
+                f"{self._folder} holds a run of another configuration",
+                "only rounds, workers and engine may differ; another --out starts anew",
+            )
+        if self.algorithm.kind is Kind.SYNCHRONOUS:
+            checkpoint.drop_states_after(self._folder, found.turn)
+        return found
+
+    def _take_up(self, found: Checkpoint) -> None:
+        if Layout.of(found.model) != Layout.of(self.model):
+            raise ConfigError(
+                f"the checkpoint in {self._folder} is of another model",
+                "another --out starts anew",
+            )
+        self.model, self.state = found.model, found.state
+        self.turn, self.clock = found.turn, found.simulated_s
+        self.kept_turn = found.turn - 1
+        self.crew.know(found.sizes)
+
+    def _note(self, found: Checkpoint | None) -> None:
+        plan = self.plan
+        self.record.set(
+            name=plan.name,
+            algorithm=self.algorithm.name,
+            algorithm_config=dict(plan.algorithm_config),
+            config=dict(plan.config),
+            rounds=plan.rounds,
+            clients=plan.clients,
+            per_round=plan.per_round,
+            seed=plan.seed,
+            engine=self.engine,
+            workers=plan.workers,
+        )
+        if found is not None:
+            done = self.turn // self.algorithm.stages
+            self.record.drop_after(done)
+            self._wall_before = max((row["wall_s"] for row in self.record.rounds()), default=0.0)
+            self.listener.say(f"going on after round {done}")
+        if plan.devices is None and (plan.over_select or plan.deadline_s):
+            self.listener.say(
+                "clients.over_select and clients.deadline_s have no effect without "
+                "simulation.devices: nobody is late"
+            )
+
+    def _result(self) -> Result:
+        took = time.monotonic() - self._began
+        return Result(
+            model=self.model,
+            metrics=self.record.last(),
+            rounds=self.turn // self.algorithm.stages,
+            engine=self.engine,
+            clients_per_s=self._trained / took if took > 0 else 0.0,
+            simulated_s=self.clock if self.plan.devices is not None else None,
+            history=self.record.rounds(),
+            folder=self._folder,
+        )
+
+
+def _only_eval(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name[5:]: value
+        for name, value in metrics.items()
+        if name.startswith("eval.") and name != "eval.examples"
+    }
+
+
+def _bytes(layout: Layout) -> int:
+    return sum(spec.size * spec.dtype.itemsize for spec in layout.tensors.values())
+
+
+def _blas_is_single() -> bool:
+    return any(os.environ.get(n) == "1" for n in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """The members wait while the server evaluates: it may use their cores."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+def simulate(
+    source: Path | str | Mapping[str, Any],
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    debug: bool = False,
+    changes: Mapping[str, Any] | None = None,
+    on_round: Callable[[Round], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """Simulate a federated run; see docs/simulate.md.
+
+    Args:
+        source: A run file, or a mapping of its keys.
+        out: Where results file, checkpoints and report go; None keeps everything in memory.
+        resume: Go on from the checkpoint in ``out``.
+        debug: Everything in this process, where breakpoints and profilers work.
+        changes: Keys of the run file to set otherwise, such as ``{"lr": 0.1}`` for
+            ``config.lr``, or ``{"clients.per_round": 5}``.
+        on_round: Called after each round.
+        **settings: ``rounds``, ``engine``, ``workers``, ``checkpoint_s``, ``seed``.
+
+    Raises:
+        ConfigError: The run cannot be; the text says why and the hint what to change.
+        RunFailed: It ended badly; `ClientFailed` if a client's code raised.
+    """
+    from fedml.simulation.plan import read
+    from fedml.simulation.report import write
+
+    known = {"rounds", "engine", "workers", "checkpoint_s", "seed"}
+    unknown = settings.keys() - known
+    if unknown:
+        raise TypeError(f"simulate() has no setting {min(unknown)!r}; it has {sorted(known)}")
+
+    class Heard(Listener):
+        def ended(self, round_: Round) -> None:
+            if on_round is not None:
+                on_round(round_)
+
+    plan = read(source, changes=changes, **settings)
+    folder = None if out is None else Path(out)
+    run = Simulation(plan, folder=folder, resume=resume, debug=debug, listener=Heard())
+    result = run.run()
+    if folder is not None:
+        write(folder)
+    return result

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Algorithms in rounds: ask a cohort, add up what it sends, make the next model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safetensors.numpy import load_file
+
+from fedml.errors import RunFailed
+from fedml.federate import cohort
+from fedml.federate.aggregate import PartialSum
+from fedml.federate.algorithm import Facts, Update
+from fedml.federate.arrays import Arrays, rounded
+from fedml.simulation.devices import online
+from fedml.simulation.member import Done, Order, Task
+from fedml.simulation.result import mean_metrics
+
+if TYPE_CHECKING:
+    from fedml.simulation.run import Simulation
+
+
+@dataclass(frozen=True, slots=True)
+class _Cohort:
+    """Whose answers a round takes, how many were asked, and when on the clock it ends."""
+
+    clients: tuple[int, ...]
+    asked: int
+    ends: float
+
+
+def walk(run: Simulation) -> None:
+    """Walk a simulation of a synchronous algorithm to its last round."""
+    stages = run.algorithm.stages
+    known: dict[int, _Cohort] = {}
+
+    def choose_next() -> None:
+        # With devices it depends on when this round ends.
+        if run.plan.devices is None:
+            known[run.turn // stages + 1] = _cohort(run, run.turn // stages + 1)
+
+    taken = _Cohort((), 0, run.clock)
+    while run.turn < run.plan.rounds * stages:
+        stage, index = run.turn % stages, run.turn // stages
+        if stage == 0:
+            taken = known.pop(index) if index in known else _cohort(run, index)
+        good = _turn(run, taken, choose_next, first=stage == 0, last=stage == stages - 1)
+        # All stages of a round are served by the same clients.
+        taken = _Cohort(tuple(one.client for one in good), taken.asked, taken.ends)
+
+
+def _turn(
+    run: Simulation,
+    taken: _Cohort,
+    meanwhile: Callable[[], None],
+    *,
+    first: bool,
+    last: bool,
+) -> list[Done]:
+    plan = run.plan
+    number = run.turn // run.algorithm.stages + 1
+    evaluate = first and run.evaluates_clients and (number - 1) % plan.every == 0
+    order = Order(
+        task=Task.SUM,
+        turn=run.turn,
+        clients=taken.clients,
+        version=0,
+        evaluate=evaluate,
+        kept=run.kept_turn,
+    )
+    run.listener.begins(number, len(taken.clients))
+    shares = run.crew.run(order, run.heard, meanwhile)
+    done = [one for _, each in shares for one in each]
+    good = run.settle(number, done, least=min(plan.minimum, len(taken.clients)))
+    combined = _combined(run, number, [place for place, _ in shares], good)
+    facts = Facts(clients=len(good), population=max(plan.clients, len(good)))
+    run.model, run.state = run.algorithm.server_update(run.model, run.state, combined, facts)
+    run.turn += 1
+    run.clock = taken.ends
+    run.publish(0)
+    if evaluate:
+        run.add_devices(number - 1, good)
+    if last:
+        run.ended(number, good, taken.asked, combined.metrics)
+    return good
+
+
+def _combined(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Update:
+    """The mean of what all members added up."""
+    weight = math.fsum(one.weight for one in good)
+    if not weight > 0:
+        raise RunFailed(
+            f"round {number}: none of its {len(good)} clients has an example to learn from",
+            "give clients data, or choose more of them in clients.per_round",
+        )
+    metrics = mean_metrics([(one.weight, one.metrics) for one in good])
+    if run.engine == "exact":
+        whole = PartialSum(run.update)
+        for place in places:
+            whole.merge(PartialSum.from_arrays(load_file(run.crew.sum_file(place))))
+        return Update(arrays=whole.result().arrays, weight=weight, metrics=metrics)
+    boards = [run.crew.sum_of(place) for place in places]
+    arrays: Arrays = {}
+    for name, spec in run.update.tensors.items():
+        total = boards[0][name] if len(boards) == 1 else boards[0][name] + boards[1][name]
+        for board in boards[2:]:
+            total += board[name]
+        arrays[name] = rounded(total / weight, spec.dtype)
+    return Update(arrays=arrays, weight=weight, metrics=metrics)
+
+
+def _cohort(run: Simulation, index: int) -> _Cohort:
+    """Who takes part in a round, as the deployed rounds choose; devices may drop out or be late.
+
+    Raises:
+        RunFailed: Too few are online, or answer.
+    """
+    plan, devices = run.plan, run.plan.devices
+    everybody = range(plan.clients)
+    if devices is None:
+        chosen = cohort.choose(plan.seed, index, everybody, plan.per_round)
+        return _Cohort(tuple(chosen), len(chosen), run.clock)
+    there, at = online(devices, everybody, run.clock)
+    while len(there) < plan.minimum:
+        later = min(
+            (t for c in everybody if (t := devices.next_online(c, at)) > at), default=math.inf
+        )
+        if math.isinf(later):
+            raise RunFailed(
+                f"round {index + 1}: {len(there)} clients are online and no more ever will be, "
+                f"clients.minimum is {plan.minimum}",
+                "a longer trace, or a smaller clients.minimum",
+            )
+        there, at = online(devices, everybody, later)
+    count = min(math.ceil(plan.per_round * (1 + plan.over_select)), len(there))
+    asked = cohort.choose(plan.seed, index, there, count)
+    answering = [c for c in asked if not devices.drops_out(c, index)]
+    if len(answering) < plan.minimum:
+        raise RunFailed(
+            f"round {index + 1}: {len(asked) - len(answering)} of {len(asked)} dropped out, "
+            f"{len(answering)} answer and clients.minimum is {plan.minimum}",
+            "clients.over_select asks more; or a smaller clients.minimum",
+        )
+    arrivals = sorted((at + run.duration(c), c) for c in answering)[: plan.per_round]
+    deadline = at + plan.deadline_s if plan.deadline_s else math.inf
+    # At its deadline a round closes with enough answers, or waits until there are.
+    taken = [(t, c) for i, (t, c) in enumerate(arrivals) if t <= deadline or i < plan.minimum]
+    ends = taken[-1][0]
+    if len(taken) < min(plan.per_round, len(asked)) and plan.deadline_s:
+        ends = max(ends, deadline)  # it hopes for the others until then
+    return _Cohort(tuple(sorted(c for _, c in taken)), len(asked), ends)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One configuration, simulated and deployed: with the engine `exact`, the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedml.simulation import simulate
+from tests.fedml.simulation import apps, deployed
+
+CASES = {
+    "fedavg": {},
+    "fedadam": {"server_lr": 0.1},
+    "scaffold": {"server_lr": 0.9},
+    "fednova": {},
+    "feddyn": {"alpha": 0.05},
+    "ditto": {"strength": 0.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def plan(app: Path, algorithm: str, **more: Any) -> dict[str, Any]:
+    return {
+        "app": app.name,
+        "workspace": str(app.parent),
+        "algorithm": algorithm,
+        "algorithm_config": CASES[algorithm],
+        "rounds": 4,
+        "seed": 11,
+        "config": {"lr": 0.2},
+        "clients": {"count": 6, "per_round": 4},
+        **more,
+    }
+
+
+def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a
+    )
+
+
+@pytest.mark.parametrize("algorithm", CASES)
+def test_a_simulated_model_has_the_bits_of_the_deployed_one(algorithm: str, tmp_path: Path) -> None:
+    app = apps.write(tmp_path / "app", apps.OWN_TRAIN)
+    asked = plan(app, algorithm)
+    models = deployed.run(app, tmp_path / "deployed", asked)
+    assert not same_bits(models[-1], models[-2])
+    result = simulate(asked, engine="exact", workers=2)
+    assert same_bits(result.model, models[-1])
+
+
+def test_partial_sums_of_any_number_of_groups_have_the_bits_of_the_flat_sum(
+    tmp_path: Path,
+) -> None:
+    app = apps.write(tmp_path / "app", apps.OWN_TRAIN)
+    asked = plan(app, "fedavg")
+    flat = deployed.run(app, tmp_path / "deployed", asked)[-1]
+    for groups in (1, 3, 4):
+        assert same_bits(simulate(asked, engine="exact", workers=groups).model, flat)
+
+
+def test_the_built_in_training_is_deployed_with_the_same_bits(tmp_path: Path) -> None:
+    app = apps.write(tmp_path / "app", apps.LINEAR)
+    for algorithm in ("fedavg", "scaffold"):
+        asked = plan(app, algorithm)
+        models = deployed.run(app, tmp_path / algorithm, asked)
+        assert same_bits(simulate(asked, engine="exact", workers=2).model, models[-1])
+
+
+def test_metrics_are_called_as_in_deployed_runs(tmp_path: Path) -> None:
+    app = apps.write(tmp_path / "app", apps.OWN_TRAIN)
+    result = simulate(plan(app, "fedavg"), engine="exact", workers=1)
+    names = {"train.loss", "central.accuracy", "devices.accuracy", "devices.examples"}
+    assert names <= result.metrics.keys()
+    assert [row["round"] for row in result.history] == [0, 1, 2, 3, 4]
+    # The first model is evaluated on devices in the first round, the last one at the end by all.
+    assert all("devices.accuracy" in row for row in result.history)
+    assert result.metrics["devices.examples"] == sum(9 + 4 * k for k in range(6))

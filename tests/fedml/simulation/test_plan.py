@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a simulation is asked, and what is said of what cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedml.errors import ConfigError, RunFailed
+from fedml.simulation import ClientFailed, Simulation, simulate
+from fedml.simulation.plan import read
+from tests.fedml.simulation import apps
+
+DATA = "\ndef data(client, config):\n    return {}\n"
+
+
+def plan(folder: Path, app: str = apps.LINEAR, **more: Any) -> dict[str, Any]:
+    return {
+        "app": apps.write(folder, app).name,
+        "workspace": str(folder),
+        "rounds": 1,
+        "config": {"lr": 0.1},
+        "clients": {"count": 4},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"clients.per_round": 5}, "per_round is 5, there are 4 clients"),
+        ({"clients.minimum": 5}, "minimum is 5, 4 take part"),
+        ({"clients.count": 0}, "clients.count must be >= 1"),
+        ({"rounds": 0}, "rounds must be >= 1"),
+        ({"evaluate.every": 0}, "evaluate.every must be >= 1"),
+        ({"simulation.engine": "warp"}, "no engine 'warp'; there are auto, exact"),
+        ({"simulation.devices": {"dropout": 1.0}}, "dropout must be below 1"),
+        ({"simulation.devices": {"offline_s": 5}}, "nobody is online"),
+        ({"simulation.devices": {"trace": "no.csv"}}, "cannot be read"),
+        ({"clients": 3}, "is a section"),
+        ({"nowhere.key": 3}, "no section 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    changes: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        read(plan(tmp_path), changes=changes)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"algorithm": "fedavgg"}, "did you mean 'fedavg'"),
+        ({"algorithm_config": {"server_lrr": 1}}, "did you mean 'server_lr'"),
+        (
+            {"algorithm": "fedasync", "clients": {"count": 4, "over_select": 0.5}},
+            "no rounds to over-select for",
+        ),
+        (
+            {"algorithm": "fedbuff", "clients": {"count": 4, "deadline_s": 5}},
+            "or to close at a deadline",
+        ),
+    ],
+)
+def test_an_algorithm_that_cannot_go_with_the_rest_is_refused(
+    more: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        simulate(plan(tmp_path, **more), debug=True)
+
+
+def test_an_algorithm_that_needs_more_than_train_gives_names_the_ways_out(tmp_path: Path) -> None:
+    app = apps.LINEAR + "\nsgd = train\ndef train(m, d, c, r): return sgd(m, d, c, r)\n"
+    with pytest.raises(ConfigError, match=r"takes no `correction` argument.*choose fedavg"):
+        simulate(plan(tmp_path, app, algorithm="scaffold"), debug=True)
+
+
+def test_a_sweep_may_change_any_key_and_bare_names_are_of_config(tmp_path: Path) -> None:
+    changes = {"lr": 0.5, "seed": 4, "clients.per_round": 2, "algorithm_config.server_lr": 0.3}
+    found = read(plan(tmp_path), changes=changes)
+    assert (found.config["lr"], found.seed, found.per_round) == (0.5, 4, 2)
+    assert found.algorithm_config == {"server_lr": 0.3}
+
+
+def test_one_client_alone_is_a_federation(tmp_path: Path) -> None:
+    result = simulate(plan(tmp_path, clients={"count": 1}), debug=True)
+    assert result.rounds == 1
+    assert result.metrics["devices.examples"] == 9
+
+
+def test_clients_without_data_count_for_nothing_and_all_of_them_end_the_run(
+    tmp_path: Path,
+) -> None:
+    empty = (
+        "\nfull = data\ndef data(client, config):\n"
+        "    x, y = full(client, config)\n"
+        "    n = 0 if client.index in config['empty'] else len(x)\n"
+        "    return x[:n], y[:n]\n"
+    )
+    for engine in ("closed_form", "exact"):
+        asked = plan(tmp_path, apps.LINEAR + empty, config={"lr": 0.1, "empty": [1, 3]})
+        result = simulate(asked, engine=engine, debug=True)
+        assert result.metrics["devices.examples"] == 9 + 17
+        asked["config"]["empty"] = [0, 1, 2, 3]
+        with pytest.raises(RunFailed, match="none of its 4 clients has an example"):
+            simulate(asked, engine=engine, debug=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("return np.zeros((3, 6)), np.zeros(2, int)", "x has 3 examples and y has 2"),
+        ("return np.zeros((3, 5)), np.zeros(3, int)", "has 5 numbers, the model takes 6"),
+        ("return np.zeros((3, 6)), np.array([0, 7, 1])", "class 7, the model has classes 0 to 2"),
+        ("return np.zeros((3, 6)), np.array([0, -1, 1])", "class -1"),
+        ("return 'something'", "cannot train on a str"),
+        ("return np.full((3, 6), np.nan), np.zeros(3, int)", "diverged or the data holds NaN"),
+    ],
+)
+def test_data_that_does_not_fit_names_the_client_and_what_is_wrong(
+    data: str, text: str, tmp_path: Path
+) -> None:
+    app = apps.LINEAR + f"\ndef data(client, config):\n    {data}\n"
+    with pytest.raises(ClientFailed, match=text) as failed:
+        simulate(plan(tmp_path, app, evaluate={"devices": False}), engine="closed_form", debug=True)
+    assert failed.value.client == 0
+    assert failed.value.round == 1
+
+
+def test_a_missing_learning_rate_says_where_to_put_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"LocalSGD\(lr=…\), or config: \{lr: …\}"):
+        simulate(plan(tmp_path, config={}), debug=True)
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
+    from fedml.simulation import Listener
+
+    heard: list[str] = []
+
+    class Ears(Listener):
+        def say(self, text: str) -> None:
+            heard.append(text)
+
+    asked = read(plan(tmp_path, clients={"count": 4, "over_select": 0.5}))
+    Simulation(asked, debug=True, listener=Ears()).run()
+    assert any("over_select" in text and "no effect" in text for text in heard)
+    assert any(text.startswith("engine closed_form on 1 process") for text in heard)

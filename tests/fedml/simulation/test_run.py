@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole simulations: reproducible, resumable, written down, and of bounded memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import xml.dom.minidom
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fedml.cli import command
+from fedml.errors import ConfigError
+from fedml.federate.algorithm import names
+from fedml.simulation import Round, simulate
+from fedml.simulation.sweep import parse
+from tests.fedml.simulation import apps
+
+
+def plan(folder: Path, app: str = apps.LINEAR, **more: Any) -> dict[str, Any]:
+    return {
+        "app": apps.write(folder, app).name,
+        "workspace": str(folder),
+        "rounds": 4,
+        "config": {"lr": 0.1},
+        "clients": {"count": 7, "per_round": 4},
+        "evaluate": {"every": 2},
+        **more,
+    }
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return all(np.array_equal(a.model[n], b.model[n]) for n in a.model)
+
+
+def test_the_same_number_of_workers_gives_the_same_bits_and_any_number_the_same_model(
+    tmp_path: Path,
+) -> None:
+    asked = plan(tmp_path)
+    two = simulate(asked, engine="closed_form", workers=2)
+    assert same_bits(two, simulate(asked, engine="closed_form", workers=2))
+    for workers in (1, 3):
+        other = simulate(asked, engine="closed_form", workers=workers)
+        for name in two.model:
+            np.testing.assert_allclose(other.model[name], two.model[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", names())
+def test_every_algorithm_learns_in_a_simulation(algorithm: str, tmp_path: Path) -> None:
+    app = apps.LINEAR
+    if algorithm == "mime":
+        # The only one whose gradients at an anchor a dict model does not give.
+        app += "\ndef model(config):\n    from fedml import model as m\n"
+        app += "    return m.create('linear', inputs=6, outputs=3)\n"
+    settings = {
+        "fedadam": {"server_lr": 0.1},
+        "fedyogi": {"server_lr": 0.1},
+        "fedbuff": {"buffer": 2},
+        "fedsgd": {"lr": 1.0},
+    }.get(algorithm, {})
+    asked = plan(tmp_path, app, algorithm=algorithm, algorithm_config=settings, rounds=8)
+    result = simulate(asked, debug=True)
+    losses = [row["central.loss"] for row in result.history if "central.loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "engine"),
+    [("fedavg", "closed_form"), ("scaffold", "exact"), ("fedadam", "exact")],
+)
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_never_stopped(
+    algorithm: str, engine: str, tmp_path: Path
+) -> None:
+    asked = plan(tmp_path, algorithm=algorithm)
+    whole = simulate(asked, engine=engine, debug=True, rounds=6, out=tmp_path / "whole")
+    part = simulate(asked, engine=engine, debug=True, rounds=3, out=tmp_path / "part")
+    assert part.rounds == 3
+    rest = simulate(asked, engine=engine, debug=True, rounds=6, out=tmp_path / "part", resume=True)
+    assert same_bits(whole, rest)
+    shown = [[row["round"], row.get("central.loss")] for row in rest.history]
+    assert [n for n, _ in shown] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
+    asked = plan(tmp_path)
+    simulate(asked, debug=True, out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds a run of 4 rounds") as refused:
+        simulate(asked, debug=True, out=tmp_path / "out")
+    assert "--resume" in refused.value.hint
+    with pytest.raises(ConfigError, match="of another configuration"):
+        simulate({**asked, "seed": 9}, debug=True, out=tmp_path / "out", resume=True)
+    (tmp_path / "out" / "checkpoint.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        simulate(asked, debug=True, out=tmp_path / "out", resume=True)
+
+
+def test_the_results_file_has_a_row_a_round_and_a_row_a_client(tmp_path: Path) -> None:
+    asked = plan(tmp_path)
+    heard: list[Round] = []
+    simulate(asked, debug=True, out=tmp_path / "out", on_round=heard.append)
+    file = sqlite3.connect(tmp_path / "out" / "results.sqlite")
+    rounds = file.execute("select round, answered, bytes_up from rounds order by round").fetchall()
+    update = 4 * (6 * 3 + 3)
+    assert rounds == [(0, 0, 0), *((n, 4, 4 * update) for n in range(1, 5))]
+    clients = file.execute("select round, client, examples, metrics from clients").fetchall()
+    assert len(clients) == 16
+    assert all(examples == 9 + 4 * client for _, client, examples, _ in clients)
+    assert all("loss" in json.loads(metrics) for *_, metrics in clients)
+    query = "select value from metrics where name = 'central.accuracy' order by round"
+    assert len(file.execute(query).fetchall()) == 3  # rounds 0, 2 and 4
+    file.close()
+    assert [round_.number for round_ in heard] == [1, 2, 3, 4]
+
+
+def test_the_report_is_one_page_with_its_pictures_inside(tmp_path: Path) -> None:
+    asked = plan(tmp_path, simulation={"devices": {"speed_spread": 0.5}}, name="<& name>")
+    simulate(asked, debug=True, out=tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;&amp; name&gt;" in page
+    assert "http" not in page
+    pictures = page.split("<svg")[1:]
+    assert len(pictures) == 4  # accuracy, loss, accuracy by time, bytes
+    for picture in pictures:
+        svg = "<svg" + picture.split("</svg>")[0] + "</svg>"
+        lines = xml.dom.minidom.parseString(svg).getElementsByTagName("polyline")
+        assert lines
+        for line in lines:
+            for point in line.getAttribute("points").split():
+                x, y = map(float, point.split(","))
+                assert 0 <= x <= 560
+                assert 0 <= y <= 300
+
+
+def test_memory_grows_neither_with_rounds_nor_with_clients(tmp_path: Path) -> None:
+    """Peak of the whole process tree's own memory, for ten times the rounds and the clients."""
+    app = apps.LINEAR.replace("9 + 4 * client.index", "400")
+    asked = plan(tmp_path, app, evaluate={"devices": False, "central": False})
+    code = """
+import json, resource, sys
+from fedml.simulation import simulate
+asked, clients, rounds = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+asked["clients"] = {"count": clients, "per_round": 20}
+simulate(asked, rounds=rounds, workers=1, engine="exact")
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
+      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+    def peaks(clients: int, rounds: int) -> list[int]:
+        command = [sys.executable, "-c", code, json.dumps(asked), str(clients), str(rounds)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return [int(word) for word in done.stdout.split()]
+
+    small, large = peaks(100, 10), peaks(1000, 100)
+    # Kilobytes; what 900 more clients hold (10 MB) lies in shared memory, once.
+    for before, after in zip(small, large, strict=True):
+        assert after - before < 16_000 + 6_000
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(command, ["simulate", *words], catch_exceptions=False)
+
+
+def test_the_command_says_rounds_as_json_lines_and_ends_with_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(json.dumps(plan(tmp_path, name="tiny")))
+    done = run("run.yaml", "--debug", "--json", "--rounds", "3")
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line.get("round") for line in lines] == [1, 2, 3, None]
+    assert lines[-1]["end"]["engine"] == "closed_form"
+    assert (tmp_path / "simulations" / "tiny-1" / "report.html").exists()
+    again = run("run.yaml", "--debug", "--json", "--rounds", "5", "--resume")
+    assert [json.loads(line).get("round") for line in again.stdout.splitlines()] == [4, 5, None]
+    assert not (tmp_path / "simulations" / "tiny-2").exists()
+
+
+def test_a_sweep_runs_every_combination_and_makes_a_table_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = plan(tmp_path, name="tiny", rounds=1, simulation={"workers": 1})
+    (tmp_path / "run.yaml").write_text(json.dumps(asked))
+    done = run("run.yaml", "--sweep", "lr=0.01,0.1", "--sweep", "seed=1,2", "--out", "out")
+    assert done.exit_code == 0, done.output
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0][:2] == ["lr", "seed"]
+    assert [row[:2] for row in rows[1:5]] == [
+        ["0.01", "1"],
+        ["0.01", "2"],
+        ["0.1", "1"],
+        ["0.1", "2"],
+    ]
+    assert "lr=0.1 seed=2" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "lr=0.1,seed=2" / "results.sqlite").exists()
+
+
+def test_sweep_values_are_read_as_yaml() -> None:
+    assert parse(["a=1,x", "b=true"]) == [{"a": 1, "b": True}, {"a": "x", "b": True}]
+    for wrong in (["lr"], ["=1"], ["a="], ["a=1", "a=2"]):
+        with pytest.raises(ConfigError):
+            parse(wrong)
+
+
+def test_importing_fedml_imports_neither_numpy_nor_torch() -> None:
+    code = "import sys, fedml, fedml.cli; print({'numpy', 'torch'} & sys.modules.keys())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == "set()"
