@@ -40,7 +40,14 @@ from fedml_protocol.blob import Blob, NamedBlob
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
 from fedml_protocol.errors import ProtocolError
-from fedml_protocol.federate import StageDone, StageOrder, StageSpec, WorkerFrame, WorkerReady
+from fedml_protocol.federate import (
+    StageCancel,
+    StageDone,
+    StageOrder,
+    StageSpec,
+    WorkerFrame,
+    WorkerReady,
+)
 from fedml_protocol.frames import HEAD_BYTES, frame, frame_length
 from fedml_protocol.tasks import Needs, Result, TaskState
 
@@ -51,6 +58,8 @@ SOCKET = "worker.sock"
 _DEATHS = 3
 # Of this round and the one before: a model, and what the algorithm sends with it.
 _MODELS_KEPT = 4
+# How long a worker has to give up a stage that nobody waits for.
+_GIVE_UP_S = 5.0
 # A worker that nobody has used for so long gives its memory back.
 _IDLE_S = 3600.0
 
@@ -128,10 +137,14 @@ class Stages:
         await self.run(entry)
 
     def stop(self, entry: Entry) -> None:
-        """Forget a stage; its worker may finish it, nobody listens."""
+        """Nobody waits for a stage any more: its worker gives it up, and stays warm if it does."""
         task = self._stages.pop(entry.key, None)
-        if task is not None:
-            task.cancel()
+        if task is None:
+            return
+        task.cancel()
+        session = self._sessions.get(entry.session)
+        if session is not None:
+            session.give_up(entry.key)
 
     def watch(self, task: str, on: bool) -> None:
         """Somebody watches a run: its workers' logs go out at once."""
@@ -407,6 +420,8 @@ class Session:
         self.starting = asyncio.Lock()
         self.used_at = asyncio.get_running_loop().time()
         self._turn = asyncio.Lock()
+        # Stages that the worker was given and has not answered.
+        self._open: set[tuple[str, int]] = set()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._background: set[asyncio.Task[None]] = set()
 
@@ -460,6 +475,7 @@ class Session:
                     return await self._talk(order)
                 except (OSError, asyncio.IncompleteReadError, ProtocolError) as error:
                     self._streams = None
+                    self._open.clear()
                     if attempt == 2 or self.tended is None or self.tended.is_over:
                         raise WorkerDied(await self._how_it_ended(error)) from error
             raise AssertionError("unreachable")
@@ -467,11 +483,46 @@ class Session:
     async def _talk(self, order: StageOrder) -> StageDone:
         reader, writer = await self._connected()
         writer.write(frame(WorkerFrame(body=order)))
+        self._open.add((order.task, order.epoch))
         await writer.drain()
         while True:
-            body = await _read(reader)
-            if isinstance(body, StageDone) and (body.task, body.epoch) == (order.task, order.epoch):
-                return body
+            done = await self._next_answer(reader)
+            if (done.task, done.epoch) == (order.task, order.epoch):
+                return done
+
+    async def _next_answer(self, reader: asyncio.StreamReader) -> StageDone:
+        body = await _read(reader)
+        if not isinstance(body, StageDone):
+            raise ConnectionError(f"a worker does not send {type(body).__name__}")
+        self._open.discard((body.task, body.epoch))
+        return body
+
+    def give_up(self, key: tuple[str, int]) -> None:
+        """Make the worker give up a stage; one that does not is ended, and the next one starts."""
+        if key not in self._open or self._streams is None:
+            return
+        task, epoch = key
+        self._streams[1].write(frame(WorkerFrame(body=StageCancel(task=task, epoch=epoch))))
+        waiting = asyncio.get_running_loop().create_task(
+            self._await_end(key, self._streams[0]), name=f"give-up.{task}"
+        )
+        self._background.add(waiting)
+        waiting.add_done_callback(self._background.discard)
+
+    async def _await_end(self, key: tuple[str, int], reader: asyncio.StreamReader) -> None:
+        async with self._turn:
+            try:
+                async with asyncio.timeout(_GIVE_UP_S):
+                    while key in self._open:
+                        await self._next_answer(reader)
+            except (TimeoutError, OSError, asyncio.IncompleteReadError, ProtocolError) as error:
+                log.warning("the worker of %s does not give up and is ended: %r", self.name, error)
+                self._open.clear()
+                self._streams = None
+                tended, self.tended = self.tended, None
+                if tended is not None:
+                    tended.kill()
+                    await tended.ended()
 
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._streams is None:
@@ -526,7 +577,9 @@ class Session:
             task.cancel()
 
 
-async def _read(reader: asyncio.StreamReader) -> WorkerReady | StageOrder | StageDone:
+async def _read(
+    reader: asyncio.StreamReader,
+) -> WorkerReady | StageOrder | StageDone | StageCancel:
     head = await reader.readexactly(HEAD_BYTES)
     return parse(WorkerFrame, await reader.readexactly(frame_length(head))).body
 

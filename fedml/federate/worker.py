@@ -6,6 +6,7 @@
 It listens on `worker.sock` in its working directory, says a line when it does, and takes one stage
 at a time. The user's code is imported and his data loaded once. What a stage has produced lies in
 its output directory before the answer is sent; asked again, the same answer is given from there.
+A stage that is given up leaves nothing there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
+import signal
 import socket
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from typing import Any
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse, serialise
 from fedml_protocol.federate import (
+    StageCancel,
     StageDone,
     StageKind,
     StageOrder,
@@ -34,6 +39,10 @@ from fedml_protocol.frames import HEAD_BYTES, frame, frame_length
 SOCKET = "worker.sock"
 
 
+class StageCancelled(BaseException):
+    """Raised inside of a stage that nobody waits for; users' `except Exception` lets it pass."""
+
+
 class Worker:
     """The stages of one session."""
 
@@ -44,29 +53,53 @@ class Worker:
         self._key: tuple[str, str] | None = None
         self._data: Any = None
         self._module: Any = None
+        self._orders: queue.SimpleQueue[tuple[socket.socket, StageOrder]] = queue.SimpleQueue()
+        self._running: tuple[str, int] | None = None
+        self._cancelled: set[tuple[str, int]] = set()
 
     def serve(self) -> None:
-        """Answer whoever connects, for ever. Only the agent can reach the socket."""
+        """Answer whoever connects, for ever. Only the agent can reach the socket.
+
+        Threads listen; the stages run in the main thread, where a signal can end one. An agent
+        that was restarted is heard while a stage runs that its predecessor asked for.
+        """
+        signal.signal(signal.SIGINT, self._interrupted)
         path = self._root / SOCKET
         path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             # Relative: the whole path may not fit into a socket address.
             listener.bind(SOCKET)
             listener.listen(4)
+            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
             sys.stderr.write(f"fedml: the worker of {self._session} is ready\n")
             sys.stderr.flush()
             while True:
-                connection, _ = listener.accept()
-                with connection, contextlib.suppress(ConnectionError, EOFError):
-                    self._talk(connection)
+                connection, order = self._orders.get()
+                answer = frame(WorkerFrame(body=self._answer(order)))
+                with contextlib.suppress(OSError):  # the agent has gone; the next one asks again
+                    connection.sendall(answer)
 
-    def _talk(self, connection: socket.socket) -> None:
-        connection.sendall(frame(WorkerFrame(body=WorkerReady(session=self._session))))
-        with connection.makefile("rb") as stream:
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=self._hear, args=(connection,), daemon=True).start()
+
+    def _hear(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError), connection.makefile("rb") as stream:
+            connection.sendall(frame(WorkerFrame(body=WorkerReady(session=self._session))))
             while head := stream.read(HEAD_BYTES):
                 body = parse(WorkerFrame, stream.read(frame_length(head))).body
                 if isinstance(body, StageOrder):
-                    connection.sendall(frame(WorkerFrame(body=self._answer(body))))
+                    self._orders.put((connection, body))
+                elif isinstance(body, StageCancel):
+                    self._cancelled.add((body.task, body.epoch))
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def _interrupted(self, number: int, where: object) -> None:
+        """In the main thread: end the stage that runs, if it is the one to be given up."""
+        if self._running is not None and self._running in self._cancelled:
+            self._cancelled.discard(self._running)  # once: what ends the stage is not ended too
+            raise StageCancelled
 
     def _answer(self, order: StageOrder) -> StageDone:
         out = Path(order.out_dir)
@@ -74,13 +107,28 @@ class Worker:
         done_file = out / f"done-{_boot()}"
         if done_file.exists():
             return parse(StageDone, done_file.read_bytes())
+        key = (order.task, order.epoch)
         try:
-            done = self._stage(order, out)
+            done = self._guarded(key, order, out)
+        except StageCancelled:
+            cause = Cause(fault=Fault.TASK, message="it was given up: nobody waits for it")
+            return StageDone(task=order.task, epoch=order.epoch, cause=cause)
         except Exception as error:  # the user's code may raise anything, and it is his to read
             traceback.print_exc()
             done = StageDone(task=order.task, epoch=order.epoch, cause=_cause(error))
         _write(done_file, serialise(done), synced=False)
         return done
+
+    def _guarded(self, key: tuple[str, int], order: StageOrder, out: Path) -> StageDone:
+        """The stage, which a cancel ends from within; before and after it a cancel does nothing."""
+        try:
+            self._running = key
+            if key in self._cancelled:  # before it began
+                raise StageCancelled
+            return self._stage(order, out)
+        finally:
+            self._running = None
+            self._cancelled.discard(key)
 
     def _stage(self, order: StageOrder, out: Path) -> StageDone:
         from safetensors.numpy import save_file

@@ -89,10 +89,18 @@ class StageDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageCancel:
+    """agent -> worker: nobody waits for this stage any more. Its StageDone tells that it ended."""
+
+    task: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFrame:
     """One length-delimited frame on the worker's socket."""
 
-    body: WorkerReady | StageOrder | StageDone
+    body: WorkerReady | StageOrder | StageDone | StageCancel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -500,15 +500,25 @@ class StageDone(_message.Message):
     weight: float
     def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ..., cause: _Optional[_Union[Cause, _Mapping]] = ..., files: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., weight: _Optional[float] = ...) -> None: ...
 
+class StageCancel(_message.Message):
+    __slots__ = ("task", "epoch")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    epoch: int
+    def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
 class WorkerFrame(_message.Message):
-    __slots__ = ("worker_ready", "stage_order", "stage_done")
+    __slots__ = ("worker_ready", "stage_order", "stage_done", "stage_cancel")
     WORKER_READY_FIELD_NUMBER: _ClassVar[int]
     STAGE_ORDER_FIELD_NUMBER: _ClassVar[int]
     STAGE_DONE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_CANCEL_FIELD_NUMBER: _ClassVar[int]
     worker_ready: WorkerReady
     stage_order: StageOrder
     stage_done: StageDone
-    def __init__(self, worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., stage_order: _Optional[_Union[StageOrder, _Mapping]] = ..., stage_done: _Optional[_Union[StageDone, _Mapping]] = ...) -> None: ...
+    stage_cancel: StageCancel
+    def __init__(self, worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., stage_order: _Optional[_Union[StageOrder, _Mapping]] = ..., stage_done: _Optional[_Union[StageDone, _Mapping]] = ..., stage_cancel: _Optional[_Union[StageCancel, _Mapping]] = ...) -> None: ...
 
 class OpenRun(_message.Message):
     __slots__ = ("app_dir", "app", "config", "algorithm", "algorithm_config", "seed", "central", "clients")

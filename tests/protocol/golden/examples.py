@@ -34,6 +34,7 @@ from fedml_protocol.federate import (
     PlanRound,
     RoundBegun,
     RoundPlan,
+    StageCancel,
     StageDone,
     StageKind,
     StageOrder,
@@ -183,7 +184,7 @@ _BODIES: Mapping[str, Body] = {
     "result_ack": ResultAck(task=TASK, epoch=2),
 }
 
-_WORKER: Mapping[str, WorkerReady | StageOrder | StageDone] = {
+_WORKER: Mapping[str, WorkerReady | StageOrder | StageDone | StageCancel] = {
     "worker_ready": WorkerReady(session="r-42"),
     "stage_order": StageOrder(
         task=TASK,
@@ -201,6 +202,7 @@ _WORKER: Mapping[str, WorkerReady | StageOrder | StageDone] = {
         metrics={"loss": 0.25},
         weight=600.0,
     ),
+    "stage_cancel": StageCancel(task=TASK, epoch=2),
 }
 
 _Question = OpenRun | MakeModel | PlanRound | BeginRound | AddUpdate | FinishRound
