@@ -30,11 +30,15 @@ demo: $(STAMP) ## a broker, four agents, a job, ten federated rounds on real dat
 test: $(STAMP) system ## set up and run the tests
 	$(BIN)/python -m pytest -q
 
-check: $(STAMP) ## format, lint, types, generated code
+check: $(STAMP) ## format, lint, types, generated code, import table, docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict protocol/fedml_protocol agent/fedml_agent broker/fedml_broker
 	$(BIN)/python protocol/generate.py --check
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_docs.py
+
+faults: $(STAMP) system ## the long fault tests: minutes without a broker, 400 tasks under fire
+	$(BIN)/python -m pytest -q -m long tests/faults
 
 bench: $(STAMP) system ## measure against the targets, short; docs/benchmarks.md
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --quick || exit 1; echo; done
@@ -43,4 +47,4 @@ format: $(STAMP) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: help demo test check bench format system
+.PHONY: help demo test check faults bench format system

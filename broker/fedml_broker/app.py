@@ -219,15 +219,14 @@ class Broker:
         )
 
     def _external(self, address: str) -> ExternalPost:
-        """A broker of somebody else's; without TLS only on this machine."""
+        """A broker of somebody else's; machines prove to it who they are with certificates."""
         parts = urlsplit(address)
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
+        if parts.scheme != "mqtts" or not parts.hostname:
             raise ValueError(f"--mqtt takes mqtts://HOST:PORT, got {address!r}")
-        tls = parts.scheme == "mqtts"
         return ExternalPost(
             parts.hostname,
-            parts.port or (MQTTS_PORT if tls else 1883),
-            ssl_context=self.identity.client_context() if tls else None,
+            parts.port or MQTTS_PORT,
+            ssl_context=self.identity.client_context(),
         )
 
     async def _enter_post(self, stack: contextlib.AsyncExitStack) -> None:

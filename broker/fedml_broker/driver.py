@@ -536,8 +536,7 @@ class Driver:
         return "" if blob is None else str(self._all.blobs.path(blob.sha256))
 
     async def _discard(self, idle: list[str]) -> None:
-        for sha256 in idle:
-            await self._all.blobs.discard(sha256)
+        await asyncio.gather(*(self._all.blobs.discard(sha256) for sha256 in idle))
 
 
 def _for_nothing() -> str:

@@ -194,11 +194,13 @@ class Observer:
         """
         seen: dict[LogFile, _Seen] = {}
         told = ""
+        row = await state.row(run)
         while True:
             bell = self.bell(run)
-            row = await state.row(run)
             for event in await self.events(run, after):
                 after = event["id"]
+                if event["kind"] == "state":  # the end of a run is one: its row tells nothing else
+                    row = await state.row(run)
                 yield {"event": event}
             if logs:
                 for chunk in self._new_chunks(run, seen):

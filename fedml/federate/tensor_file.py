@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a safetensors file piece by piece, trusting nothing in it.
 
-The format is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes::
-
-    {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {...}}
-
-Opening checks the whole header against the file's size: every byte of data belongs to exactly one
-tensor, every length matches its shape. Reading gives one run of elements at a time, so memory
-does not grow with the file. Nothing that came from elsewhere is memory-mapped: a file that shrinks
-while it is read gives an error, not a SIGBUS (`mapped` is for files that nobody changes).
+Opening checks the whole header against the file's size (see `fedml_protocol.tensors`). Reading
+gives one run of elements at a time, so memory does not grow with the file. Nothing that came from
+elsewhere is memory-mapped: a file that shrinks while it is read gives an error, not a SIGBUS
+(`mapped` is for files that nobody changes).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -26,6 +21,8 @@ from typing import Any, Self
 import numpy as np
 
 from fedml.federate.arrays import Array, Arrays
+from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.tensors import header_length, read_header
 
 # BF16 and the 8-bit floats have no NumPy type and are refused by name.
 _DTYPES: Mapping[str, str] = {
@@ -42,7 +39,6 @@ _DTYPES: Mapping[str, str] = {
     "F32": "<f4",
     "F64": "<f8",
 }
-_MAX_HEADER = 100_000_000  # the limit of the reference implementation
 
 
 class BadTensorFile(ValueError):
@@ -68,11 +64,10 @@ class TensorFile:
 
     Attributes:
         path: The file.
-        entries: Every tensor by name, in the order of the header.
-        metadata: The header's free-form strings.
+        entries: Every tensor by name, in the order of their data.
     """
 
-    __slots__ = ("_fd", "entries", "metadata", "path")
+    __slots__ = ("_fd", "entries", "path")
 
     def __init__(self, path: str | Path) -> None:
         """Open and check the header.
@@ -84,7 +79,7 @@ class TensorFile:
         self.path = Path(path)
         self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.entries, self.metadata = _parse(self.path, self._fd)
+            self.entries = _entries(self.path, self._fd)
         except BaseException:
             self.close()
             raise
@@ -151,62 +146,19 @@ def mapped(path: str | Path) -> Arrays:
         }
 
 
-def _parse(path: Path, fd: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    def wrong(why: str) -> BadTensorFile:
-        return BadTensorFile(f"{path}: not a valid safetensors file: {why}")
-
+def _entries(path: Path, fd: int) -> dict[str, Entry]:
     size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 8, 0)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(_MAX_HEADER, size - 8):
-        raise wrong(f"{size} bytes cannot hold a header of {length}")
     try:
-        header = json.loads(os.pread(fd, length, 8), object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"the header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise wrong("the header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise wrong("__metadata__ must map strings to strings")
-    base = 8 + length
-    entries: dict[str, Entry] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, fields in header.items():
-        entry, start, stop = _entry(wrong, name, fields, base)
-        entries[name] = entry
-        spans.append((start, stop, name))
-    end = 0
-    for start, stop, name in sorted(spans):
-        if start != end:
-            raise wrong(f"tensor {name!r} starts at {start}, expected {end}: a hole or an overlap")
-        end = stop
-    if base + end != size:
-        raise wrong(f"tensors end at byte {base + end}, the file at {size}")
-    return entries, metadata
-
-
-def _entry(wrong: Any, name: str, fields: Any, base: int) -> tuple[Entry, int, int]:
-    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise wrong(f"tensor {name!r} lacks dtype, shape or data_offsets")
-    code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(code, str) or code not in _DTYPES:
-        raise wrong(f"tensor {name!r} has type {code!r}; NumPy reads {', '.join(_DTYPES)}")
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise wrong(f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
-    dtype = np.dtype(_DTYPES[code])
-    start, stop = offsets
-    if stop - start != math.prod(shape) * dtype.itemsize:
-        raise wrong(f"tensor {name!r} of shape {shape} has {stop - start} bytes")
-    return Entry(dtype, tuple(shape), base + start), start, stop
-
-
-def _counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return out
+        length = header_length(os.pread(fd, 8, 0), size)
+        tensors = read_header(os.pread(fd, length, 8), size)
+    except MalformedMessage as error:
+        raise BadTensorFile(f"{path}: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise BadTensorFile(
+                f"{path}: tensor {name!r} has type {tensor.dtype!r}, NumPy has none"
+            )
+    return {
+        name: Entry(np.dtype(_DTYPES[tensor.dtype]), tensor.shape, tensor.start)
+        for name, tensor in tensors.items()
+    }

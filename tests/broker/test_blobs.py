@@ -1140,7 +1140,10 @@ async def test_hashing_and_syncing_leave_the_loop_free(tmp_path: Path) -> None:
     blobs.close()
 
     assert (tmp_path / "got").read_bytes() == data
-    assert max(coming, going, again) < 0.015, "48 MB take 25 ms to hash on a fast machine"
+    before = time.thread_time()
+    sha(data)
+    hashing = time.thread_time() - before  # on this machine, as busy as it is
+    assert max(coming, going, again) < 0.6 * hashing
 
 
 # Problems
