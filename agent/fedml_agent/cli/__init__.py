@@ -5,6 +5,7 @@ Data goes to stdout, talk to stderr. `--json` is for scripts. Exit codes: 0 done
 went wrong, 2 the command was typed wrongly, and those of `errors.py`.
 """
 
+import difflib
 import importlib
 import sys
 
@@ -35,6 +36,15 @@ class _Verbs(click.Group):
         found = importlib.import_module(f"fedml_agent.cli.{module}")
         command = getattr(found, module)
         return command if isinstance(command, click.Command) else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; a verb that is not there gets the nearest one."""
+        near = difflib.get_close_matches(args[0], _VERBS, n=1)
+        if args[0] not in _VERBS and near:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,6 +14,9 @@ import click
 
 from fedml_broker.cli.client import CommandFailed
 
+# What the extra brings; without it the agent's package is there and this command cannot work.
+_BROUGHT = ("aiohttp", "alembic", "msgspec", "mqtt5", "numpy", "safetensors", "sqlalchemy")
+
 # Verb -> module. A command is imported when it is used.
 _VERBS = ("up", "status", "keys", "devices", "runs", "users", "backup", "doctor")
 
@@ -86,3 +89,13 @@ def main() -> None:
         # Whoever read our output has gone; at exit Python would complain about it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _BROUGHT:
+            raise
+        click.secho(
+            f"error: the broker's part is not installed: no {error.name}", fg="red", err=True
+        )
+        click.echo(
+            "  try: pip install 'fedml-agent[broker]', or '.[broker]' in a checkout", err=True
+        )
+        sys.exit(1)
