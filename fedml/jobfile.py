@@ -193,6 +193,7 @@ _FEDERATED: dict[str, Any] = {
     "name": _text,
     "algorithm": _text,
     "algorithm_config": _json,
+    "treatment": _json,
     "rounds": _whole,
     "seed": _whole,
     "config": _json,
@@ -217,6 +218,7 @@ _SIMULATION: dict[str, Any] = {
     "engine": _text,
     "workers": _whole,
     "checkpoint_s": _number,
+    "data": _texts,
     "devices": {
         "seconds_per_example": _number,
         "speed_spread": _number,

@@ -19,7 +19,7 @@ from fedml_broker.blobs import Blobs
 from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.mqtt import PostError
 from fedml_broker.orders import Orders
-from fedml_broker.store import Store
+from fedml_broker.store import Store, StoreUnavailable
 from fedml_broker.tasks import Task
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.devices import RECONNECT_BEATS, Heartbeat
@@ -145,22 +145,25 @@ class Dispatcher:
 
     async def stop_run(self, run: str, reason: str) -> None:
         """End every task of a run: the queued at once, the held ones by their device."""
-        stopped = set(await self._store.write(lambda tx: self._stop_queued(tx, run)))
+        # Listed here: the writer's thread must not walk through what this one changes.
+        mine = self.of_run(run)
+        stopped = set(await self._store.write(lambda tx: self._stop_queued(tx, run, mine)))
         for task in self.of_run(run):
             if task.id in stopped:
                 self._forget(task, _stopped(task, reason))
             elif task.state in HELD:
                 await self.stop(task, reason)
 
-    def _stop_queued(self, tx: Connection, run: str) -> list[str]:
+    def _stop_queued(self, tx: Connection, run: str, mine: Sequence[Task]) -> list[str]:
         ids = tasks.stop_queued(tx, run)
-        for task in self.of_run(run):
+        for task in mine:
             if task.id in ids:
                 self.works[task.kind].ended(tx, task, _stopped(task, "stopped"))
         return ids
 
     async def stop(self, task: Task, reason: str) -> None:
         """End one held task. A device that does not answer in time is not waited for."""
+        task.stopping = reason
         machine = self._fleet.get(task.device or "")
         grace = task.offer.grace_s
         if machine is None or not self._fleet.online(machine):
@@ -245,7 +248,7 @@ class Dispatcher:
                 for task, machine in picked
             ]
 
-        done = await self._store.write(commit)
+        done = await self._when_there_is_room(commit)
         sending = []
         for (task, machine), still_queued in zip(picked, done, strict=True):
             if not still_queued:  # stopped in the meantime
@@ -256,10 +259,19 @@ class Dispatcher:
         # All at once: the endpoint commits them together, and the last device waits for no other.
         await asyncio.gather(*sending)
 
+    async def _when_there_is_room(self, commit: Callable[[Connection], list[bool]]) -> list[bool]:
+        """A full disk holds offers back; it does not end the broker."""
+        while True:
+            try:
+                return await self._store.write(commit)
+            except StoreUnavailable as error:
+                log.warning("offers wait: %s", error)
+                await asyncio.sleep(self.timing.heartbeat_s)
+
     async def _publish_offer(self, task: Task, address: Address) -> None:
         try:
             await self._orders.send(address, task.current_offer(), lifetime_s=self.timing.offer_s)
-        except PostError as error:  # its timer will offer it again
+        except (PostError, StoreUnavailable) as error:  # its timer will offer it again
             log.warning("offer of %s to %s was not sent: %s", task.id, address.device, error)
 
     # ------------------------------------------------------------------ what agents report
@@ -378,11 +390,10 @@ class Dispatcher:
     async def _take_back(self, task: Task, why: str) -> None:
         """A machine lost the task: offer it again, or give it up when no try is left."""
         log.info("task %s: %s", task.id, why)
-        if task.tries_left < 1:
+        if task.tries_left < 1 and not task.stopping:
             await self._end(task, tasks.lost(task, why))
             return
-        task.tries_left -= 1
-        await self._requeue(task)
+        await self._requeue(task, task.tries_left - 1)
 
     def _pause_after_loss(self, task: Task, device: str) -> None:
         """The first loss costs no time; one that repeats must not go round at full speed."""
@@ -392,10 +403,14 @@ class Dispatcher:
             task.not_before[device] = self._fleet.clock() + pause
             self._later(pause, self._awake)
 
-    async def _requeue(self, task: Task) -> None:
-        epoch, tries = task.epoch, task.tries_left
-        again = await self._store.write(lambda tx: tasks.queued_again(tx, task.id, epoch, tries))
+    async def _requeue(self, task: Task, tries: int | None = None) -> None:
+        if task.stopping:  # nobody wants it any more
+            await self._end(task, _stopped(task, task.stopping))
+            return
+        epoch, left = task.epoch, task.tries_left if tries is None else tries
+        again = await self._store.write(lambda tx: tasks.queued_again(tx, task.id, epoch, left))
         if again and task.epoch == epoch and task.state in HELD:
+            task.tries_left = left
             self._let_go(task)
             task.state = move(task.state, TaskState.QUEUED)
             if not task.bound:
@@ -449,6 +464,9 @@ class Dispatcher:
         if self._fleet.clock() < task.lease_until - 0.001:  # heartbeats have renewed it
             self._watch(task)
             return
+        # Should the step fail (a full disk), it is tried again.
+        task.lease_until = self._fleet.clock() + self.timing.heartbeat_s
+        self._watch(task)
         if task.state is TaskState.OFFERED:
             self._spawn(self._requeue(task))
         elif task.state in HELD:

@@ -222,6 +222,7 @@ class Driver:
         return OpenRun(
             algorithm=request.algorithm,
             algorithm_config=request.algorithm_config,
+            treatment=request.treatment,
             seed=request.seed,
             app_dir=str(app_dir),
             app=request.app,
@@ -331,6 +332,7 @@ class Driver:
             config=request.config,
             algorithm=request.algorithm,
             algorithm_config=request.algorithm_config,
+            treatment=request.treatment,
             model=latest.model,
             sent=latest.sent,
             evaluate=request.evaluate.devices and (number - 1) % every == 0,

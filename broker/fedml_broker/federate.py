@@ -66,6 +66,7 @@ class FederateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     algorithm: str = "fedavg"
     algorithm_config: str = "{}"
+    treatment: str = "{}"
     config: str = "{}"
     evaluate: EvaluateBody = EvaluateBody()
     needs: NeedsBody = NeedsBody()
@@ -209,8 +210,8 @@ def _check(request: FederateRequest) -> None:
         wrong.append(f"seed must be >= 0, got {request.seed}")
     if wrong:
         raise Problem(422, "this federated run cannot be", "\n".join(wrong))
-    for text in (request.config, request.algorithm_config):
+    for name in ("config", "algorithm_config", "treatment"):
         try:
-            msgspec.json.decode(text.encode(), type=dict)
+            msgspec.json.decode(getattr(request, name).encode(), type=dict)
         except msgspec.MsgspecError as error:
-            raise Problem(422, "config must be a JSON object", str(error)) from error
+            raise Problem(422, f"{name} must be a JSON object", str(error)) from error

@@ -122,9 +122,10 @@ class Store:
                 for piece in pieces:
                     piece.run(connection)
         except sqlalchemy.exc.OperationalError as error:
-            log.error("the store could not commit: %s", error.orig)
+            reason = _first(error)
+            log.error("the store could not commit: %s", reason)
             for piece in pieces:
-                piece.fail(StoreUnavailable(str(error.orig)))
+                piece.fail(StoreUnavailable(str(reason)))
         except sqlalchemy.exc.PendingRollbackError as error:
             for piece in pieces:
                 piece.fail(StoreUnavailable(str(error)))
@@ -170,6 +171,20 @@ class _Piece(Generic[T]):
             self.done.set_exception(self._error)
         else:
             self.done.set_result(cast(T, self._value))
+
+
+def _first(error: BaseException) -> sqlite3.Error:
+    """What went wrong before anything else.
+
+    A transaction that finds the disk full is undone by SQLite itself; what is said last is then
+    only that there is no savepoint to go back to.
+    """
+    found: sqlite3.Error = sqlite3.OperationalError(str(error))
+    cause: BaseException | None = error
+    while cause is not None:
+        found = cause if isinstance(cause, sqlite3.Error) else found
+        cause = cause.__context__
+    return found
 
 
 def _configure(connection: sqlite3.Connection, _: object) -> None:

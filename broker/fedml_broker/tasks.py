@@ -35,6 +35,7 @@ class Task:
         refused: Devices that rejected it for good, and why.
         not_before: Devices that rejected it for now, and until when (monotonic).
         losses: How often machines have said that they lost it, since this process began.
+        stopping: Why its device was told to end it; it is not offered again. Empty: it was not.
     """
 
     offer: Offer
@@ -52,6 +53,7 @@ class Task:
     refused: dict[str, str] = field(default_factory=dict)
     not_before: dict[str, float] = field(default_factory=dict)
     losses: int = 0
+    stopping: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -22,7 +22,10 @@ from safetensors.numpy import load_file, save_file
 from fedml.federate import algorithm, cohort
 from fedml.federate.aggregate import Fold
 from fedml.federate.application import Application, ApplicationError, set_weights
-from fedml.federate.layout import BadUpdate, SumBroken
+from fedml.federate.layout import BadUpdate, Layout, SumBroken
+from fedml.federate.treatment import Treatment, without_ours
+from fedml.protect.robust import RobustFold
+from fedml.protect.rules import TooFewClients
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
 from fedml_protocol.federate import (
@@ -56,7 +59,10 @@ class Aggregator:
         # The round that was made last, so that the next one does not read what was just written.
         self._latest: tuple[int, dict[str, Any], dict[str, Any]] | None = None
         self._round = 0
-        self._fold = Fold()
+        self._cohort = 0
+        self._layout = Layout({})
+        self._treatment = Treatment()
+        self._fold: Fold | RobustFold = Fold()
 
     def answer(self, question: Any) -> Any:
         """The answer to one question."""
@@ -86,6 +92,8 @@ class Aggregator:
                 f"{self._algorithm.name} asks one cohort {self._algorithm.stages} times a round: "
                 "not deployed yet; `fedml simulate` runs it"
             )
+        self._treatment = Treatment.parse(opened.treatment)
+        self._treatment.check(self._algorithm)
         config = json.loads(opened.config)
         self._application = Application(Path(opened.app_dir) / opened.app, config)
         if opened.central and self._application.evaluates:
@@ -96,7 +104,8 @@ class Aggregator:
         if self._application is None:
             raise RuntimeError("the run was not opened")
         model = self._application.first_model(self._opened.seed)
-        return self._made(out, model, self._algorithm.start(model), {})
+        state = self._treatment.start(self._algorithm.start(model))
+        return self._made(out, model, state, {})
 
     def _begin(self, question: BeginRound) -> RoundBegun:
         self._round = question.round
@@ -105,13 +114,17 @@ class Aggregator:
         else:
             self._model = load_file(question.model_path)
             self._state = load_file(question.state_path) if question.state_path else {}
-        self._fold = Fold(self._algorithm.layout(self._model))
+        self._cohort = len(question.clients)
+        self._layout = self._algorithm.layout(self._model)
+        rng = cohort.server_generator(self._opened.seed, question.round - 1)
+        self._fold = self._treatment.fold(self._layout, self._state, rng)
         return RoundBegun()
 
     def _add(self, question: AddUpdate) -> UpdateAdded:
         metrics = {n: v for n, v in question.metrics.items() if not n.startswith("eval.")}
         try:
-            self._fold.add(question.client, question.path, question.weight, metrics)
+            given = self._treatment.incoming(question.client, question.path, self._layout)
+            self._fold.add(question.client, given, question.weight, metrics)
         except (BadUpdate, ValueError, OSError) as error:
             cause = Cause(fault=Fault.TASK, message=f"its update was refused: {error}")
             return UpdateAdded(client=question.client, refusal=cause)
@@ -119,10 +132,18 @@ class Aggregator:
 
     def _finish(self, out: Path) -> ModelMade:
         clients = len(self._fold.clients)
-        combined = self._fold.result()
-        facts = algorithm.Facts(clients=clients, population=max(self._opened.clients, clients))
-        model, state = self._algorithm.server_update(self._model, self._state, combined, facts)
-        return self._made(out, model, state, combined.metrics)
+        population = max(self._opened.clients, clients)
+        combined, own, told = self._treatment.combined(
+            self._fold.result(),
+            self._state,
+            clients=clients,
+            rate=min(self._cohort / population, 1.0),
+        )
+        facts = algorithm.Facts(clients=clients, population=population)
+        model, state = self._algorithm.server_update(
+            self._model, without_ours(self._state), combined, facts
+        )
+        return self._made(out, model, {**state, **own}, combined.metrics, told)
 
     def _made(
         self,
@@ -130,14 +151,17 @@ class Aggregator:
         model: dict[str, Any],
         state: dict[str, Any],
         metrics: Mapping[str, float],
+        told: Mapping[str, float] | None = None,
     ) -> ModelMade:
         paths = {"model": "", "state": "", "sent": ""}
-        sent = self._algorithm.sent(model, state)
+        sent = self._algorithm.sent(model, without_ours(state))
+        sent = self._treatment.sent(sent, state)
         for name, arrays in (("model", model), ("state", state), ("sent", sent)):
             if arrays:
                 paths[name] = str(out / f"{name}.safetensors")
                 save_file(arrays, paths[name])
         found = {f"train.{name}": value for name, value in metrics.items()}
+        found |= told or {}
         found |= {f"central.{name}": value for name, value in self._evaluated(model).items()}
         self._latest = (self._round, model, state)
         return ModelMade(
@@ -159,7 +183,8 @@ class Aggregator:
 def _cause(error: Exception) -> Cause:
     text = f"{type(error).__name__}: {error}"[:2000]
     plain = isinstance(
-        error, ApplicationError | algorithm.UnknownAlgorithm | algorithm.BadParameter
+        error,
+        ApplicationError | algorithm.UnknownAlgorithm | algorithm.BadParameter | TooFewClients,
     )
     shown = "" if plain else "".join(traceback.format_exception(error))[-8000:]
     return Cause(fault=Fault.TASK, message=str(error)[:2000] if plain else text, traceback=shown)

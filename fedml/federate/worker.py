@@ -136,6 +136,7 @@ class Worker:
         from fedml.federate import algorithm, cohort
         from fedml.federate.application import UserTraining, set_weights
         from fedml.federate.tensor_file import mapped
+        from fedml.federate.treatment import Treatment, without_ours
 
         spec = order.spec
         application = self._prepared(spec)
@@ -151,9 +152,13 @@ class Worker:
         local = UserTraining(application, self._module, self._data)
         algorithm.require_support(chosen, local, f"train() in {spec.app}")
         sent = mapped(order.sent_path) if order.sent_path else {}
+        before = self._state_before(spec.round)
         # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
         rng = cohort.generator(spec.seed, spec.round - 1, spec.client)
-        update = chosen.client_update(model, sent, self._state_before(spec.round), local, rng)
+        treatment = Treatment.parse(spec.treatment)
+        own = without_ours(before) if before is not None else None
+        update = chosen.client_update(model, without_ours(sent), own or None, local, rng)
+        update = treatment.outgoing(update, sent, before, rng)
         save_file(update.arrays, out / "update.safetensors")
         self._keep_state(spec.round, update.client_state)
         return StageDone(

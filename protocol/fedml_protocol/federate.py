@@ -31,6 +31,7 @@ class StageSpec:
         client: The device's place among `clients`, from 0; data and seeds hang on it.
         app: The user's file, relative to the package's root.
         config: JSON, handed to the user's functions.
+        treatment: JSON, what is done to updates (`fedml.federate.treatment`); empty is nothing.
         sent: What the algorithm sends beside the model.
         evaluate: A training stage also evaluates the model it was given, before training.
         labels: The device's, so that the user's data function can choose by them.
@@ -47,6 +48,7 @@ class StageSpec:
     config: str = "{}"
     algorithm: str = "fedavg"
     algorithm_config: str = "{}"
+    treatment: str = ""
     sent: Blob | None = None
     evaluate: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -115,6 +117,7 @@ class OpenRun:
     algorithm_config: str = "{}"
     central: bool = False
     clients: int = 1
+    treatment: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

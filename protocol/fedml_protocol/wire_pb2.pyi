@@ -417,7 +417,7 @@ class LaunchSpec(_message.Message):
     def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class StageSpec(_message.Message):
-    __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "evaluate", "labels")
+    __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "treatment", "evaluate", "labels")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -437,6 +437,7 @@ class StageSpec(_message.Message):
     ALGORITHM_CONFIG_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SENT_FIELD_NUMBER: _ClassVar[int]
+    TREATMENT_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     session: str
@@ -451,9 +452,10 @@ class StageSpec(_message.Message):
     algorithm_config: str
     model: Blob
     sent: Blob
+    treatment: str
     evaluate: bool
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, session: _Optional[str] = ..., kind: _Optional[_Union[StageKind, str]] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., clients: _Optional[int] = ..., seed: _Optional[int] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., sent: _Optional[_Union[Blob, _Mapping]] = ..., evaluate: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., kind: _Optional[_Union[StageKind, str]] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., clients: _Optional[int] = ..., seed: _Optional[int] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., sent: _Optional[_Union[Blob, _Mapping]] = ..., treatment: _Optional[str] = ..., evaluate: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
     __slots__ = ("session",)
@@ -521,7 +523,7 @@ class WorkerFrame(_message.Message):
     def __init__(self, worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., stage_order: _Optional[_Union[StageOrder, _Mapping]] = ..., stage_done: _Optional[_Union[StageDone, _Mapping]] = ..., stage_cancel: _Optional[_Union[StageCancel, _Mapping]] = ...) -> None: ...
 
 class OpenRun(_message.Message):
-    __slots__ = ("app_dir", "app", "config", "algorithm", "algorithm_config", "seed", "central", "clients")
+    __slots__ = ("app_dir", "app", "config", "algorithm", "algorithm_config", "seed", "central", "clients", "treatment")
     APP_DIR_FIELD_NUMBER: _ClassVar[int]
     APP_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -530,6 +532,7 @@ class OpenRun(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     CENTRAL_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    TREATMENT_FIELD_NUMBER: _ClassVar[int]
     app_dir: str
     app: str
     config: str
@@ -538,7 +541,8 @@ class OpenRun(_message.Message):
     seed: int
     central: bool
     clients: int
-    def __init__(self, app_dir: _Optional[str] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., seed: _Optional[int] = ..., central: _Optional[bool] = ..., clients: _Optional[int] = ...) -> None: ...
+    treatment: str
+    def __init__(self, app_dir: _Optional[str] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., seed: _Optional[int] = ..., central: _Optional[bool] = ..., clients: _Optional[int] = ..., treatment: _Optional[str] = ...) -> None: ...
 
 class MakeModel(_message.Message):
     __slots__ = ("out_dir",)
