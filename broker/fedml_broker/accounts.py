@@ -69,11 +69,16 @@ class Accounts:
         except sa.exc.IntegrityError as error:
             raise Problem(409, "this user exists", f"there is a user {name!r} already") from error
 
-    async def create_token(self, user: str, days: float | None = None) -> str:
+    async def create_token(
+        self, user: str, days: float | None = None, *, of: str | None = None
+    ) -> str:
         """A new token of a user, as the one string that `fedml login` takes.
 
+        Args:
+            of: The tenant that he must belong to; None: any.
+
         Raises:
-            Problem: 404 no such user.
+            Problem: 404 no such user, also for another tenant's.
         """
         secret = secrets.token_bytes(SECRET_BYTES)
         now = time.time()
@@ -85,7 +90,8 @@ class Accounts:
         }
 
         def insert(tx: Connection) -> None:
-            if not tx.execute(sa.select(users.c.name).where(users.c.name == user)).first():
+            found = tx.execute(sa.select(users.c.tenant).where(users.c.name == user)).scalar()
+            if found is None or (of is not None and found != of):
                 raise Problem(
                     404, "no such user", f"{user!r} is unknown", hint="`fedml-broker users create`"
                 )
@@ -134,12 +140,18 @@ class Accounts:
         uses: int | None,
         days: float | None,
         labels: Mapping[str, str],
+        tenant: str = "",
     ) -> tuple[str, str]:
         """A key with which `uses` machines may join: its id, and the string to hand out.
 
+        Args:
+            tenant: To whom those machines belong; nobody: to the tenant of `by`.
+
         Raises:
-            Problem: 422 a limit or label that cannot be.
+            Problem: 422 a limit, label or tenant that cannot be.
         """
+        tenant = tenant or by.tenant
+        _check_name(tenant, "tenant")
         if uses is not None and uses < 1:
             raise Problem(422, "a key needs at least one use", f"got {uses}")
         if days is not None and not days > 0:
@@ -150,7 +162,7 @@ class Accounts:
         row = {
             "id": "k-" + secrets.token_hex(4),
             "secret_sha256": _hash(secret),
-            "tenant": by.tenant,
+            "tenant": tenant,
             "labels": dict(labels),
             "uses": uses,
             "used": 0,

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from aiohttp import web
 
 from fedml_broker import observe, runs
-from fedml_broker.accounts import User
+from fedml_broker.accounts import DEFAULT_TENANT, User
 from fedml_broker.devices import Inventory
 from fedml_broker.identity import common_name
 from fedml_broker.observe import LogFile
@@ -62,18 +62,20 @@ class DrainBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KeyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A login key to be made; no `uses` or `days`: no limit."""
+    """A login key to be made; no `uses` or `days`: no limit; no `tenant`: the caller's."""
 
     uses: int | None = 1
     days: float | None = 7.0
     labels: dict[str, str] = {}
+    tenant: str = ""
 
 
 class UserRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A user to be made."""
+    """A user to be made; no `tenant`: the caller's."""
 
     name: str
     role: str = "member"
+    tenant: str = ""
 
 
 class TokenRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -384,7 +386,11 @@ class Api:
         """A new login key; its secret is shown this once."""
         body: KeyRequest = call.body
         key_id, key = await self._broker.accounts.create_key(
-            call.user, uses=body.uses, days=body.days, labels=body.labels
+            call.user,
+            uses=body.uses,
+            days=body.days,
+            labels=body.labels,
+            tenant=_tenant(call.user, body.tenant),
         )
         return {"id": key_id, "key": key}
 
@@ -400,13 +406,15 @@ class Api:
     async def create_user(self, call: Call) -> Any:
         """A new user."""
         body: UserRequest = call.body
-        await self._broker.accounts.create_user(body.name, body.role, call.user.tenant)
-        return {"name": body.name, "role": body.role}
+        tenant = _tenant(call.user, body.tenant)
+        await self._broker.accounts.create_user(body.name, body.role, tenant)
+        return {"name": body.name, "role": body.role, "tenant": tenant}
 
     async def create_token(self, call: Call) -> Any:
         """A new token of a user; shown this once."""
         name = call.part("user")
-        return {"key": await self._broker.accounts.create_token(name, call.body.days)}
+        of = None if call.user.tenant == DEFAULT_TENANT else call.user.tenant
+        return {"key": await self._broker.accounts.create_token(name, call.body.days, of=of)}
 
     async def whoami(self, call: Call) -> Any:
         """The user behind the token."""
@@ -435,6 +443,21 @@ class Api:
 def _signed_in(call: Call) -> None:
     if call.caller is None:
         raise Problem(401, "not signed in", "a token or a device's certificate is needed")
+
+
+def _tenant(user: User, named: str) -> str:
+    """For whom something is made: the admins of the first tenant may name another one.
+
+    Raises:
+        Problem: 403.
+    """
+    if named and named != user.tenant and user.tenant != DEFAULT_TENANT:
+        raise Problem(
+            403,
+            "only your own tenant",
+            f"you are of {user.tenant!r}; other tenants belong to the admins of {DEFAULT_TENANT!r}",
+        )
+    return named or user.tenant
 
 
 def _number(text: str) -> int:

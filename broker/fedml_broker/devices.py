@@ -288,6 +288,8 @@ class Devices:
             )
         )
         row = await self._row(address.tenant, address.device)
+        if row["state"] == "revoked":
+            raise Problem(403, "this machine was revoked", f"device {row['id']}")
         self._fleet.put(_machine(row))
         return HelloAnswer(
             verify_keys=self._verify_keys(),
@@ -332,8 +334,19 @@ class Devices:
         return labels
 
     async def drain(self, tenant: str, device: str, on: bool) -> str:
-        """Give the device nothing more (or again); its id."""
+        """Give the device nothing more (or again); its id.
+
+        Raises:
+            Problem: 404, 409 revoked.
+        """
         row = await self._row(tenant, device)
+        if row["state"] == "revoked":
+            raise Problem(
+                409,
+                "this machine was revoked",
+                f"device {row['id']} ({row['name']}) is out for good",
+                hint="let it join again with a new login key",
+            )
         await self._change(row["id"], state="draining" if on else "active")
         return str(row["id"])
 

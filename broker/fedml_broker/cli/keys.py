@@ -31,9 +31,12 @@ def keys() -> None:
     "--days", default=7.0, show_default=True, help="How long it is good for; 0: for ever."
 )
 @click.option("--label", "labels", metavar="NAME=VALUE", multiple=True, help="Put on each machine.")
+@click.option("--tenant", default="", help="Whose machines they will be, if not your own tenant's.")
 @home_option
 @json_option
-def create(uses: int, days: float, labels: tuple[str, ...], home: Path, as_json: bool) -> None:
+def create(
+    uses: int, days: float, labels: tuple[str, ...], tenant: str, home: Path, as_json: bool
+) -> None:
     """Make a login key and print it, this once.
 
     \b
@@ -42,7 +45,12 @@ def create(uses: int, days: float, labels: tuple[str, ...], home: Path, as_json:
       fedml-broker keys create --uses 20 --days 1 --label site=north
       fedml-agent login $(fedml-broker keys create)
     """
-    body = {"uses": uses or None, "days": days or None, "labels": parse_labels(labels)}
+    body = {
+        "uses": uses or None,
+        "days": days or None,
+        "labels": parse_labels(labels),
+        "tenant": tenant,
+    }
     found = Client(home).call("POST", "/v1/keys", body)
     click.echo(json.dumps(found) if as_json else found["key"])
 

@@ -24,11 +24,18 @@ def users() -> None:
 @users.command()
 @click.argument("name")
 @click.option("--admin", is_flag=True, help="May manage keys, machines and users.")
+@click.option("--tenant", default="", help="To whom they belong, if not to your own tenant.")
 @home_option
-def create(name: str, admin: bool, home: Path) -> None:
-    """Add a user. What `fedml login` takes is printed by `users token NAME`."""
+def create(name: str, admin: bool, tenant: str, home: Path) -> None:
+    """Add a user. What `fedml login` takes is printed by `users token NAME`.
+
+    \b
+    Examples:
+      fedml-broker users create alice
+      fedml-broker users create bob --admin --tenant acme    # a tenant begins with its first user
+    """
     role = "admin" if admin else "member"
-    Client(home).call("POST", "/v1/users", {"name": name, "role": role})
+    Client(home).call("POST", "/v1/users", {"name": name, "role": role, "tenant": tenant})
     click.echo(f"{name} is a {role}; next: `fedml-broker users token {name}`", err=True)
 
 

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tenants on one broker: neither sees, uses or administers what is the other's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedml import session
+from fedml.client import Client
+from fedml.errors import BrokerRefused
+from tests.place import Place
+
+
+class Tenants:
+    """The first tenant with a machine `ours`, and `acme` with its admin and a machine `theirs`."""
+
+    def __init__(self, place: Place, folder: Path) -> None:
+        self.place = place
+        operator = place.client
+        operator.call("POST", "/v1/users", {"name": "bob", "role": "admin", "tenant": "acme"})
+        token = operator.call("POST", "/v1/users/bob/tokens", {})["key"]
+        self.acme = Client(session.login(folder / "bob", token))
+        place.agent("ours")
+        place.login_key = operator.call("POST", "/v1/keys", {"tenant": "acme"})["key"]
+        place.agent("theirs")
+
+    def run(self, client: Client, command: str) -> str:
+        run = client.submit("launch", {"command": command})
+        *_, last = client.follow(run, logs=False)
+        assert last["end"]["state"] == "FINISHED", last["end"]["cause"]
+        return run
+
+
+@pytest.fixture(scope="module")
+def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
+    folder = tmp_path_factory.mktemp("tenants")
+    with Place(folder) as place:
+        yield Tenants(place, folder)
+
+
+def _names(client: Client) -> list[str]:
+    return [d["name"] for d in client.call("GET", "/v1/devices")["devices"]]
+
+
+def test_a_machine_belongs_to_the_tenant_of_its_key(tenants: Tenants) -> None:
+    assert _names(tenants.place.client) == ["ours"]
+    assert _names(tenants.acme) == ["theirs"]
+
+
+def test_jobs_run_on_the_tenants_own_machines_only(tenants: Tenants) -> None:
+    mine, other = (tenants.run(c, "true") for c in (tenants.place.client, tenants.acme))
+    devices = {name: tenants.place.agents[name].device for name in ("ours", "theirs")}
+    (first,), (second,) = tenants.place.tasks(mine), tenants.place.tasks(other)
+    assert (first.device, second.device) == (devices["ours"], devices["theirs"])
+
+
+def test_what_another_tenant_has_does_not_exist(tenants: Tenants) -> None:
+    run = tenants.run(tenants.place.client, "echo secret")
+    assert run not in [r["id"] for r in tenants.acme.call("GET", "/v1/runs")["runs"]]
+    for method, path in (
+        ("GET", f"/v1/runs/{run}"),
+        ("POST", f"/v1/runs/{run}/stop"),
+        ("DELETE", f"/v1/runs/{run}"),
+        ("GET", "/v1/devices/ours"),
+        ("POST", "/v1/devices/ours/revoke"),
+        ("DELETE", "/v1/devices/ours"),
+        ("POST", "/v1/users/admin/tokens"),
+    ):
+        with pytest.raises(BrokerRefused, match="no such"):
+            tenants.acme.call(method, path, {} if method == "POST" else None)
+    with pytest.raises(BrokerRefused):
+        list(tenants.acme.follow(run))
+
+
+def test_only_the_first_tenants_admins_make_something_for_another(tenants: Tenants) -> None:
+    for path, body in (
+        ("/v1/keys", {"tenant": "default"}),
+        ("/v1/users", {"name": "eve", "role": "admin", "tenant": "default"}),
+    ):
+        with pytest.raises(BrokerRefused, match="only your own tenant"):
+            tenants.acme.call("POST", path, body)
+    made = tenants.acme.call("POST", "/v1/users", {"name": "carol"})
+    assert made == {"name": "carol", "role": "member", "tenant": "acme"}
+
+
+def test_a_member_administers_nothing(tenants: Tenants) -> None:
+    tenants.acme.call("POST", "/v1/users", {"name": "dave"})
+    token = tenants.acme.call("POST", "/v1/users/dave/tokens", {})["key"]
+    dave = Client(session.login(tenants.place.folder / "dave", token))
+    assert dave.call("GET", "/v1/whoami")["role"] == "member"
+    for method, path in (
+        ("GET", "/v1/keys"),
+        ("POST", "/v1/keys"),
+        ("GET", "/v1/users"),
+        ("POST", "/v1/users"),
+        ("POST", "/v1/users/bob/tokens"),
+        ("POST", "/v1/devices/theirs/drain"),
+        ("POST", "/v1/devices/theirs/labels"),
+        ("POST", "/v1/devices/theirs/revoke"),
+        ("DELETE", "/v1/devices/theirs"),
+        ("DELETE", "/v1/runs/r-any"),
+    ):
+        with pytest.raises(BrokerRefused, match="admin"):
+            dave.call(method, path, {"name": "x"} if method == "POST" else None)
+    tenants.run(dave, "true")  # but may run
+
+
+def test_nobody_is_let_in_without_a_token(tenants: Tenants) -> None:
+    stranger = session.load(tenants.place.folder / "me")
+    object.__setattr__(stranger, "token", "00" * 24)
+    with pytest.raises(BrokerRefused, match=r"(?i)token"):
+        Client(stranger).call("GET", "/v1/runs")
