@@ -131,9 +131,9 @@ class Flower:
         self._app = folder / "app"
         self._folder = folder
         subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
-        subprocess.run(
-            [self._bin / "pip", "install", "-q", f"flwr=={VERSION}", "numpy"], check=True
-        )
+        pip = [str(self._bin / "pip"), "install", "-q", f"flwr=={VERSION}", "numpy"]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         (self._app / "rt").mkdir(parents=True)
         (self._app / "pyproject.toml").write_text(_PROJECT)
         (self._app / "rt" / "__init__.py").touch()

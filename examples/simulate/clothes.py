@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fashion-MNIST among many clients, with the built-in training; simulated or on agents.
 
-    fedml simulate examples/simulate/run.yaml
+fedml simulate examples/simulate/run.yaml
 """
 
 import functools

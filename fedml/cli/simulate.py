@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedml.simulation.result import Result, Round
 
 _SHOW_EVERY_S = 0.1
+_LONG_S = 0.5
 
 
 @click.command()
@@ -48,7 +49,7 @@ def simulate(
     debug: bool,
     as_json: bool,
 ) -> None:
-    """Run the federated run of FILE on this machine, all clients simulated.
+    """Run a federated FILE here, all clients simulated.
 
     The same FILE and application run on agents with `fedml federate`; see docs/simulate.md.
     Ctrl-C keeps a checkpoint.
@@ -95,6 +96,7 @@ def simulate(
 
 def _folder(name: str, *, resume: bool) -> Path:
     """A new folder below `simulations`, or the latest one of this name."""
+    name = name.replace("/", "_")
     number = 1
     while (Path("simulations") / f"{name}-{number}").exists():
         number += 1
@@ -153,22 +155,24 @@ def _shown(as_json: bool) -> Iterator[Any]:
             self._next = 0.0
             self._clients, self._since = 0, time.monotonic()
             self._in_round = self._of_round = 0
+            self._round_began = self._since
 
         def say(self, text: str) -> None:
             console.print(f"{self._label}{text}", style="dim", markup=False, soft_wrap=True)
 
         def begins(self, number: int, clients: int) -> None:
             self._in_round, self._of_round = 0, clients
+            self._round_began = time.monotonic()
 
         def done(self, clients: int) -> None:
             self._clients += clients
             self._in_round += clients
             now = time.monotonic()
-            if now >= self._next and self._of_round:
+            # Within a round only where a round takes its time.
+            if now - self._round_began > _LONG_S and self._of_round:
                 task = progress.tasks[self._bar]
                 part = min(self._in_round / self._of_round, 1.0)
                 progress.update(self._bar, completed=int(task.completed) + 0.99 * part)
-                self._next = now + _SHOW_EVERY_S
 
         def ended(self, round_: Round) -> None:
             if as_json:

@@ -218,6 +218,8 @@ def train(
     correction: Correction | None = None,
 ) -> dict[str, float]:
     """Train ``{"w", "b"}`` in place; see `LocalSGD`."""
+    if steps.bf16:
+        raise BadData("bf16 needs a torch model, as fedml.model.create('linear') is one")
     linear = _linear(model, loss)
     prepared = linear.prepare(x, y)
     found = run(linear, prepared, steps, rng, changed(linear, steps, correction))

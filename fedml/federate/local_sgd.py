@@ -45,6 +45,7 @@ class Steps:
         momentum: As `torch.optim.SGD` has it, in [0, 1).
         weight_decay: Likewise, >= 0.
         shuffle: Draw a new order for each epoch from the client's generator.
+        bf16: Matrix products and convolutions in bfloat16; weights and steps stay as they are.
     """
 
     lr: float
@@ -53,6 +54,7 @@ class Steps:
     momentum: float = 0.0
     weight_decay: float = 0.0
     shuffle: bool = True
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         _check("lr", self.lr, self.lr > 0)
@@ -80,11 +82,13 @@ class LocalSGD:
     """Some epochs of mini-batch SGD (McMahan et al. 2017, ClientUpdate).
 
     What is None is taken from the run's ``config``: ``lr``, ``batch_size`` (32), ``epochs`` (1),
-    ``momentum`` (0), ``weight_decay`` (0).
+    ``momentum`` (0), ``weight_decay`` (0), ``bf16`` (false).
 
     Attributes:
         loss: ``cross_entropy`` of classes, ``logistic`` of yes and no (one output), ``squared``
             error, or a function of a torch model's outputs and the targets.
+        bf16: Compute in bfloat16 what torch's autocast does (a torch model only): half as long on
+            processors that know it, and three digits of each product.
         shuffle: Draw a new order for each epoch.
     """
 
@@ -96,6 +100,7 @@ class LocalSGD:
     epochs: int | None = None
     momentum: float | None = None
     weight_decay: float | None = None
+    bf16: bool | None = None
     shuffle: bool = True
 
     def __post_init__(self) -> None:
@@ -118,6 +123,7 @@ class LocalSGD:
             epochs=int(_given(self.epochs, config, "epochs", 1)),
             momentum=float(_given(self.momentum, config, "momentum", 0.0)),
             weight_decay=float(_given(self.weight_decay, config, "weight_decay", 0.0)),
+            bf16=bool(_given(self.bf16, config, "bf16", False)),
             shuffle=self.shuffle,
         )
 

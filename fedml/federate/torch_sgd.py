@@ -78,7 +78,7 @@ class Stepper:
     ) -> dict[str, float]:
         """All epochs of one client; its numbers."""
         n = len(x)
-        change = self._change(correction)
+        change = self._change(correction, bf16=steps.bf16)
         velocity: list[Tensor] | None = None
         total: Tensor | None = None
         for order in steps.orders(n, rng):
@@ -90,7 +90,8 @@ class Stepper:
                 xb, yb = xs[start : start + steps.batch_size], ys[start : start + steps.batch_size]
                 if self._channels_last and xb.dim() == 4:
                     xb = xb.contiguous(memory_format=torch.channels_last)
-                loss = self._loss(self.module(xb), yb)
+                with torch.autocast("cpu", torch.bfloat16, enabled=steps.bf16):
+                    loss = self._loss(self.module(xb), yb)
                 step: Tensors = torch.autograd.grad(loss, self.parameters)
                 if change is not None:
                     step = change(step, xb, yb)
@@ -125,7 +126,7 @@ class Stepper:
             cost += float(loss.detach()) * share
         return total, cost
 
-    def _change(self, correction: Correction | None) -> Any:
+    def _change(self, correction: Correction | None, *, bf16: bool) -> Any:
         """`Correction.direction` in torch, on lists in the order of the parameters."""
         if correction is None:
             return None
@@ -143,8 +144,9 @@ class Stepper:
         def change(gradient: Tensors, xb: Tensor, yb: Tensor) -> Tensors:
             step: Tensors = gradient
             if at_anchor is not None:
-                outputs = torch.func.functional_call(self.module, at_anchor, (xb,))
-                loss = self._loss(outputs, yb)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    outputs = torch.func.functional_call(self.module, at_anchor, (xb,))
+                    loss = self._loss(outputs, yb)
                 there = torch.autograd.grad(loss, list(at_anchor.values()))
                 step = torch._foreach_sub(step, there)
             if correction.pull:

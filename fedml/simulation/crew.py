@@ -266,7 +266,7 @@ class _Child:
             [ours, *filter(None, [environment.get("PYTHONPATH")])]
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _MEMBER, str(its.fileno()), str(life), str(app)],
+            [sys.executable, "-P", "-c", _MEMBER, str(its.fileno()), str(life), str(app)],
             pass_fds=(its.fileno(), life),
             stdin=subprocess.DEVNULL,
             stdout=2,  # what user code prints is talk; our stdout is for results

@@ -100,7 +100,13 @@ def linear_names(model: Any) -> tuple[str, str | None] | None:
     return f"{stem}weight", f"{stem}bias" if layer.bias is not None else None
 
 
-def choose(wanted: str, trainer: Any, model: Any, algorithm: Algorithm) -> tuple[str, str]:
+def choose(
+    wanted: str,
+    trainer: Any,
+    model: Any,
+    algorithm: Algorithm,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[str, str]:
     """The engine's name and why.
 
     Args:
@@ -108,6 +114,7 @@ def choose(wanted: str, trainer: Any, model: Any, algorithm: Algorithm) -> tuple
         trainer: What the user's file calls ``train``.
         model: A model as the user's file makes it.
         algorithm: What is to be run.
+        config: The run's, which the built-in training reads.
 
     Raises:
         ConfigError: The engine asked for cannot do this; with the ways out.
@@ -121,24 +128,25 @@ def choose(wanted: str, trainer: Any, model: Any, algorithm: Algorithm) -> tuple
                 "write `train = LocalSGD(…)` (fedml.federate.local_sgd), or use engine: exact",
             )
         return "exact", "`train` is your own code"
+    bf16 = bool(trainer.bf16 if trainer.bf16 is not None else (config or {}).get("bf16", False))
     if wanted == "auto":
-        return _automatic(trainer, model, algorithm)
-    why_not = _objection(wanted, trainer, model, algorithm)
+        return _automatic(trainer, model, algorithm, bf16)
+    why_not = _objection(wanted, trainer, model, algorithm, bf16)
     if why_not:
-        other = _automatic(trainer, model, algorithm)[0]
+        other = _automatic(trainer, model, algorithm, bf16)[0]
         raise ConfigError(f"the engine {wanted} cannot run this: {why_not}", f"engine: {other}")
     return wanted, "as asked"
 
 
-def _automatic(trainer: LocalSGD, model: Any, algorithm: Algorithm) -> tuple[str, str]:
-    if not _objection("closed_form", trainer, model, algorithm):
+def _automatic(trainer: LocalSGD, model: Any, algorithm: Algorithm, bf16: bool) -> tuple[str, str]:
+    if not _objection("closed_form", trainer, model, algorithm, bf16):
         return "closed_form", "the model is linear"
     if isinstance(model, dict):
         return "exact", f"{algorithm.name} walks client by client"
     return "inplace", "the built-in training of a torch model"
 
 
-def _objection(wanted: str, trainer: LocalSGD, model: Any, algorithm: Algorithm) -> str:
+def _objection(wanted: str, trainer: LocalSGD, model: Any, algorithm: Algorithm, bf16: bool) -> str:
     """Why an engine cannot run this; empty if it can."""
     if isinstance(model, dict) and wanted != "closed_form":
         return "the model is a dict of arrays, not a torch module"
@@ -148,6 +156,8 @@ def _objection(wanted: str, trainer: LocalSGD, model: Any, algorithm: Algorithm)
         return f"clients of {algorithm.name} do more than train and send the difference"
     if callable(trainer.loss):
         return "the loss is a function of your own"
+    if bf16:
+        return "bf16 is for torch models client by client"
     if wanted == "closed_form":
         if linear_names(model) is None:
             return "the model is not one linear map"

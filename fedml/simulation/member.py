@@ -68,6 +68,7 @@ class Setup:
     Attributes:
         number: Of the member; no two of a run have the same.
         folder: Of the arena.
+        paths: Where data sets are, by name.
         states: Where clients keep what they keep between rounds.
         room: Bytes that its shelf may take.
         memory: Bytes that the process should not exceed.
@@ -82,6 +83,7 @@ class Setup:
     clients: int
     engine: str
     folder: str
+    paths: Mapping[str, str]
     states: str
     room: int
     memory: int
@@ -308,8 +310,8 @@ class Member:
         if place is not None:
             data = self._shelf.get(place)
         else:
-            setup = self._setup
-            data = self._application.data(Client(index=client, count=setup.clients))
+            count, paths = self._setup.clients, self._setup.paths
+            data = self._application.data(Client(index=client, count=count, paths=paths))
             place = self._shelf.put(data)
             if place is not None:
                 # The shared copy, so that this process holds none of its own.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ class Plan:
         engine: One of `ENGINES`.
         workers: Processes.
         checkpoint_s: Seconds between checkpoints.
+        paths: Where data sets are, by name: what a machine's owner lists under ``[data]``.
         devices: How fast and reliable clients are; None leaves time out.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     engine: str = "auto"
     workers: int = 0
     checkpoint_s: float = 30.0
+    paths: Mapping[str, str] = field(default_factory=dict)
     devices: Devices | None = None
 
     def __post_init__(self) -> None:
@@ -119,7 +122,7 @@ class Plan:
 
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
-        free = {"rounds", "workers", "checkpoint_s", "name", "engine"}
+        free = {"rounds", "workers", "checkpoint_s", "name", "engine", "paths"}
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         kept["app"] = self.app.name  # a workspace may be moved, and its code mended
         return json.dumps(kept, sort_keys=True, default=str)
@@ -143,7 +146,7 @@ def read(
         ConfigError: With what is wrong in the file or between its keys.
     """
     if isinstance(source, Mapping):
-        found, workspace = _plain(source), Path(source.get("workspace", ".")).resolve()
+        found, workspace = _read_mapping(source)
     else:
         found, workspace = jobfile.read_simulated(Path(source))
     for key in ("config", "algorithm_config"):
@@ -172,6 +175,10 @@ def read(
         if "devices" in simulation
         else None,
     }
+    values["paths"] = {
+        name: str(workspace / Path(path).expanduser())
+        for name, path in (simulation.get("data") or {}).items()
+    }
     for key in ("config", "algorithm", "algorithm_config"):
         values[key] = found.get(key)
     for key in ("per_round", "over_select", "minimum", "deadline_s"):
@@ -184,13 +191,22 @@ def read(
     return Plan(**{key: value for key, value in values.items() if value is not None})
 
 
-def _plain(source: Mapping[str, Any]) -> dict[str, Any]:
-    known = ("app", "workspace", "name", "algorithm", "algorithm_config", "rounds", "seed",
-             "config", "clients", "evaluate", "needs", "simulation")  # fmt: skip
-    for key in source:
-        if key not in known:
-            raise ConfigError(f"there is no key {key!r}; there are {', '.join(known)}")
-    return {key: dict(v) if isinstance(v, Mapping) else v for key, v in source.items()}
+def _read_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """The same checks as for a file, by way of one."""
+    whole = {**source, "workspace": str(Path(source.get("workspace", ".")).resolve())}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "simulation.yaml"
+        file.write_text(json.dumps(whole, default=_native))
+        try:
+            return jobfile.read_simulated(file)
+        except ConfigError as error:
+            text = str(error).replace(f"{file}, line 1", "the run").replace(str(file), "the run")
+            raise ConfigError(text, error.hint) from None
+
+
+def _native(value: Any) -> Any:
+    """NumPy's numbers as Python's, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _change(found: dict[str, Any], path: str, value: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from fedml.simulation.record import Record
 
 _WIDTH, _HEIGHT = 560, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 20, 14, 40
 _POINTS = 500
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -77,7 +77,9 @@ def write(folder: Path, runs: Mapping[str, Path] | None = None) -> Path:
     read = {label: _read(each) for label, each in (runs or {"": folder}).items()}
     charts = list(_charts({label: rows for label, (rows, _) in read.items()}))
     facts = next(iter(read.values()))[1]
-    title = f"{facts.get('name', 'simulation')}: {facts.get('algorithm', '')}"
+    title = str(facts.get("name", "simulation"))
+    if len(read) == 1:
+        title += f": {facts.get('algorithm', '')}"
     body = [_facts(facts, many=len(read) > 1)]
     body += [_figure(chart) for chart in charts]
     body.append(_last(read))
@@ -249,7 +251,8 @@ def _png(charts: Sequence[Chart], title: str, path: Path) -> None:
         axes = figure.add_subplot(-(-len(charts) // 2), min(2, len(charts)), place + 1)
         for line in chart.lines:
             xs, ys = zip(*line.points, strict=True)
-            axes.plot(xs, ys, color=_COLOURS[line.colour % len(_COLOURS)], label=line.name)
+            colour, dash = _COLOURS[line.colour % len(_COLOURS)], "--" if line.dash else "-"
+            axes.plot(xs, ys, color=colour, linestyle=dash, label=line.name)
         axes.set_title(chart.title)
         axes.set_xlabel(chart.x)
         axes.grid(alpha=0.2)

@@ -136,7 +136,9 @@ class Simulation:
             torch.set_num_threads(1)
         self._central_model = self._application.new_model(plan.seed)
         trainer = self._application.trainer
-        self.engine, why = engine.choose(plan.engine, trainer, self._central_model, self.algorithm)
+        self.engine, why = engine.choose(
+            plan.engine, trainer, self._central_model, self.algorithm, plan.config
+        )
         self.state = self.algorithm.start(model)
         self.model = model
         if found is not None:
@@ -158,6 +160,7 @@ class Simulation:
             clients=plan.clients,
             engine=self.engine,
             folder=str(self._arena.folder),
+            paths=plan.paths,
             states=str(states),
             room=0,
             memory=total // (2 * plan.workers),

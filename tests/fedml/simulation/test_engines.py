@@ -196,6 +196,23 @@ def test_whole_runs_agree_with_exact_to_a_millionth(
             assert other.metrics[metric] == pytest.approx(value, abs=1e-5), metric
 
 
+def test_bfloat16_is_asked_for_and_learns_as_well() -> None:
+    data = clients((1, 12, 12))
+    module = models.create("cnn", side=12, classes=3, seed=1)
+    start = {n: a.copy() for n, a in to_arrays(module).items()}
+    losses = {}
+    for bf16 in (False, True):
+        trainer = LocalSGD(lr=0.05, batch_size=8, epochs=4, bf16=bf16)
+        _, found = summed(engine.build("inplace", trainer, {}, module), start, data)
+        losses[bf16] = [each["loss"] for each in found]
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+    linear = models.create("linear")
+    assert engine.choose("auto", LocalSGD(bf16=True), linear, create("fedavg"))[0] == "inplace"
+    said = {"bf16": True}
+    assert engine.choose("auto", LocalSGD(), linear, create("fedavg"), said)[0] == "inplace"
+
+
 def test_an_engine_is_chosen_by_model_and_training_and_says_why() -> None:
     fedavg, scaffold = create("fedavg"), create("scaffold")
     sgd, linear, cnn = LocalSGD(), models.create("linear"), models.create("cnn")

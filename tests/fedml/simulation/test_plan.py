@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedml import jobfile
 from fedml.errors import ConfigError, RunFailed
 from fedml.simulation import ClientFailed, Simulation, simulate
 from fedml.simulation.plan import read
@@ -70,6 +72,31 @@ def test_an_algorithm_that_cannot_go_with_the_rest_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=text):
         simulate(plan(tmp_path, **more), debug=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"clients": {"count": 4, "per_rond": 2}}, "the run: unknown key `clients.per_rond`; did"),
+        ({"sede": 3}, "the run: unknown key `sede`; did you mean `seed`"),
+        ({"rounds": "many"}, "the run: `rounds` must be a whole number"),
+        ({"simulation": {"devices": {"speed": 1}}}, "unknown key `simulation.devices.speed`"),
+    ],
+)
+def test_a_mapping_is_checked_as_a_file_is(more: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=text):
+        read(plan(tmp_path, **more))
+
+
+def test_a_run_file_for_both_keeps_what_is_of_simulations_from_the_broker(tmp_path: Path) -> None:
+    asked = plan(tmp_path, simulation={"engine": "exact", "devices": {"latency_s": 2}})
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(asked))
+    assert "simulation" not in jobfile.read_federated(file)[0]
+    found = read(file)
+    assert found.engine == "exact"
+    assert found.devices is not None
+    assert found.devices.latency_s == 2
 
 
 def test_an_algorithm_that_needs_more_than_train_gives_names_the_ways_out(tmp_path: Path) -> None:

@@ -19,9 +19,13 @@ from click.testing import CliRunner
 from fedml.cli import command
 from fedml.errors import ConfigError
 from fedml.federate.algorithm import names
-from fedml.simulation import Round, simulate
+from fedml.simulation import Listener, Round, Simulation, simulate
+from fedml.simulation.checkpoint import Checkpoint
+from fedml.simulation.plan import read
 from fedml.simulation.sweep import parse
 from tests.fedml.simulation import apps
+
+EXAMPLES = Path(__file__).parents[3] / "examples" / "simulate"
 
 
 def plan(folder: Path, app: str = apps.LINEAR, **more: Any) -> dict[str, Any]:
@@ -86,6 +90,58 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_never_stopped(
     assert same_bits(whole, rest)
     shown = [[row["round"], row.get("central.loss")] for row in rest.history]
     assert [n for n, _ in shown] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_killed_after_its_checkpoint_goes_on_as_if_nothing_had_been_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = plan(tmp_path, algorithm="scaffold", simulation={"checkpoint_s": 1e9})
+    whole = simulate(asked, engine="exact", debug=True, rounds=8)
+
+    class Killed(Listener):
+        def ended(self, round_: Round) -> None:
+            if round_.number == 3:
+                run.save(force=True)
+                # What is killed writes no other one.
+                monkeypatch.setattr(Checkpoint, "save", lambda *_: None)
+            if round_.number == 6:
+                raise KeyboardInterrupt
+
+    part = read(asked, engine="exact", rounds=8)
+    run = Simulation(part, folder=tmp_path / "out", debug=True, listener=Killed())
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    monkeypatch.undo()
+    # Clients of rounds 4 to 6 have newer states of their own than the checkpoint's.
+    kept = [int(f.stem) for f in (tmp_path / "out" / "state").glob("*/*.safetensors")]
+    assert max(kept) == 5
+    rest = simulate(asked, engine="exact", debug=True, rounds=8, out=tmp_path / "out", resume=True)
+    assert same_bits(whole, rest)
+    assert [row["round"] for row in rest.history] == list(range(9))
+
+
+def test_an_asynchronous_run_goes_on_to_its_last_version(tmp_path: Path) -> None:
+    asked = plan(tmp_path, algorithm="fedbuff", algorithm_config={"buffer": 2})
+    simulate(asked, debug=True, rounds=3, out=tmp_path / "out")
+    rest = simulate(asked, debug=True, rounds=7, out=tmp_path / "out", resume=True)
+    assert rest.rounds == 7
+    assert [row["round"] for row in rest.history] == list(range(8))
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.name)
+def test_the_examples_are_runs_that_can_be(file: Path) -> None:
+    found = read(file)
+    assert found.create_algorithm().name
+    assert found.app.is_file()
+
+
+def test_paths_of_data_are_those_of_the_run_file(tmp_path: Path) -> None:
+    app = apps.LINEAR + "\nfrom pathlib import Path\nreal = data\n"
+    app += "def data(client, config):\n"
+    app += "    assert Path(client.paths['here']).joinpath('app.py').is_file()\n"
+    app += "    return real(client, config)\n"
+    asked = plan(tmp_path, app, rounds=1, simulation={"data": {"here": "."}})
+    assert simulate(asked, workers=1).rounds == 1
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
