@@ -157,6 +157,12 @@ def read(
     for key in ("app", "clients", "rounds"):
         if key not in found and settings.get(key) is None:
             raise ConfigError(f"{_called(source)}: there is no `{key}`")
+    if found.get("treatment") not in (None, "", "{}", {}):
+        raise ConfigError(
+            f"{_called(source)}: `treatment` (robust rules, privacy, compression) is for agents: "
+            "simulations do not apply it yet",
+            "`fedml federate` does; without `treatment` the run can be simulated",
+        )
     clients, evaluate = found["clients"], found.get("evaluate") or {}
     simulation = found.get("simulation") or {}
     if "count" not in clients:

@@ -79,6 +79,7 @@ def test_an_algorithm_that_cannot_go_with_the_rest_is_refused(
     [
         ({"clients": {"count": 4, "per_rond": 2}}, "the run: unknown key `clients.per_rond`; did"),
         ({"sede": 3}, "the run: unknown key `sede`; did you mean `seed`"),
+        ({"treatment": {"rule": "median"}}, "simulations do not apply it yet"),
         ({"rounds": "many"}, "the run: `rounds` must be a whole number"),
         ({"simulation": {"devices": {"speed": 1}}}, "unknown key `simulation.devices.speed`"),
     ],
