@@ -9,14 +9,15 @@ of this project is imported here: FedML's package has the same name.
 """
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HOME"] = str(Path.cwd())  # FedML leaves files in the home directory as it is imported
 
 import sys
-from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np

@@ -70,10 +70,9 @@ class Daemon:
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self._nvml = nvml
         self._https: Https | None = None
-        self._resynced_at = 0.0
         self._stopping = asyncio.Event()
         self._confirmation = asyncio.Event()
-        self._tidied_at = self._tried_at = float("-inf")
+        self._tidied_at = self._tried_at = self._resynced_at = float("-inf")
         self._serving: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._runs: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -222,7 +221,6 @@ class Daemon:
                 continue
             self._beat_every(self.membership.heartbeat_s)
             self.intake.use_keys(self.membership.verify_keys)
-            await self._resync()
             return
 
     async def _resync(self) -> None:

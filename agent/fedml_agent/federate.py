@@ -216,16 +216,17 @@ class Stages:
             file = out / f"{artifact.name}.safetensors"
             try:
                 with self._opened(file) as path:
-                    await asyncio.to_thread(self._https().store, path, artifact.blob, again=again)
+                    await self._send(path, artifact, again=again)
             except (FileNotFoundError, belongings.NotAFile) as error:
                 raise FilesSpoilt(f"{artifact.name} is gone from this machine's disk") from error
-            except BrokerRefused as error:
-                if (
-                    error.status == 422
-                    and await asyncio.to_thread(file_blob, file) != artifact.blob
-                ):
-                    raise FilesSpoilt(f"{artifact.name} was damaged on this machine") from error
-                raise
+
+    async def _send(self, path: Path, artifact: NamedBlob, *, again: bool) -> None:
+        try:
+            await asyncio.to_thread(self._https().store, path, artifact.blob, again=again)
+        except BrokerRefused as error:
+            if error.status == 422 and await asyncio.to_thread(file_blob, path) != artifact.blob:
+                raise FilesSpoilt(f"{artifact.name} was damaged on this machine") from error
+            raise
 
     def clean(self, entry: Entry) -> None:
         """The broker has the result: its files may go."""
