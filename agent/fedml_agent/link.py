@@ -11,6 +11,7 @@ import logging
 import random
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine
+from socket import IPPROTO_TCP, TCP_NODELAY
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -166,6 +167,8 @@ class Link:
         socket = client.socket()
         if socket is None:
             return 0
+        # Else a small message waits for the broker's delayed ACK of the last one, 40 ms.
+        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         loop.add_reader(socket, self._readable, client)
         # What paho has queued while it connected in its thread (CONNECT) is not written yet.
         client.loop_write()
