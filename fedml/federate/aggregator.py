@@ -20,11 +20,10 @@ from typing import Any, BinaryIO
 from safetensors.numpy import load_file, save_file
 
 from fedml.federate import algorithm, cohort
-from fedml.federate.aggregate import Fold
 from fedml.federate.application import Application, ApplicationError, set_weights
-from fedml.federate.layout import BadUpdate, Layout, SumBroken
+from fedml.federate.layout import BadUpdate, SumBroken
+from fedml.federate.round import ServerRound
 from fedml.federate.treatment import Treatment, without_ours
-from fedml.protect.robust import RobustFold
 from fedml.protect.rules import TooFewClients
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
@@ -54,15 +53,11 @@ class Aggregator:
         self._application: Application | None = None
         self._central: Any = None
         self._central_model: Any = None
-        self._model: dict[str, Any] = {}
-        self._state: dict[str, Any] = {}
         # The round that was made last, so that the next one does not read what was just written.
         self._latest: tuple[int, dict[str, Any], dict[str, Any]] | None = None
-        self._round = 0
-        self._cohort = 0
-        self._layout = Layout({})
+        self._number = 0
         self._treatment = Treatment()
-        self._fold: Fold | RobustFold = Fold()
+        self._round: ServerRound
 
     def answer(self, question: Any) -> Any:
         """The answer to one question."""
@@ -108,42 +103,35 @@ class Aggregator:
         return self._made(out, model, state, {})
 
     def _begin(self, question: BeginRound) -> RoundBegun:
-        self._round = question.round
+        self._number = question.round
         if self._latest is not None and self._latest[0] == question.round - 1:
-            self._model, self._state = self._latest[1:]
+            model, state = self._latest[1:]
         else:
-            self._model = load_file(question.model_path)
-            self._state = load_file(question.state_path) if question.state_path else {}
-        self._cohort = len(question.clients)
-        self._layout = self._algorithm.layout(self._model)
-        rng = cohort.server_generator(self._opened.seed, question.round - 1)
-        self._fold = self._treatment.fold(self._layout, self._state, rng)
+            model = load_file(question.model_path)
+            state = load_file(question.state_path) if question.state_path else {}
+        self._round = ServerRound(
+            self._algorithm,
+            self._treatment,
+            model,
+            state,
+            seed=self._opened.seed,
+            index=question.round - 1,
+            asked=len(question.clients),
+            population=self._opened.clients,
+        )
         return RoundBegun()
 
     def _add(self, question: AddUpdate) -> UpdateAdded:
-        metrics = {n: v for n, v in question.metrics.items() if not n.startswith("eval.")}
         try:
-            given = self._treatment.incoming(question.client, question.path, self._layout)
-            self._fold.add(question.client, given, question.weight, metrics)
+            self._round.add(question.client, question.path, question.weight, question.metrics)
         except (BadUpdate, ValueError, OSError) as error:
             cause = Cause(fault=Fault.TASK, message=f"its update was refused: {error}")
             return UpdateAdded(client=question.client, refusal=cause)
         return UpdateAdded(client=question.client)
 
     def _finish(self, out: Path) -> ModelMade:
-        clients = len(self._fold.clients)
-        population = max(self._opened.clients, clients)
-        combined, own, told = self._treatment.combined(
-            self._fold.result(),
-            self._state,
-            clients=clients,
-            rate=min(self._cohort / population, 1.0),
-        )
-        facts = algorithm.Facts(clients=clients, population=population)
-        model, state = self._algorithm.server_update(
-            self._model, without_ours(self._state), combined, facts
-        )
-        return self._made(out, model, {**state, **own}, combined.metrics, told)
+        made = self._round.finish()
+        return self._made(out, made.model, made.state, made.metrics, made.told)
 
     def _made(
         self,
@@ -163,7 +151,7 @@ class Aggregator:
         found = {f"train.{name}": value for name, value in metrics.items()}
         found |= told or {}
         found |= {f"central.{name}": value for name, value in self._evaluated(model).items()}
-        self._latest = (self._round, model, state)
+        self._latest = (self._number, model, state)
         return ModelMade(
             model_path=paths["model"],
             state_path=paths["state"],

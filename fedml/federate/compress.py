@@ -96,7 +96,8 @@ class Int8:
     def compress(self, update: Update, rng: np.random.Generator) -> Update:
         """The update with its payload in place of its arrays; a quarter of float32's bytes."""
         payload: Arrays = {}
-        for name, array in update.arrays.items():
+        # By name: a model that was read from a file has another order than one that was made.
+        for name, array in sorted(update.arrays.items()):
             if _is_small(array):
                 payload[f"raw::{name}"] = array
                 continue

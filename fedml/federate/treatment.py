@@ -26,7 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from fedml.federate.aggregate import Fold
-from fedml.federate.algorithm import Algorithm, BadParameter, Update
+from fedml.federate.algorithm import Algorithm, BadParameter, Kind, Local, Update
 from fedml.federate.arrays import Arrays
 from fedml.federate.compress import Int8, Packed, TopK
 from fedml.federate.layout import BadUpdate, Given, Layout
@@ -90,15 +90,52 @@ class Treatment:
         """Refuse what makes no sense with the algorithm.
 
         Raises:
-            BadParameter: Clipping, noise and compression are for small changes only.
+            BadParameter: Clipping, noise and compression are for small changes only; a rule and
+                noise are for all updates of a round together.
         """
         if not algorithm.deltas and (self.privacy is not None or self.compression is not None):
             what = "privacy" if self.privacy is not None else "compression"
             raise BadParameter(
                 f"{algorithm.name} sends whole models: {what} is for changes to them"
             )
+        rounds = self.rule is not None or self.privacy is not None
+        if rounds and algorithm.kind is Kind.ASYNCHRONOUS:
+            what = "privacy" if self.privacy is not None else "a robust rule"
+            raise BadParameter(
+                f"{algorithm.name} takes updates one by one, and {what} needs all of a round: "
+                "leave it out, or choose an algorithm in rounds such as fedavg"
+            )
+        if isinstance(self.compression, TopK) and algorithm.stages > 1:
+            raise BadParameter(
+                f"topk sends later what it left out, and what clients of {algorithm.name} send "
+                "means something else the next time: choose int8, or another algorithm"
+            )
 
     # ------------------------------------------------------------------ on the device
+
+    def client_update(
+        self,
+        algorithm: Algorithm,
+        model: Arrays,
+        sent: Arrays,
+        memory: Arrays | None,
+        local: Local,
+        rng: np.random.Generator,
+    ) -> Update:
+        """One client's part of a round, as it leaves the device.
+
+        Args:
+            algorithm: What is run.
+            model: That training starts from.
+            sent: What the server sent beside it, ours included.
+            memory: The client's state from its last round, ours included; None the first time.
+            local: The client's training.
+            rng: The client's generator.
+        """
+        own = without_ours(memory) if memory is not None else None
+        update = algorithm.client_update(model, without_ours(sent), own or None, local, rng)
+        with np.errstate(all="ignore"):  # what is not finite is refused where it arrives
+            return self.outgoing(update, sent, memory, rng)
 
     def outgoing(
         self, update: Update, sent: Arrays, memory: Arrays | None, rng: np.random.Generator
@@ -160,23 +197,54 @@ class Treatment:
                 reference=reference or None,
                 rng=rng,
             )
-        return Fold(self.privacy.layout(layout) if self.privacy is not None else layout)
+        return Fold(self.layout(layout))
 
-    def incoming(self, client: int, path: str | Path, layout: Layout) -> Given:
+    def incoming(self, client: int, given: Arrays | str | Path, layout: Layout) -> Given:
         """One client's update as a fold takes it.
+
+        Args:
+            client: Whose it is.
+            given: What left the device: arrays, or the file that they came in.
+            layout: Of the algorithm's updates.
 
         Raises:
             BadUpdate: It cannot be decoded.
         """
         if self.compression is None:
-            return path
+            return given
         try:
-            return Packed(load_file(path), layout)
+            return Packed(given if isinstance(given, dict) else load_file(given), layout)
         except Exception as error:  # safetensors raises an Exception of its own
             raise BadUpdate(client, None, f"its update cannot be read: {error}") from error
 
+    def decoded(self, client: int, path: str | Path, layout: Layout) -> Arrays:
+        """One client's update as arrays, all in memory.
+
+        Raises:
+            BadUpdate: It cannot be decoded.
+        """
+        given = self.incoming(client, path, layout)
+        return given.expand() if isinstance(given, Packed) else load_file(path)
+
+    def layout(self, layout: Layout) -> Layout:
+        """What `incoming` gives, where the algorithm's updates are of ``layout``."""
+        return self.privacy.layout(layout) if self.privacy is not None else layout
+
+    def size(self, layout: Layout, state: Arrays) -> int:
+        """Bytes of the tensors that one client sends for an update of ``layout``."""
+        nothing = {name: np.zeros(spec.shape, spec.dtype) for name, spec in layout.tensors.items()}
+        update = Update(arrays=nothing, weight=1.0)
+        out = self.outgoing(update, self.sent({}, state), None, np.random.default_rng(0))
+        return sum(array.nbytes for array in out.arrays.values())
+
     def combined(
-        self, update: Update, state: Arrays, *, clients: int, rate: float
+        self,
+        update: Update,
+        state: Arrays,
+        *,
+        clients: int,
+        rate: float,
+        noise: np.random.Generator | None = None,
     ) -> tuple[Update, Arrays, dict[str, float]]:
         """After the rule or the mean: noise, our next state, and what is to be told.
 
@@ -185,6 +253,7 @@ class Treatment:
             state: The server's, with ours in it.
             clients: How many updates are in it.
             rate: The share of all clients that was asked, in (0, 1].
+            noise: For the noise of privacy; None is one that nobody can repeat.
 
         Returns:
             The update, our part of the next state, metrics.
@@ -195,7 +264,8 @@ class Treatment:
             own = {_REFERENCE + name: array for name, array in update.arrays.items()}
         if self.privacy is not None:
             clip = float(state[_CLIP])
-            update, next_clip = self.privacy.noised(update, clip, clients, secret_generator())
+            rng = noise or secret_generator()
+            update, next_clip = self.privacy.noised(update, clip, clients, rng)
             accountant = Accountant(spent=state[_RDP].tolist())
             sampling = Sampling.FIXED if rate < 1 else Sampling.POISSON
             accountant.add(self.privacy.noise_multiplier, rate, sampling=sampling)
@@ -212,40 +282,48 @@ def without_ours(state: Arrays) -> Arrays:
     return {name: array for name, array in state.items() if not name.startswith(_OWN)}
 
 
-def _robust(given: Mapping[str, Any]) -> tuple[Rule | None, tuple[Mixing, ...]]:
+def _robust(given: Any) -> tuple[Rule | None, tuple[Mixing, ...]]:
     if not given:
         return None, ()
-    parameters = dict(given)
-    name = parameters.pop("rule", None)
+    if not isinstance(given, Mapping):
+        raise BadParameter(f"robust must be a mapping such as {{rule: median}}, not {given!r}")
+    name = given.get("rule")
     if not isinstance(name, str):
         raise BadParameter("robust: `rule` says which, e.g. krum, median, geometric_median")
-    steps = parameters.pop("mixing", [])
-    mixing = []
-    for step in [steps] if isinstance(steps, str | dict) else steps:
-        asked = {"kind": step} if isinstance(step, str) else dict(step)
-        kind = asked.pop("kind", None)
-        if kind not in _MIXING:
-            raise BadParameter(f"robust: mixing is one of {', '.join(_MIXING)}, not {kind!r}")
-        if kind == "nearest_neighbours":
-            asked.setdefault("byzantine", parameters.get("byzantine", 0))
-        mixing.append(_build(f"robust.mixing {kind}", _MIXING[kind], asked))
-    accepted = robust.create(name, _meant_for(name, parameters, bool(mixing)))
-    return accepted, tuple(mixing)
+    said = {key: value for key, value in given.items() if key not in ("rule", "mixing")}
+    parameters = robust.spelt(name, said)
+    steps = given.get("mixing", [])
+    mixing = tuple(
+        _mixing(step, parameters) for step in ([steps] if isinstance(steps, str | dict) else steps)
+    )
+    # Said once, for the mixing and for a rule that does not count liars itself.
+    if mixing and "byzantine" not in robust.parameter_names(name):
+        parameters.pop("byzantine", None)
+    return robust.create(name, parameters), mixing
 
 
-def _meant_for(name: str, parameters: dict[str, Any], mixed: bool) -> dict[str, Any]:
-    """`byzantine` may be said once for the mixing and a rule that does not count liars."""
-    if mixed and "byzantine" in parameters:
-        try:
-            robust.create(name, parameters)
-        except BadParameter:
-            return {key: value for key, value in parameters.items() if key != "byzantine"}
-    return parameters
+def _mixing(step: Any, parameters: Mapping[str, Any]) -> Mixing:
+    asked = {"kind": step} if isinstance(step, str) else dict(step)
+    kind = asked.pop("kind", None)
+    if kind not in _MIXING:
+        raise BadParameter(f"robust: mixing is one of {', '.join(_MIXING)}, not {kind!r}")
+    if kind == "nearest_neighbours" and "byzantine" not in asked:
+        liars = parameters.get("byzantine", parameters.get("trim"))
+        if liars is None:
+            # With 0 it would make a mean of all, and every rule after it useless.
+            raise BadParameter(
+                "robust: mixing with nearest_neighbours needs `byzantine`: how many liars to expect"
+            )
+        asked["byzantine"] = liars
+    built: Mixing = _build(f"robust.mixing {kind}", _MIXING[kind], asked)
+    return built
 
 
-def _privacy(given: Mapping[str, Any]) -> tuple[GaussianPrivacy | None, float]:
+def _privacy(given: Any) -> tuple[GaussianPrivacy | None, float]:
     if not given:
         return None, 1e-5
+    if not isinstance(given, Mapping):
+        raise BadParameter(f"privacy must be a mapping of its parameters, not {given!r}")
     asked = dict(given)
     delta = asked.pop("delta", 1e-5)
     if not isinstance(delta, float) or not 0 < delta < 1:
@@ -257,10 +335,10 @@ def _privacy(given: Mapping[str, Any]) -> tuple[GaussianPrivacy | None, float]:
     return _build("privacy", GaussianPrivacy, asked), delta
 
 
-def _compression(given: Mapping[str, Any]) -> TopK | Int8 | None:
+def _compression(given: Any) -> TopK | Int8 | None:
     if not given:
         return None
-    asked = dict(given)
+    asked = {"kind": given} if isinstance(given, str) else dict(given)
     kinds = {"topk": TopK, "int8": Int8}
     kind = asked.pop("kind", None)
     if kind not in kinds:

@@ -136,7 +136,7 @@ class Worker:
         from fedml.federate import algorithm, cohort
         from fedml.federate.application import UserTraining, set_weights
         from fedml.federate.tensor_file import mapped
-        from fedml.federate.treatment import Treatment, without_ours
+        from fedml.federate.treatment import Treatment
 
         spec = order.spec
         application = self._prepared(spec)
@@ -156,9 +156,7 @@ class Worker:
         # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
         rng = cohort.generator(spec.seed, spec.round - 1, spec.client)
         treatment = Treatment.parse(spec.treatment)
-        own = without_ours(before) if before is not None else None
-        update = chosen.client_update(model, without_ours(sent), own or None, local, rng)
-        update = treatment.outgoing(update, sent, before, rng)
+        update = treatment.client_update(chosen, model, sent, before, local, rng)
         save_file(update.arrays, out / "update.safetensors")
         self._keep_state(spec.round, update.client_state)
         return StageDone(
@@ -211,9 +209,10 @@ class Worker:
 def _cause(error: Exception) -> Cause:
     from fedml.federate.algorithm import UnsupportedByTraining
     from fedml.federate.application import ApplicationError
+    from fedml.protect.privacy import NotPrivate
 
     text = f"{type(error).__name__}: {error}"
-    ours = isinstance(error, ApplicationError | UnsupportedByTraining)
+    ours = isinstance(error, ApplicationError | UnsupportedByTraining | NotPrivate)
     shown = "" if ours else "".join(traceback.format_exception(error))[-8000:]
     return Cause(fault=Fault.TASK, message=text[:2000], traceback=shown)
 

@@ -62,7 +62,7 @@ class Noise:
             name: rounded(self.deviation * rng.standard_normal(array.shape), array.dtype)
             if array.dtype.kind == "f"
             else array
-            for name, array in own.items()
+            for name, array in sorted(own.items())
         }
 
 

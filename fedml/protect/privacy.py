@@ -120,11 +120,12 @@ class GaussianPrivacy:
         if clients < 1:
             raise ValueError(f"no mean of {clients} clients")
         deviation = self.sum_noise_multiplier * clip / clients
+        # By name: a model that was read from a file has another order than one that was made.
         arrays = {
             name: rounded(
                 array.astype(np.float64) + deviation * rng.standard_normal(array.shape), array.dtype
             )
-            for name, array in combined.arrays.items()
+            for name, array in sorted(combined.arrays.items())
             if name != _INSIDE
         }
         if self.quantile is not None:

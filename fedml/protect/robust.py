@@ -19,6 +19,7 @@ Clients count once each: an example count is as easily forged as an update.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -64,6 +65,8 @@ __all__ = [
     "TooFewClients",
     "TrimmedMean",
     "create",
+    "parameter_names",
+    "spelt",
 ]
 
 _CELLS = 1 << 18  # updates times coordinates in one chunk: 1 MiB of float32
@@ -297,16 +300,46 @@ def create(name: str, parameters: Mapping[str, Any] | None = None) -> Rule:
     Raises:
         BadParameter: The name or a parameter is unknown; the error lists those that are.
     """
-    plain = name.lower().replace("-", "_")
-    rule, spellings = _RULES.get(_ALSO_CALLED.get(plain, plain), (None, {}))
-    if rule is None:
-        raise BadParameter(f"no robust rule is called {name!r}; there are {', '.join(_RULES)}")
-    given = {spellings.get(key, key): value for key, value in (parameters or {}).items()}
+    rule, _ = _named(name)
+    given = spelt(name, parameters or {})
+    known = parameter_names(name)
+    for key in given:
+        if key not in known:
+            raise BadParameter(
+                f"{name}: unknown parameter {key!r}; known are {', '.join(known) or 'none'}"
+            )
     try:
         built: Rule = rule(**given)
     except TypeError as error:
         raise BadParameter(f"{name}: {error}") from error
     return built
+
+
+def spelt(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a rule under our names instead of FedML's.
+
+    Raises:
+        BadParameter: No rule goes by this name.
+    """
+    _, spellings = _named(name)
+    return {spellings.get(key, key): value for key, value in parameters.items()}
+
+
+def parameter_names(name: str) -> tuple[str, ...]:
+    """What a rule can be told.
+
+    Raises:
+        BadParameter: No rule goes by this name.
+    """
+    return tuple(field.name for field in dataclasses.fields(_named(name)[0]))
+
+
+def _named(name: str) -> tuple[Any, Mapping[str, str]]:
+    plain = name.lower().replace("-", "_")
+    found = _RULES.get(_ALSO_CALLED.get(plain, plain))
+    if found is None:
+        raise BadParameter(f"no robust rule is called {name!r}; there are {', '.join(_RULES)}")
+    return found
 
 
 _RULES: Mapping[str, tuple[Any, Mapping[str, str]]] = {

@@ -16,8 +16,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safetensors.numpy import load_file
-
 from fedml.errors import RunFailed
 from fedml.federate import cohort
 from fedml.federate.algorithm import Facts, Update
@@ -132,7 +130,8 @@ class _Walk:
         """The server hears of one answer; whether that made a new model."""
         run = self._run
         path = run.update_file(started.start, started.client)
-        update = Update(arrays=load_file(path), weight=done.weight, metrics=done.metrics)
+        arrays = run.treatment.decoded(started.client, path, run.update)
+        update = Update(arrays=arrays, weight=done.weight, metrics=done.metrics)
         path.unlink()
         staleness = self._version - started.version
         facts = Facts(clients=1, population=run.plan.clients, staleness=staleness)

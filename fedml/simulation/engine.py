@@ -9,6 +9,8 @@
 All but `exact` need the built-in training (`federate.local_sgd`). They add up what clients learned
 while the next client trains, for algorithms whose clients just train and send the difference
 (`averages`); other algorithms walk client by client in any engine, and only their sums differ.
+Where the server looks at each update (`federate.treatment`), nothing may be added up before it
+does, and `exact` runs whatever was asked for.
 """
 
 from __future__ import annotations
@@ -106,6 +108,8 @@ def choose(
     model: Any,
     algorithm: Algorithm,
     config: Mapping[str, Any] | None = None,
+    *,
+    each: bool = False,
 ) -> tuple[str, str]:
     """The engine's name and why.
 
@@ -115,12 +119,15 @@ def choose(
         model: A model as the user's file makes it.
         algorithm: What is to be run.
         config: The run's, which the built-in training reads.
+        each: Whether the server wants the updates one by one, which none but `exact` keeps.
 
     Raises:
         ConfigError: The engine asked for cannot do this; with the ways out.
     """
     if wanted == "exact":
         return "exact", "as asked: the bits of a deployed run"
+    if each:
+        return "exact", "the server looks at each update, so clients walk one by one"
     if not isinstance(trainer, LocalSGD):
         if wanted != "auto":
             raise ConfigError(

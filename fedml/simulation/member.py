@@ -43,6 +43,8 @@ from fedml.federate.application import (
 from fedml.federate.arrays import Arrays
 from fedml.federate.layout import BadUpdate, Spec, admit
 from fedml.federate.local_sgd import BadData
+from fedml.federate.treatment import Treatment
+from fedml.protect.privacy import NotPrivate
 from fedml.simulation import engine as engines
 from fedml.simulation.arena import Board, Place, Shelf
 
@@ -68,6 +70,7 @@ class Setup:
     Attributes:
         number: Of the member; no two of a run have the same.
         folder: Of the arena.
+        treatment: JSON, what is done to updates that are kept one by one.
         paths: Where data sets are, by name.
         states: Where clients keep what they keep between rounds.
         room: Bytes that its shelf may take.
@@ -79,6 +82,7 @@ class Setup:
     config: Mapping[str, Any]
     algorithm: str
     algorithm_config: Mapping[str, Any]
+    treatment: str
     seed: int
     clients: int
     engine: str
@@ -146,6 +150,7 @@ class Member:
         self._folder = Path(setup.folder)
         self._application = application
         self._algorithm = algorithm.create(setup.algorithm, setup.algorithm_config)
+        self._treatment = Treatment.parse(setup.treatment)
         self._module: Any = None
         self._engine: engines.Engine | None = None
         if setup.engine != "exact":
@@ -219,15 +224,17 @@ class Member:
             turn = order.starts.get(client, order.turn)
             rng = cohort.generator(self._setup.seed, turn, client)
             before = self._state_before(client, turn)
-            update = self._algorithm.client_update(model, sent, before, local, rng)
+            update = self._treatment.client_update(self._algorithm, model, sent, before, local, rng)
+            layout = self._algorithm.layout(model)
             if order.task is Task.EACH:
-                admit(client, update.arrays, update.weight, self._algorithm.layout(model))
-                arrays = {n: np.ascontiguousarray(a) for n, a in update.arrays.items()}
+                given = self._treatment.incoming(client, update.arrays, layout)
+                admit(client, given, update.weight, self._treatment.layout(layout))
+                arrays = {n: np.asarray(a, order="C") for n, a in update.arrays.items()}
                 save_file(arrays, self._folder / f"update-{turn}-{client}")
             elif self._sum is None:
                 partial.add(client, update.arrays, update.weight)
             else:
-                admit(client, update.arrays, update.weight, self._algorithm.layout(model))
+                admit(client, update.arrays, update.weight, layout)
                 for name, total in self._sum.arrays.items():
                     total += update.weight * update.arrays[name].astype(np.float64)
             self._keep_state(client, turn, order.kept, update.client_state)
@@ -360,7 +367,7 @@ class Member:
         folder = Path(self._setup.states) / str(client)
         folder.mkdir(parents=True, exist_ok=True)
         beside = folder / f"{turn}.new"
-        save_file({n: np.ascontiguousarray(a) for n, a in state.items()}, beside)
+        save_file({n: np.asarray(a, order="C") for n, a in state.items()}, beside)
         beside.replace(folder / f"{turn}.safetensors")
         # One from before the last checkpoint, should the run be resumed there, and the latest one.
         turns = sorted(_turns(folder))
@@ -387,7 +394,12 @@ def _cause(error: Exception) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}"
     ours = isinstance(
         error,
-        ApplicationError | algorithm.UnsupportedByTraining | BadData | BadUpdate | engines.Diverged,
+        ApplicationError
+        | algorithm.UnsupportedByTraining
+        | BadData
+        | BadUpdate
+        | NotPrivate
+        | engines.Diverged,
     )
     return text, "" if ours else "".join(traceback.format_exception(error))[-8000:]
 

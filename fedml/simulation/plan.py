@@ -18,6 +18,7 @@ from typing import Any
 from fedml import jobfile
 from fedml.errors import ConfigError
 from fedml.federate.algorithm import Algorithm, BadParameter, Kind, UnknownAlgorithm, create
+from fedml.federate.treatment import Treatment
 from fedml.simulation.devices import Devices
 
 ENGINES = ("auto", "exact", "closed_form", "inplace", "stacked")
@@ -32,6 +33,7 @@ class Plan:
         app: The user's file.
         config: Handed to the user's functions.
         algorithm: By name, `algorithm_config` its parameters.
+        treatment: What is done to updates beside the algorithm (`federate.treatment`).
         rounds: Rounds, or versions of the model where the algorithm is asynchronous.
         seed: Of everything that is drawn.
         clients: How many there are.
@@ -56,6 +58,7 @@ class Plan:
     config: Mapping[str, Any] = field(default_factory=dict)
     algorithm: str = "fedavg"
     algorithm_config: Mapping[str, Any] = field(default_factory=dict)
+    treatment: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     per_round: int = 0
     over_select: float = 0.0
@@ -120,6 +123,19 @@ class Plan:
             )
         return algorithm
 
+    def create_treatment(self, algorithm: Algorithm) -> Treatment:
+        """What is done to updates, checked against the algorithm.
+
+        Raises:
+            ConfigError: A part of it is wrong, or cannot go with the rest.
+        """
+        try:
+            treatment = Treatment.parse(json.dumps(self.treatment))
+            treatment.check(algorithm)
+        except (BadParameter, TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        return treatment
+
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
         free = {"rounds", "workers", "checkpoint_s", "name", "engine", "paths"}
@@ -149,7 +165,7 @@ def read(
         found, workspace = _read_mapping(source)
     else:
         found, workspace = jobfile.read_simulated(Path(source))
-    for key in ("config", "algorithm_config"):
+    for key in ("config", "algorithm_config", "treatment"):
         value = found.get(key) or {}
         found[key] = json.loads(value) if isinstance(value, str) else dict(value)
     for path, value in (changes or {}).items():
@@ -157,12 +173,6 @@ def read(
     for key in ("app", "clients", "rounds"):
         if key not in found and settings.get(key) is None:
             raise ConfigError(f"{_called(source)}: there is no `{key}`")
-    if found.get("treatment") not in (None, "", "{}", {}):
-        raise ConfigError(
-            f"{_called(source)}: `treatment` (robust rules, privacy, compression) is for agents: "
-            "simulations do not apply it yet",
-            "`fedml federate` does; without `treatment` the run can be simulated",
-        )
     clients, evaluate = found["clients"], found.get("evaluate") or {}
     simulation = found.get("simulation") or {}
     if "count" not in clients:
@@ -185,7 +195,7 @@ def read(
         name: str(workspace / Path(path).expanduser())
         for name, path in (simulation.get("data") or {}).items()
     }
-    for key in ("config", "algorithm", "algorithm_config"):
+    for key in ("config", "algorithm", "algorithm_config", "treatment"):
         values[key] = found.get(key)
     for key in ("per_round", "over_select", "minimum", "deadline_s"):
         values[key] = clients.get(key)
@@ -218,7 +228,14 @@ def _native(value: Any) -> Any:
 def _change(found: dict[str, Any], path: str, value: Any) -> None:
     first, _, rest = path.partition(".")
     scalars = ("algorithm", "rounds", "seed", "name")
-    sections = ("config", "algorithm_config", "clients", "evaluate", "simulation")
+    sections = (
+        "config",
+        "algorithm_config",
+        "treatment",
+        "clients",
+        "evaluate",
+        "simulation",
+    )
     if not rest:
         if first in sections:
             raise ConfigError(f"{path} is a section: say which of its keys, as {path}.KEY")

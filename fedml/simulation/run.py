@@ -8,6 +8,7 @@ round have the same bits.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -23,6 +24,8 @@ from fedml.federate.algorithm import Kind, UnsupportedByTraining
 from fedml.federate.application import Application, ApplicationError, UserTraining, set_weights
 from fedml.federate.arrays import Arrays
 from fedml.federate.layout import Layout
+from fedml.federate.treatment import Treatment, without_ours
+from fedml.protect.privacy import NotPrivate
 from fedml.simulation import asynchronous, checkpoint, engine, synchronous
 from fedml.simulation.arena import Arena, Board
 from fedml.simulation.checkpoint import Checkpoint
@@ -56,6 +59,7 @@ class Simulation:
         """
         self.plan = plan
         self.algorithm = plan.create_algorithm()
+        self.treatment = plan.create_treatment(self.algorithm)
         self.listener = listener or Listener()
         self.clock = 0.0  # simulated seconds
         self.turn = 0
@@ -137,17 +141,25 @@ class Simulation:
         self._central_model = self._application.new_model(plan.seed)
         trainer = self._application.trainer
         self.engine, why = engine.choose(
-            plan.engine, trainer, self._central_model, self.algorithm, plan.config
+            plan.engine,
+            trainer,
+            self._central_model,
+            self.algorithm,
+            plan.config,
+            each=self.wants_each,
         )
-        self.state = self.algorithm.start(model)
+        self.state = self.treatment.start(self.algorithm.start(model))
         self.model = model
         if found is not None:
             self._take_up(found)
-        sent = self.algorithm.sent(self.model, self.state)
+        sent = self._sent()
         self.update = self.algorithm.layout(self.model)
         model_specs, self._sent_specs = Layout.of(self.model), Layout.of(sent)
         self.bytes_down = _bytes(model_specs) + _bytes(self._sent_specs)
-        self.bytes_up = _bytes(self.update)
+        try:
+            self.bytes_up = self.treatment.size(self.update, self.state)
+        except NotPrivate as error:
+            raise ConfigError(str(error)) from error
         self.publish(0)
         states = (self._folder or self._arena.folder) / checkpoint.STATES
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -156,6 +168,7 @@ class Simulation:
             config=plan.config,
             algorithm=plan.algorithm,
             algorithm_config=plan.algorithm_config,
+            treatment=json.dumps(plan.treatment),
             seed=plan.seed,
             clients=plan.clients,
             engine=self.engine,
@@ -217,10 +230,19 @@ class Simulation:
 
     # ------------------------------------------------------------------ what the rounds make
 
+    @property
+    def wants_each(self) -> bool:
+        """Whether the server looks at updates one by one, instead of at their sum."""
+        return self.treatment != Treatment()
+
+    def _sent(self) -> Arrays:
+        sent = self.algorithm.sent(self.model, without_ours(self.state))
+        return self.treatment.sent(sent, self.state)
+
     def publish(self, version: int) -> None:
         """Put the model, and what is sent with it, where members read it."""
         boards = self._boards.get(version)
-        sent = self.algorithm.sent(self.model, self.state)
+        sent = self._sent()
         if boards is None:
             folder = self._arena.folder
             layouts = (("model", Layout.of(self.model)), ("sent", self._sent_specs))
@@ -244,10 +266,12 @@ class Simulation:
         good: Sequence[Done],
         asked: int,
         trained: Mapping[str, float],
+        told: Mapping[str, float] | None = None,
     ) -> None:
         """Write a round down and say so."""
         now = time.monotonic()
         metrics = {f"train.{name}": value for name, value in trained.items()}
+        metrics |= told or {}
         if number % self.plan.every == 0 or number == self.plan.rounds:
             metrics |= self._central_metrics()
         self._trained += len(good)
@@ -389,6 +413,7 @@ class Simulation:
             name=plan.name,
             algorithm=self.algorithm.name,
             algorithm_config=dict(plan.algorithm_config),
+            treatment=dict(plan.treatment),
             config=dict(plan.config),
             rounds=plan.rounds,
             clients=plan.clients,

@@ -15,6 +15,9 @@ from fedml.federate import cohort
 from fedml.federate.aggregate import PartialSum
 from fedml.federate.algorithm import Facts, Update
 from fedml.federate.arrays import Arrays, rounded
+from fedml.federate.layout import BadUpdate
+from fedml.federate.round import Made, ServerRound
+from fedml.protect.rules import TooFewClients
 from fedml.simulation.devices import online
 from fedml.simulation.member import Done, Order, Task
 from fedml.simulation.result import mean_metrics
@@ -64,7 +67,7 @@ def _turn(
     number = run.turn // run.algorithm.stages + 1
     evaluate = first and run.evaluates_clients and (number - 1) % plan.every == 0
     order = Order(
-        task=Task.SUM,
+        task=Task.EACH if run.wants_each else Task.SUM,
         turn=run.turn,
         clients=taken.clients,
         version=0,
@@ -74,28 +77,80 @@ def _turn(
     run.listener.begins(number, len(taken.clients))
     shares = run.crew.run(order, run.heard, meanwhile)
     done = [one for _, each in shares for one in each]
-    good = run.settle(number, done, least=min(plan.minimum, len(taken.clients)))
-    combined = _combined(run, number, [place for place, _ in shares], good)
-    facts = Facts(clients=len(good), population=max(plan.clients, len(good)))
-    run.model, run.state = run.algorithm.server_update(run.model, run.state, combined, facts)
+    least = min(plan.minimum, len(taken.clients))
+    good = run.settle(number, done, least=least)
+    if run.wants_each:
+        good, made = _each(run, number, taken, good, least)
+    else:
+        made = _summed(run, number, [place for place, _ in shares], good)
+    run.model, run.state = made.model, made.state
     run.turn += 1
     run.clock = taken.ends
     run.publish(0)
     if evaluate:
         run.add_devices(number - 1, good)
     if last:
-        run.ended(number, good, taken.asked, combined.metrics)
+        run.ended(number, good, taken.asked, made.metrics, made.told)
     return good
+
+
+def _each(
+    run: Simulation, number: int, taken: _Cohort, good: Sequence[Done], least: int
+) -> tuple[list[Done], Made]:
+    """The next model of updates that are looked at one by one, and whose they are."""
+    this = ServerRound(
+        run.algorithm,
+        run.treatment,
+        run.model,
+        run.state,
+        seed=run.plan.seed,
+        index=run.turn,
+        asked=taken.asked,
+        population=run.plan.clients,
+        noise=cohort.server_generator(run.plan.seed, run.turn),
+    )
+    if run.treatment.rule is None and not math.fsum(one.weight for one in good) > 0:
+        raise _barren(number, len(good))
+    files = {one.client: run.update_file(run.turn, one.client) for one in good}
+    done = []
+    try:
+        for one in good:
+            try:
+                this.add(one.client, files[one.client], one.weight, one.metrics)
+            except BadUpdate as error:
+                one = one._replace(cause=(f"its update was refused: {error}", ""))
+            done.append(one)
+        left = run.settle(number, done, least=least)
+        return left, this.finish()
+    except TooFewClients as error:
+        raise RunFailed(
+            f"round {number}: {error}", "a larger clients.per_round, or another rule"
+        ) from error
+    finally:
+        for file in files.values():
+            file.unlink(missing_ok=True)
+
+
+def _summed(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Made:
+    """The next model of what the members added up."""
+    combined = _combined(run, number, places, good)
+    facts = Facts(clients=len(good), population=max(run.plan.clients, len(good)))
+    model, state = run.algorithm.server_update(run.model, run.state, combined, facts)
+    return Made(model, state, combined.metrics, {})
+
+
+def _barren(number: int, clients: int) -> RunFailed:
+    return RunFailed(
+        f"round {number}: none of its {clients} clients has an example to learn from",
+        "give clients data, or choose more of them in clients.per_round",
+    )
 
 
 def _combined(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Update:
     """The mean of what all members added up."""
     weight = math.fsum(one.weight for one in good)
     if not weight > 0:
-        raise RunFailed(
-            f"round {number}: none of its {len(good)} clients has an example to learn from",
-            "give clients data, or choose more of them in clients.per_round",
-        )
+        raise _barren(number, len(good))
     metrics = mean_metrics([(one.weight, one.metrics) for one in good])
     if run.engine == "exact":
         whole = PartialSum(run.update)

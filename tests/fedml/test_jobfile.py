@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedml.errors import ConfigError
-from fedml.jobfile import read_federated, read_job
+from fedml.jobfile import read_federated, read_job, read_simulated
 
 
 def _job(folder: Path, text: str) -> Path:
@@ -161,3 +161,14 @@ def test_a_run_file_asks_for_what_it_says(tmp_path: Path) -> None:
         "clients": {"count": 2, "over_select": 0.5},
         "algorithm_config": "{}",
     }
+
+
+def test_a_number_in_powers_of_ten_is_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "app: app.py\nrounds: 1\nconfig: {lr: 1e-3, name: e5}\n"
+        "treatment: {privacy: {noise_multiplier: 1, delta: 1e-6}}\nclients: {count: 1}\n"
+    )
+    found, _ = read_simulated(file)
+    assert json.loads(found["config"]) == {"lr": 0.001, "name": "e5"}
+    assert json.loads(found["treatment"])["privacy"]["delta"] == 1e-6

@@ -14,7 +14,7 @@ from fedml.federate.algorithm import BadParameter, Update
 from fedml.federate.layout import BadUpdate, Layout
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.accountant import gaussian_epsilon
-from fedml.protect.rules import TooFewClients
+from fedml.protect.rules import NearestNeighbours, TooFewClients
 
 MODEL = {"w": np.zeros((8, 32), np.float32), "b": np.zeros(4, np.float32)}
 LAYOUT = Layout.of(MODEL)
@@ -161,6 +161,8 @@ def test_the_bound_follows_the_norms(tmp_path: Path) -> None:
     [
         ({"rubust": {}}, "did you mean 'robust'"),
         ({"robust": {"byzantine": 1}}, "`rule` says which"),
+        ({"robust": "krum"}, "robust must be a mapping such as"),
+        ({"privacy": 1.0}, "privacy must be a mapping"),
         ({"robust": {"rule": "krumm"}}, "no robust rule is called 'krumm'"),
         ({"robust": {"rule": "krum", "bizantine": 1}}, "bizantine"),
         ({"robust": {"rule": "median", "mixing": "blender"}}, "mixing is one of"),
@@ -188,4 +190,47 @@ def test_whole_models_are_neither_clipped_nor_compressed() -> None:
     whole = algorithm.create("fedasync", {})
     with pytest.raises(BadParameter, match="sends whole models"):
         treatment(compression={"kind": "int8"}).check(whole)
-    treatment(robust={"rule": "median"}).check(whole)
+
+
+@pytest.mark.parametrize(
+    "parts", [{"robust": {"rule": "median"}}, {"privacy": {"noise_multiplier": 1.0}}]
+)
+def test_what_needs_all_of_a_round_goes_with_no_algorithm_without_rounds(
+    parts: dict[str, Any],
+) -> None:
+    with pytest.raises(BadParameter, match="fedbuff takes updates one by one"):
+        treatment(**parts).check(algorithm.create("fedbuff", {}))
+    treatment(compression={"kind": "topk"}).check(algorithm.create("fedbuff", {}))
+
+
+def test_what_was_left_out_of_a_gradient_is_not_sent_as_a_step() -> None:
+    with pytest.raises(BadParameter, match="means something else the next time"):
+        treatment(compression={"kind": "topk"}).check(algorithm.create("mime", {}))
+    treatment(compression={"kind": "int8"}).check(algorithm.create("mime", {}))
+
+
+@pytest.mark.parametrize(
+    "robust",
+    [
+        {"rule": "krum", "byzantine": 2},
+        {"rule": "multikrum", "byzantine_client_num": 2, "krum_param_m": 3},
+        {"rule": "trimmed_mean", "trim": 2},
+        {"rule": "median", "byzantine": 2},
+    ],
+)
+def test_mixing_expects_as_many_liars_as_the_rule_is_told_of(robust: dict[str, Any]) -> None:
+    given = treatment(robust={**robust, "mixing": "nearest_neighbours"})
+    assert given.mixing == (NearestNeighbours(byzantine=2),)
+
+
+def test_mixing_that_expects_nobody_to_lie_is_refused() -> None:
+    # It would make a mean of all, whatever rule comes after it.
+    with pytest.raises(BadParameter, match="how many liars to expect"):
+        treatment(robust={"rule": "median", "mixing": "nearest_neighbours"})
+
+
+def test_the_size_of_what_leaves_is_told_beforehand() -> None:
+    for parts in ({}, {"compression": {"kind": "topk"}}, {"compression": {"kind": "int8"}}):
+        given = treatment(**parts)
+        out = given.outgoing(update(1), {}, None, np.random.default_rng(0))
+        assert given.size(LAYOUT, {}) == sum(array.nbytes for array in out.arrays.values())

@@ -39,6 +39,7 @@ def run(app: Path, folder: Path, plan: Mapping[str, Any]) -> Models:
     said = {
         "algorithm": plan.get("algorithm", "fedavg"),
         "algorithm_config": json.dumps(plan.get("algorithm_config", {})),
+        "treatment": json.dumps(plan.get("treatment", {})),
         "config": json.dumps(plan.get("config", {})),
         "seed": seed,
     }

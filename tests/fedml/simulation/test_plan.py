@@ -57,6 +57,11 @@ def test_what_cannot_be_is_refused_before_anything_runs(
     [
         ({"algorithm": "fedavgg"}, "did you mean 'fedavg'"),
         ({"algorithm_config": {"server_lrr": 1}}, "did you mean 'server_lr'"),
+        ({"treatment": {"rule": "median"}}, "treatment: unknown key 'rule'"),
+        (
+            {"algorithm": "fedbuff", "treatment": {"robust": {"rule": "median"}}},
+            "fedbuff takes updates one by one.*such as fedavg",
+        ),
         (
             {"algorithm": "fedasync", "clients": {"count": 4, "over_select": 0.5}},
             "no rounds to over-select for",
@@ -79,7 +84,6 @@ def test_an_algorithm_that_cannot_go_with_the_rest_is_refused(
     [
         ({"clients": {"count": 4, "per_rond": 2}}, "the run: unknown key `clients.per_rond`; did"),
         ({"sede": 3}, "the run: unknown key `sede`; did you mean `seed`"),
-        ({"treatment": {"rule": "median"}}, "simulations do not apply it yet"),
         ({"rounds": "many"}, "the run: `rounds` must be a whole number"),
         ({"simulation": {"devices": {"speed": 1}}}, "unknown key `simulation.devices.speed`"),
     ],
