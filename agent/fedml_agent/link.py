@@ -9,9 +9,9 @@ is acknowledged after its handler has returned, in the order of receipt.
 import asyncio
 import logging
 import random
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine
-from socket import IPPROTO_TCP, TCP_NODELAY
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -164,12 +164,12 @@ class Link:
             log.info("%s", self.trouble)
             return 0
         self._client = client
-        socket = client.socket()
-        if socket is None:
+        opened = client.socket()
+        if not isinstance(opened, socket.socket):
             return 0
         # Else a small message waits for the broker's delayed ACK of the last one, 40 ms.
-        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-        loop.add_reader(socket, self._readable, client)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        loop.add_reader(opened, self._readable, client)
         # What paho has queued while it connected in its thread (CONNECT) is not written yet.
         client.loop_write()
         clock = loop.create_task(self._tick(client), name="link.clock")

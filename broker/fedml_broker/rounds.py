@@ -2,7 +2,9 @@
 """Rounds in the store: each function is one step, to be run inside a transaction.
 
 Round 0 is the first model. A round with `ended_at` is done: its model, the algorithm's state and
-the metrics are there, and the updates that made it are not needed any more.
+the metrics are there, and the updates that made it are not needed any more. A round of several
+stages is a turn for each of them; between two it holds what the last one has made. A run that is
+asynchronous has versions of its model, not rounds: they are kept as rounds all the same.
 """
 
 import time
@@ -15,14 +17,20 @@ from sqlalchemy import Connection
 
 from fedml_broker import runs
 from fedml_broker.observe import add_event
-from fedml_broker.tables import clients, rounds, tasks
+from fedml_broker.tables import blob_refs, clients, rounds, tasks
 from fedml_protocol.blob import Blob
 from fedml_protocol.tasks import FINAL, TaskState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One round, as the driver needs it."""
+    """One round, as the driver needs it.
+
+    Attributes:
+        clients: Who was asked, in its latest stage.
+        stage: How many of its stages are done, while it is open; `model`, `state` and `sent` are
+            what the last of them made.
+    """
 
     number: int
     clients: tuple[int, ...]
@@ -30,6 +38,16 @@ class Round:
     state: Blob | None
     sent: Blob | None
     done: bool
+    stage: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """How many have answered so far in a round."""
+
+    replies: int = 0
+    refused: int = 0
+    received_bytes: int = 0
 
 
 def load(tx: Connection, run: str) -> list[Round]:
@@ -43,19 +61,68 @@ def load(tx: Connection, run: str) -> list[Round]:
             state=_blob(row.state),
             sent=_blob(row.sent),
             done=row.ended_at is not None,
+            stage=row.stage,
         )
         for row in tx.execute(query)
     ]
 
 
-def begin(tx: Connection, run: str, number: int, asked: Sequence[int]) -> None:
-    """Open a round, in the transaction that queues its tasks."""
+def begin(
+    tx: Connection, run: str, number: int, asked: Sequence[int], *, at_work: int | None = None
+) -> None:
+    """Open a round, in the transaction that queues its tasks.
+
+    Args:
+        at_work: How many clients it has at a time, where it asks none of its own.
+    """
     tx.execute(
         rounds.insert().values(
             run=run, round=number, clients=list(asked), metrics={}, started_at=time.time()
         )
     )
-    add_event(tx, run, "round_begins", {"round": number, "clients": len(asked)})
+    count = len(asked) if at_work is None else at_work
+    add_event(tx, run, "round_begins", {"round": number, "clients": count})
+
+
+def stage_done(
+    tx: Connection,
+    run: str,
+    number: int,
+    *,
+    stage: int,
+    clients: Sequence[int],
+    model: Blob,
+    state: Blob | None,
+    sent: Blob | None,
+    turn: int,
+) -> list[str]:
+    """Keep what a stage made, in the transaction that queues the next one's tasks.
+
+    Args:
+        stage: How many are done now.
+        clients: Who serves the next one.
+        turn: The one whose updates are not needed any more.
+
+    Returns:
+        The blobs that nobody needs any more.
+    """
+    owner = f"run/{run}/stage/{number}"
+    for blob in (model, state, sent):
+        if blob is not None:
+            runs.refer(tx, blob.sha256, f"{owner}/{stage}")
+    tx.execute(
+        rounds.update()
+        .where(rounds.c.run == run, rounds.c.round == number)
+        .values(
+            clients=list(clients),
+            stage=stage,
+            model=_json(model),
+            state=_json(state),
+            sent=_json(sent),
+        )
+    )
+    idle = runs.release(tx, f"run/{run}/updates/{turn}")
+    return [*idle, *runs.release(tx, f"{owner}/{stage - 1}")]
 
 
 def finish(
@@ -67,11 +134,16 @@ def finish(
     state: Blob | None,
     sent: Blob | None,
     metrics: Mapping[str, float],
-    replies: int,
-    refused: int,
-    received_bytes: int = 0,
+    tally: Tally,
+    turns: Sequence[int] = (),
+    oldest: int | None = None,
 ) -> list[str]:
-    """Close a round with its model; the blobs that nobody needs any more."""
+    """Close a round with its model; the blobs that nobody needs any more.
+
+    Args:
+        turns: Whose updates are in it; empty: the turn of its own number.
+        oldest: The oldest round whose model a client may still start from; None: this one.
+    """
     runs.refer(tx, model.sha256, f"run/{run}/model/{number}")
     for what, blob in (("state", state), ("sent", sent)):
         if blob is not None:
@@ -92,16 +164,42 @@ def finish(
         "round": number,
         "metrics": dict(metrics),
         "model": model.sha256,
-        "replies": replies,
-        "refused": refused,
-        "received_bytes": received_bytes,
+        "replies": tally.replies,
+        "refused": tally.refused,
+        "received_bytes": tally.received_bytes,
     }
     add_event(tx, run, "round_ends", data)
-    idle = runs.release(tx, f"run/{run}/updates/{number}")
+    idle = []
+    for turn in turns or (number,):
+        idle += runs.release(tx, f"run/{run}/updates/{turn}")
+    idle += runs.release(tx, f"run/{run}/stage/{number}")
     # A model is kept for every round; what the algorithm needs is the latest.
-    for what in ("state", "sent"):
-        idle += runs.release(tx, f"run/{run}/{what}/{number - 1}")
+    idle += runs.release(tx, f"run/{run}/state/{number - 1}")
+    for old in _sent_before(tx, run, number if oldest is None else oldest):
+        idle += runs.release(tx, f"run/{run}/sent/{old}")
     return idle
+
+
+def _sent_before(tx: Connection, run: str, number: int) -> list[int]:
+    owner = f"run/{run}/sent/"
+    query = sa.select(blob_refs.c.owner).where(blob_refs.c.owner.startswith(owner))
+    kept = [int(name.removeprefix(owner)) for name in tx.execute(query).scalars()]
+    return sorted(n for n in kept if n < number)
+
+
+def count(tx: Connection, run: str, number: int, answered: Sequence[str]) -> None:
+    """These tasks are in the model of this version, or were refused by then."""
+    tx.execute(
+        tasks.update().where(tasks.c.run == run, tasks.c.id.in_(answered)).values(counted=number)
+    )
+
+
+def oldest_at_work(tx: Connection, run: str) -> int | None:
+    """The oldest version that a client of an asynchronous run still works from."""
+    query = sa.select(sa.func.min(tasks.c.version)).where(
+        tasks.c.run == run, tasks.c.state.not_in([int(s) for s in FINAL])
+    )
+    return tx.execute(query).scalar()
 
 
 def add_metrics(tx: Connection, run: str, number: int, metrics: Mapping[str, float]) -> None:
@@ -114,11 +212,11 @@ def add_metrics(tx: Connection, run: str, number: int, metrics: Mapping[str, flo
     add_event(tx, run, "metrics", {"round": number, "metrics": dict(metrics)})
 
 
-def stop_waiting(tx: Connection, run: str, number: int) -> list[str]:
-    """Stop the tasks of a round that have not answered: it goes on without them."""
+def stop_waiting(tx: Connection, run: str, turn: int | None = None) -> list[str]:
+    """Stop the tasks of a turn (None: of all) that have not answered: it goes on without them."""
     condition = sa.and_(
         tasks.c.run == run,
-        tasks.c.round == number,
+        sa.true() if turn is None else tasks.c.round == turn,
         tasks.c.state.not_in([int(s) for s in FINAL]),
     )
     ids = list(tx.execute(sa.select(tasks.c.id).where(condition)).scalars())

@@ -46,6 +46,18 @@ def check_new_id(given: str) -> str:
     return given or new_id()
 
 
+class RunFailed(Exception):
+    """The run cannot go on; `cause` is for the person who started it."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause.message)
+        self.cause = cause
+
+
+class RunStopped(Exception):
+    """Somebody stopped the run."""
+
+
 class Runs:
     """Reading and listing; the steps that change a run are the functions below."""
 

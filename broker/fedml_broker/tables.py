@@ -115,13 +115,16 @@ tasks = Table(
     Column("tries_left", Integer, nullable=False),
     Column("offer", LargeBinary, nullable=False),  # a serialised Offer; its epoch is filled in
     Column("labels", JSON, nullable=False),  # what the device must wear
-    Column("round", Integer),
+    Column("round", Integer),  # the turn of a federated run that it belongs to
     Column("client", Integer),
+    Column("version", Integer),  # asynchronous: the round whose model it starts from
+    Column("counted", Integer),  # asynchronous: the round that its update went into
     Column("result", LargeBinary),  # a serialised Result
     Column("created_at", Float, nullable=False),
     Column("ended_at", Float),
     Index("tasks_by_state", "state"),
     Index("tasks_by_round", "run", "round"),
+    Index("tasks_by_count", "run", "counted"),
 )
 
 clients = Table(
@@ -137,8 +140,9 @@ rounds = Table(
     metadata,
     Column("run", String, primary_key=True),
     Column("round", Integer, primary_key=True),
-    Column("clients", JSON, nullable=False),  # who was asked
-    Column("model", JSON),  # {"sha256", "size"} once the round is done
+    Column("clients", JSON, nullable=False),  # who was asked, in the latest stage
+    Column("stage", Integer, nullable=False, server_default="0"),  # how many of its stages are done
+    Column("model", JSON),  # {"sha256", "size"} once the round, or its first stage, is done
     Column("state", JSON),  # the algorithm's, same form
     Column("sent", JSON),  # what goes to clients beside the model, same form
     Column("metrics", JSON, nullable=False),

@@ -31,6 +31,8 @@ class Task:
     Attributes:
         offer: The template; `epoch` there is not the current one.
         device: Whom it was offered to last, or is bound to.
+        round: The turn of a federated run that it belongs to.
+        version: The round whose model it starts from, where a run has versions, not rounds.
         lease_until: On the monotonic clock; 0 while nobody holds it.
         refused: Devices that rejected it for good, and why.
         not_before: Devices that rejected it for now, and until when (monotonic).
@@ -48,6 +50,7 @@ class Task:
     epoch: int = 0
     round: int | None = None
     client: int | None = None
+    version: int | None = None
     lease_until: float = 0.0
     accepted_seq: int = -1
     refused: dict[str, str] = field(default_factory=dict)
@@ -101,6 +104,7 @@ def insert(tx: Connection, new: Sequence[Task]) -> None:
                 "labels": dict(t.labels),
                 "round": t.round,
                 "client": t.client,
+                "version": t.version,
                 "created_at": now,
             }
             for t in new
@@ -123,6 +127,7 @@ def load_open(tx: Connection) -> list[Task]:
             epoch=row.epoch,
             round=row.round,
             client=row.client,
+            version=row.version,
         )
         for row in tx.execute(query)
     ]
@@ -195,6 +200,50 @@ def results(
         for r in tx.execute(query)
         if r.client not in known
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one start of a client has brought, in a run that has no rounds."""
+
+    task: str
+    start: int
+    client: int
+    version: int
+    result: Result
+
+
+def uncounted(tx: Connection, run: str, known: Collection[str] = ()) -> list[Answer]:
+    """What no version of the model has in it yet, but for tasks that are known; as it came."""
+    query = (
+        sa.select(tasks.c.id, tasks.c.round, tasks.c.client, tasks.c.version, tasks.c.result)
+        .where(
+            tasks.c.run == run,
+            tasks.c.counted.is_(None),
+            tasks.c.version.is_not(None),
+            tasks.c.result.is_not(None),
+        )
+        .order_by(tasks.c.ended_at, tasks.c.round)
+    )
+    return [
+        Answer(
+            task=r.id,
+            start=r.round,
+            client=r.client,
+            version=r.version,
+            result=parse(Result, r.result),
+        )
+        for r in tx.execute(query)
+        if r.id not in known
+    ]
+
+
+def starts(tx: Connection, run: str) -> int:
+    """How many times a client was started in a run that has no rounds."""
+    query = sa.select(sa.func.max(tasks.c.round)).where(
+        tasks.c.run == run, tasks.c.version.is_not(None)
+    )
+    return tx.execute(query).scalar() or 0
 
 
 def lost(task: Task, why: str) -> Result:

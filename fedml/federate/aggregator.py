@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from fedml.federate import algorithm, cohort
 from fedml.federate.application import Application, ApplicationError, set_weights
 from fedml.federate.layout import BadUpdate, SumBroken
-from fedml.federate.round import ServerRound
+from fedml.federate.round import ServerRound, ServerVersion
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.rules import TooFewClients
 from fedml_protocol.cause import Cause, Fault
@@ -39,6 +39,7 @@ from fedml_protocol.federate import (
     PlanRound,
     RoundBegun,
     RoundPlan,
+    RunOpened,
     UpdateAdded,
 )
 from fedml_protocol.frames import HEAD_BYTES, frame, frame_length
@@ -57,7 +58,7 @@ class Aggregator:
         self._latest: tuple[int, dict[str, Any], dict[str, Any]] | None = None
         self._number = 0
         self._treatment = Treatment()
-        self._round: ServerRound
+        self._round: ServerRound | ServerVersion
 
     def answer(self, question: Any) -> Any:
         """The answer to one question."""
@@ -67,6 +68,7 @@ class Aggregator:
             case MakeModel(out_dir=out):
                 return self._first(Path(out))
             case PlanRound(round=number, clients=clients, count=count):
+                # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
                 chosen = cohort.choose(self._opened.seed, number - 1, clients, count)
                 return RoundPlan(clients=tuple(chosen))
             case BeginRound():
@@ -77,23 +79,19 @@ class Aggregator:
                 return self._finish(Path(out))
         raise TypeError(f"not a question: {type(question).__name__}")
 
-    def _open(self, opened: OpenRun) -> RoundBegun:
+    def _open(self, opened: OpenRun) -> RunOpened:
         self._opened = opened
         self._algorithm = algorithm.create(opened.algorithm, json.loads(opened.algorithm_config))
-        if self._algorithm.kind is not algorithm.Kind.SYNCHRONOUS:
-            raise ApplicationError(f"{self._algorithm.name} is asynchronous: not deployed yet")
-        if self._algorithm.stages != 1:
-            raise ApplicationError(
-                f"{self._algorithm.name} asks one cohort {self._algorithm.stages} times a round: "
-                "not deployed yet; `fedml simulate` runs it"
-            )
         self._treatment = Treatment.parse(opened.treatment)
         self._treatment.check(self._algorithm)
         config = json.loads(opened.config)
         self._application = Application(Path(opened.app_dir) / opened.app, config)
         if opened.central and self._application.evaluates:
             self._central = self._application.central()
-        return RoundBegun()
+        return RunOpened(
+            stages=self._algorithm.stages,
+            asynchronous=self._algorithm.kind is algorithm.Kind.ASYNCHRONOUS,
+        )
 
     def _first(self, out: Path) -> ModelMade:
         if self._application is None:
@@ -109,6 +107,12 @@ class Aggregator:
         else:
             model = load_file(question.model_path)
             state = load_file(question.state_path) if question.state_path else {}
+        if self._algorithm.kind is algorithm.Kind.ASYNCHRONOUS:
+            population = self._opened.clients
+            self._round = ServerVersion(
+                self._algorithm, self._treatment, model, state, population=population
+            )
+            return RoundBegun()
         self._round = ServerRound(
             self._algorithm,
             self._treatment,
@@ -122,16 +126,25 @@ class Aggregator:
         return RoundBegun()
 
     def _add(self, question: AddUpdate) -> UpdateAdded:
+        client, path, weight = question.client, question.path, question.weight
+        metrics = {n: v for n, v in question.metrics.items() if not n.startswith("eval.")}
+        stepped = False
         try:
-            self._round.add(question.client, question.path, question.weight, question.metrics)
+            if isinstance(self._round, ServerVersion):
+                late = question.staleness
+                stepped = self._round.add(client, path, weight, metrics, staleness=late)
+            else:
+                self._round.add(client, path, weight, metrics)
         except (BadUpdate, ValueError, OSError) as error:
             cause = Cause(fault=Fault.TASK, message=f"its update was refused: {error}")
-            return UpdateAdded(client=question.client, refusal=cause)
-        return UpdateAdded(client=question.client)
+            return UpdateAdded(client=client, refusal=cause)
+        return UpdateAdded(client=client, stepped=stepped)
 
     def _finish(self, out: Path) -> ModelMade:
         made = self._round.finish()
-        return self._made(out, made.model, made.state, made.metrics, made.told)
+        # Between the stages of a round there is no new model to be looked at.
+        whole = self._number % self._algorithm.stages == 0
+        return self._made(out, made.model, made.state, made.metrics, made.told, evaluate=whole)
 
     def _made(
         self,
@@ -140,6 +153,8 @@ class Aggregator:
         state: dict[str, Any],
         metrics: Mapping[str, float],
         told: Mapping[str, float] | None = None,
+        *,
+        evaluate: bool = True,
     ) -> ModelMade:
         paths = {"model": "", "state": "", "sent": ""}
         sent = self._algorithm.sent(model, without_ours(state))
@@ -150,7 +165,8 @@ class Aggregator:
                 save_file(arrays, paths[name])
         found = {f"train.{name}": value for name, value in metrics.items()}
         found |= told or {}
-        found |= {f"central.{name}": value for name, value in self._evaluated(model).items()}
+        central = self._evaluated(model) if evaluate else {}
+        found |= {f"central.{name}": value for name, value in central.items()}
         self._latest = (self._number, model, state)
         return ModelMade(
             model_path=paths["model"],

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One round at the server: updates come in, the next model goes out.
 
-The deployed aggregator and the simulator both walk this way, so what is done to updates beside the
+`ServerRound` for algorithms in rounds, `ServerVersion` for those that step with each update. The
+deployed aggregator and the simulator both walk this way, so what is done to updates beside the
 algorithm (`federate.treatment`) is done to the same bits in both.
 """
 
@@ -14,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fedml.federate import cohort
-from fedml.federate.algorithm import Algorithm, Facts
+from fedml.federate.algorithm import Algorithm, Facts, Update
 from fedml.federate.arrays import Arrays
-from fedml.federate.layout import Given
+from fedml.federate.exact_sum import WeightedMetrics
+from fedml.federate.layout import Given, admit
 from fedml.federate.treatment import Treatment, without_ours
 
 
@@ -120,3 +122,65 @@ class ServerRound:
             self._model, without_ours(self._state), combined, facts
         )
         return Made(model, {**state, **own}, combined.metrics, told)
+
+
+class ServerVersion:
+    """The updates of an asynchronous run, up to the one that makes the next model."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        treatment: Treatment,
+        model: Arrays,
+        state: Arrays,
+        *,
+        population: int,
+    ) -> None:
+        """Be ready for updates.
+
+        Args:
+            algorithm: Asynchronous.
+            treatment: Checked against it.
+            model: The newest version.
+            state: The server's.
+            population: How many clients there are.
+        """
+        self._algorithm, self._treatment = algorithm, treatment
+        self._layout = algorithm.layout(model)
+        self._model, self._state = model, state
+        self._population = population
+        self._metrics = WeightedMetrics()
+
+    def add(
+        self,
+        client: int,
+        given: str | Path,
+        weight: float,
+        metrics: Mapping[str, float],
+        *,
+        staleness: int,
+    ) -> bool:
+        """Take one client's update; whether it made a new model.
+
+        Args:
+            client: Whose it is.
+            given: The file that it sent.
+            weight: How much it counts.
+            metrics: Of its training.
+            staleness: Versions that were made since the client got its own.
+
+        Raises:
+            BadUpdate: It must not be added; all is as it was.
+        """
+        admit(client, self._treatment.incoming(client, given, self._layout), weight, self._layout)
+        arrays = self._treatment.decoded(client, given, self._layout)
+        update = Update(arrays=arrays, weight=weight, metrics=metrics)
+        facts = Facts(clients=1, population=self._population, staleness=staleness)
+        before = self._model
+        self._model, self._state = self._algorithm.server_update(before, self._state, update, facts)
+        self._metrics.add(metrics, weight)
+        return self._model is not before
+
+    def finish(self) -> Made:
+        """The newest model, and what its updates came to."""
+        return Made(self._model, self._state, self._metrics.means(), {})

@@ -28,6 +28,8 @@ class StageSpec:
 
     Attributes:
         session: All stages of a run on a device share one warm worker.
+        round: The turn, from 1: an algorithm of two stages takes two in a round, an asynchronous
+            one counts the starts of clients. Seeds hang on it.
         client: The device's place among `clients`, from 0; data and seeds hang on it.
         app: The user's file, relative to the package's root.
         config: JSON, handed to the user's functions.
@@ -121,6 +123,19 @@ class OpenRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunOpened:
+    """aggregator -> broker: how the algorithm is to be walked.
+
+    Attributes:
+        stages: Turns in a row that one cohort serves, which are one round.
+        asynchronous: There are no cohorts: a model may come of each update.
+    """
+
+    stages: int = 1
+    asynchronous: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MakeModel:
     """broker -> aggregator: the first model, from the user's code and the seed."""
 
@@ -139,7 +154,11 @@ class ModelMade:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRound:
-    """broker -> aggregator: choose `count` of these clients."""
+    """broker -> aggregator: choose `count` of these clients.
+
+    Attributes:
+        round: Of which the choice depends: the round, or the number of the start, from 1.
+    """
 
     round: int
     clients: tuple[int, ...]
@@ -158,6 +177,7 @@ class BeginRound:
     """broker -> aggregator: updates of this round are measured against this model.
 
     Attributes:
+        round: The turn, from 1; the version to be made, where the algorithm is asynchronous.
         clients: Whose updates may come; ascending is the canonical order of the fold.
     """
 
@@ -174,20 +194,30 @@ class RoundBegun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddUpdate:
-    """broker -> aggregator: one client's update on disk; folded once its turn has come."""
+    """broker -> aggregator: one client's update on disk; folded once its turn has come.
+
+    Attributes:
+        staleness: Versions of the model that were made since this client got its own.
+    """
 
     client: int
     path: str
     weight: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    staleness: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateAdded:
-    """aggregator -> broker. With a refusal (names, shapes, not finite) nothing was added."""
+    """aggregator -> broker. With a refusal (names, shapes, not finite) nothing was added.
+
+    Attributes:
+        stepped: An asynchronous algorithm has made a model of it: time for FinishRound.
+    """
 
     client: int
     refusal: Cause | None = None
+    stepped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,5 +241,5 @@ class AggregatorFrame:
     call: int
     body: (
         OpenRun | MakeModel | PlanRound | BeginRound | AddUpdate | FinishRound
-        | ModelMade | RoundPlan | RoundBegun | UpdateAdded | Failed
+        | RunOpened | ModelMade | RoundPlan | RoundBegun | UpdateAdded | Failed
     )  # fmt: skip

@@ -601,8 +601,16 @@ class RoundBegun(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RunOpened(_message.Message):
+    __slots__ = ("stages", "asynchronous")
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    ASYNCHRONOUS_FIELD_NUMBER: _ClassVar[int]
+    stages: int
+    asynchronous: bool
+    def __init__(self, stages: _Optional[int] = ..., asynchronous: _Optional[bool] = ...) -> None: ...
+
 class AddUpdate(_message.Message):
-    __slots__ = ("client", "path", "weight", "metrics")
+    __slots__ = ("client", "path", "weight", "metrics", "staleness")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -614,19 +622,23 @@ class AddUpdate(_message.Message):
     PATH_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     client: int
     path: str
     weight: float
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, client: _Optional[int] = ..., path: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    staleness: int
+    def __init__(self, client: _Optional[int] = ..., path: _Optional[str] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class UpdateAdded(_message.Message):
-    __slots__ = ("client", "refusal")
+    __slots__ = ("client", "refusal", "stepped")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    STEPPED_FIELD_NUMBER: _ClassVar[int]
     client: int
     refusal: Cause
-    def __init__(self, client: _Optional[int] = ..., refusal: _Optional[_Union[Cause, _Mapping]] = ...) -> None: ...
+    stepped: bool
+    def __init__(self, client: _Optional[int] = ..., refusal: _Optional[_Union[Cause, _Mapping]] = ..., stepped: _Optional[bool] = ...) -> None: ...
 
 class FinishRound(_message.Message):
     __slots__ = ("out_dir",)
@@ -641,7 +653,7 @@ class Failed(_message.Message):
     def __init__(self, cause: _Optional[_Union[Cause, _Mapping]] = ...) -> None: ...
 
 class AggregatorFrame(_message.Message):
-    __slots__ = ("call", "open_run", "make_model", "plan_round", "begin_round", "add_update", "finish_round", "model_made", "round_plan", "round_begun", "update_added", "failed")
+    __slots__ = ("call", "open_run", "make_model", "plan_round", "begin_round", "add_update", "finish_round", "model_made", "round_plan", "round_begun", "update_added", "failed", "run_opened")
     CALL_FIELD_NUMBER: _ClassVar[int]
     OPEN_RUN_FIELD_NUMBER: _ClassVar[int]
     MAKE_MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -654,6 +666,7 @@ class AggregatorFrame(_message.Message):
     ROUND_BEGUN_FIELD_NUMBER: _ClassVar[int]
     UPDATE_ADDED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    RUN_OPENED_FIELD_NUMBER: _ClassVar[int]
     call: int
     open_run: OpenRun
     make_model: MakeModel
@@ -666,4 +679,5 @@ class AggregatorFrame(_message.Message):
     round_begun: RoundBegun
     update_added: UpdateAdded
     failed: Failed
-    def __init__(self, call: _Optional[int] = ..., open_run: _Optional[_Union[OpenRun, _Mapping]] = ..., make_model: _Optional[_Union[MakeModel, _Mapping]] = ..., plan_round: _Optional[_Union[PlanRound, _Mapping]] = ..., begin_round: _Optional[_Union[BeginRound, _Mapping]] = ..., add_update: _Optional[_Union[AddUpdate, _Mapping]] = ..., finish_round: _Optional[_Union[FinishRound, _Mapping]] = ..., model_made: _Optional[_Union[ModelMade, _Mapping]] = ..., round_plan: _Optional[_Union[RoundPlan, _Mapping]] = ..., round_begun: _Optional[_Union[RoundBegun, _Mapping]] = ..., update_added: _Optional[_Union[UpdateAdded, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    run_opened: RunOpened
+    def __init__(self, call: _Optional[int] = ..., open_run: _Optional[_Union[OpenRun, _Mapping]] = ..., make_model: _Optional[_Union[MakeModel, _Mapping]] = ..., plan_round: _Optional[_Union[PlanRound, _Mapping]] = ..., begin_round: _Optional[_Union[BeginRound, _Mapping]] = ..., add_update: _Optional[_Union[AddUpdate, _Mapping]] = ..., finish_round: _Optional[_Union[FinishRound, _Mapping]] = ..., model_made: _Optional[_Union[ModelMade, _Mapping]] = ..., round_plan: _Optional[_Union[RoundPlan, _Mapping]] = ..., round_begun: _Optional[_Union[RoundBegun, _Mapping]] = ..., update_added: _Optional[_Union[UpdateAdded, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., run_opened: _Optional[_Union[RunOpened, _Mapping]] = ...) -> None: ...

@@ -10,7 +10,7 @@ import pytest
 from fedml_agent import enclosed
 from fedml_agent.namespaces import HIDE, NETWORK, READ_ONLY
 from fedml_broker.aggregator import Aggregator, AggregatorDied, AggregatorRefused
-from fedml_protocol.federate import MakeModel, ModelMade, OpenRun, RoundBegun
+from fedml_protocol.federate import MakeModel, ModelMade, OpenRun, RunOpened
 
 SPY = """
 import os, socket
@@ -83,7 +83,7 @@ async def _names(broker: Broker, opening: OpenRun) -> set[str]:
 
     aggregator = await broker.start()
     try:
-        await aggregator.ask(opening, RoundBegun)
+        await aggregator.ask(opening, RunOpened)
         made = await aggregator.ask(MakeModel(out_dir=str(broker.work / "out")), ModelMade)
     finally:
         await aggregator.close()
@@ -106,7 +106,7 @@ async def test_users_code_reads_no_key_writes_nothing_and_calls_nobody(
 
 async def test_an_aggregator_that_dies_says_how(broker: Broker) -> None:
     aggregator = await broker.start()
-    await aggregator.ask(broker.opening(die=True), RoundBegun)
+    await aggregator.ask(broker.opening(die=True), RunOpened)
     with pytest.raises(AggregatorDied, match="ended with 3"):
         await aggregator.ask(MakeModel(out_dir=str(broker.work / "out")), ModelMade)
     await aggregator.close()
@@ -116,7 +116,7 @@ async def test_a_file_that_is_no_application_is_refused_with_the_reason(broker: 
     (broker.work / "app" / "app.py").write_text("def model(config): ...")
     aggregator = await broker.start()
     with pytest.raises(AggregatorRefused, match=r"no function data") as refused:
-        await aggregator.ask(broker.opening(), RoundBegun)
+        await aggregator.ask(broker.opening(), RunOpened)
     assert refused.value.cause.traceback == ""
     await aggregator.close()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedml_broker import rounds, runs, tasks
 from fedml_broker.accounts import User
-from fedml_broker.rounds import Round
+from fedml_broker.rounds import Round, Tally
 from fedml_broker.store import Store
 from fedml_broker.tables import blob_refs, events
 from fedml_broker.tasks import Task
@@ -47,7 +47,7 @@ class Book:
         self, number: int, *, state: str = "", sent: str = "", **more: Any
     ) -> list[str]:
         """Model `m{number}`; the names of the blobs that are idle now."""
-        facts: dict[str, Any] = {"metrics": {"loss": 0.5}, "replies": 2, "refused": 0, **more}
+        facts: dict[str, Any] = {"metrics": {"loss": 0.5}, "tally": Tally(replies=2), **more}
         idle = await self.store.write(
             lambda tx: rounds.finish(
                 tx,
@@ -170,7 +170,7 @@ async def test_a_round_begins_once(book: Book) -> None:
 
 async def test_each_step_is_told_with_its_numbers(book: Book) -> None:
     await book.begin(1, 3, 4)
-    await book.finish(1, replies=2, refused=1, received_bytes=99)
+    await book.finish(1, tally=Tally(replies=2, refused=1, received_bytes=99))
     assert await book.told("round_begins") == [{"round": 1, "clients": 2}]
     (end,) = await book.told("round_ends")
     assert end == {

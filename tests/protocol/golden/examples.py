@@ -34,6 +34,7 @@ from fedml_protocol.federate import (
     PlanRound,
     RoundBegun,
     RoundPlan,
+    RunOpened,
     StageCancel,
     StageDone,
     StageKind,
@@ -206,7 +207,7 @@ _WORKER: Mapping[str, WorkerReady | StageOrder | StageDone | StageCancel] = {
 }
 
 _Question = OpenRun | MakeModel | PlanRound | BeginRound | AddUpdate | FinishRound
-_Answer = ModelMade | RoundPlan | RoundBegun | UpdateAdded | Failed
+_Answer = RunOpened | ModelMade | RoundPlan | RoundBegun | UpdateAdded | Failed
 
 _AGGREGATOR: Mapping[str, _Question | _Answer] = {
     "open_run": OpenRun(
@@ -227,6 +228,7 @@ _AGGREGATOR: Mapping[str, _Question | _Answer] = {
     "add_update": AddUpdate(
         client=300, path="blobs/5e5e", weight=600.0, metrics={"loss": 0.25, "accuracy": 0.9375}
     ),
+    "add_update-late": AddUpdate(client=3, path="blobs/5e5e", weight=1.0, staleness=4),
     "finish_round": FinishRound(out_dir="runs/r-42/3"),
     "model_made": ModelMade(
         model_path="runs/r-42/3/model",
@@ -236,7 +238,9 @@ _AGGREGATOR: Mapping[str, _Question | _Answer] = {
     ),
     "round_plan": RoundPlan(clients=(1, 300)),
     "round_begun": RoundBegun(),
+    "run_opened": RunOpened(stages=2, asynchronous=True),
     "update_added": UpdateAdded(client=300, refusal=_CAUSE),
+    "update_added-stepped": UpdateAdded(client=3, stepped=True),
     "failed": Failed(cause=_CAUSE),
 }
 

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Algorithms in rounds: ask a cohort, take what it sends, make the next model.
+
+A round of an algorithm with several stages takes a turn for each, with the same clients; what a
+stage has made is in the store before the next one begins.
+"""
+
+import asyncio
+import math
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection
+
+from fedml_broker import rounds, tasks
+from fedml_broker.aggregator import Aggregator
+from fedml_broker.rounds import Round, Tally
+from fedml_broker.runs import RunFailed
+from fedml_protocol.cause import Cause
+from fedml_protocol.federate import (
+    BeginRound,
+    FinishRound,
+    ModelMade,
+    PlanRound,
+    RoundBegun,
+    RoundPlan,
+    StageKind,
+)
+from fedml_protocol.tasks import Result, TaskState
+
+if TYPE_CHECKING:
+    from fedml_broker.driver import Driver
+
+
+class Rounds:
+    """The rounds of one run."""
+
+    def __init__(self, driver: "Driver", aggregator: Aggregator, stages: int) -> None:
+        """
+        Args:
+            stages: Turns in one round.
+        """
+        self._driver = driver
+        self._aggregator = aggregator
+        self._stages = stages
+        self._tally = Tally()
+
+    async def walk(self, latest: Round, opened: Round | None) -> Round:
+        """From the latest round that is done to the last one; `opened` is one that was begun."""
+        while latest.number < self._driver.request.rounds:
+            latest = await self._round(latest, opened)
+            opened = None
+        return latest
+
+    async def _round(self, latest: Round, opened: Round | None) -> Round:
+        number = latest.number + 1
+        if opened is None:
+            opened = await self._begin(number, latest)
+        while True:
+            before = latest if opened.stage == 0 else opened
+            turn = (number - 1) * self._stages + opened.stage + 1
+            replies, made = await self._turn(number, turn, before, opened.clients)
+            if opened.stage + 1 == self._stages:
+                break
+            opened = await self._next_stage(opened, turn, replies, made)
+        return await self._driver.finish(
+            number,
+            made,
+            self._tally,
+            clients=tuple(replies),
+            # In a round of several stages the model was evaluated in the first one.
+            devices=_evaluated(replies) if self._stages == 1 else {},
+            turns=(turn,),
+        )
+
+    async def _begin(self, number: int, latest: Round) -> Round:
+        driver, limit = self._driver, self._driver.request.clients
+        driver.check_stop()
+        per_round = limit.per_round or limit.count
+        asked = min(math.ceil(per_round * (1 + limit.over_select)), len(driver.clients))
+        plan = PlanRound(round=number, clients=tuple(sorted(driver.clients)), count=asked)
+        cohort = (await self._aggregator.ask(plan, RoundPlan)).clients
+        evaluate = driver.request.evaluate
+        new = [
+            driver.task(
+                (number - 1) * self._stages + 1,
+                client,
+                latest,
+                StageKind.TRAIN,
+                evaluate=evaluate.devices and (number - 1) % evaluate.every == 0,
+            )
+            for client in cohort
+        ]
+
+        def commit(tx: Connection) -> None:
+            rounds.begin(tx, driver.run, number, cohort)
+            tasks.insert(tx, new)
+
+        await driver.queue(new, commit)
+        return Round(number=number, clients=cohort, model=None, state=None, sent=None, done=False)
+
+    async def _turn(
+        self, number: int, turn: int, before: Round, cohort: tuple[int, ...]
+    ) -> tuple[dict[int, Result], ModelMade]:
+        """All updates of one turn, and what the aggregator makes of them."""
+        driver = self._driver
+        begin = BeginRound(
+            round=turn,
+            model_path=driver.path(before.model),
+            state_path=driver.path(before.state),
+            clients=cohort,
+        )
+        await self._aggregator.ask(begin, RoundBegun)
+        replies = await self._collect(number, turn, cohort)
+        finish = FinishRound(out_dir=str(driver.out_dir(turn)))
+        return replies, await self._aggregator.ask(finish, ModelMade)
+
+    async def _next_stage(
+        self, opened: Round, turn: int, replies: Mapping[int, Result], made: ModelMade
+    ) -> Round:
+        """Keep what a stage made, and ask those who have answered for the next one."""
+        driver, number, stage = self._driver, opened.number, opened.stage + 1
+        devices = _evaluated(replies) if stage == 1 else {}
+        clients = tuple(replies)
+        driver.check_stop()
+        kept = await driver.adopt(made)
+        found = Round(number=number, clients=clients, done=False, stage=stage, **kept._asdict())
+        new = [driver.task(turn + 1, client, found, StageKind.TRAIN) for client in clients]
+
+        def step(tx: Connection) -> list[str]:
+            tasks.insert(tx, new)
+            rounds.add_metrics(tx, driver.run, number - 1, devices)
+            return rounds.stage_done(
+                tx, driver.run, number, stage=stage, clients=clients, turn=turn, **kept._asdict()
+            )
+
+        await driver.commit(kept, step)
+        driver.all.dispatcher.added(new)
+        return found
+
+    async def _collect(self, number: int, turn: int, cohort: tuple[int, ...]) -> dict[int, Result]:
+        """Give every update to the aggregator as it comes, until the round may close."""
+        driver, limit = self._driver, self._driver.request.clients
+        enough = min(limit.per_round or limit.count, len(cohort))
+        minimum = limit.minimum or enough
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit.deadline_s if limit.deadline_s else math.inf
+        good: dict[int, Result] = {}
+        bad: dict[int, Cause] = {}
+        received_bytes = 0
+        while True:
+            driver.told.clear()
+            driver.check_stop()
+            for client, _, result in await results(driver, turn, {*good, *bad}):
+                if len(good) == enough:
+                    break
+                added = await driver.add(self._aggregator, client, result)
+                received_bytes += sum(a.blob.size for a in result.artifacts)
+                if added.refusal is None:
+                    good[client] = result
+                else:
+                    bad[client] = added.refusal
+                    await driver.complain(number, client, added.refusal)
+            left = len(cohort) - len(bad)
+            if left < minimum:
+                raise RunFailed(_too_few(number, minimum, left, next(iter(bad.values()))))
+            late = loop.time() >= deadline
+            if len(good) >= min(enough, left) or (late and len(good) >= minimum):
+                break
+            driver.progress = {
+                "number": number,
+                "asked": len(cohort),
+                "answered": len(good) + len(bad),
+                "received_bytes": received_bytes,
+            }
+            need = minimum if late else 0
+            driver.wait_for(partial(_missing, driver, number, cohort, {*good, *bad}, need))
+            await driver.either(driver.told, within_s=None if late else deadline - loop.time())
+        driver.done_waiting()
+        await driver.go_on_without(turn)
+        self._tally = Tally(replies=len(good), refused=len(bad), received_bytes=received_bytes)
+        return dict(sorted(good.items()))
+
+
+async def evaluate_last(driver: "Driver", latest: Round, opened: Round | None, turn: int) -> None:
+    """The last model, evaluated on the devices; it has no next round to be evaluated in."""
+    number = latest.number + 1
+    cohort = tuple(sorted(driver.clients))
+    if opened is None:
+        new = [driver.task(turn, client, latest, StageKind.EVALUATE) for client in cohort]
+
+        def commit(tx: Connection) -> None:
+            rounds.begin(tx, driver.run, number, cohort)
+            tasks.insert(tx, new)
+
+        await driver.queue(new, commit)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + (driver.request.clients.deadline_s or math.inf)
+    while True:
+        driver.told.clear()
+        driver.check_stop()
+        replies = await results(driver, turn)
+        if len(replies) == len(cohort) or loop.time() >= deadline:
+            break
+        answered = {client for client, _, _ in replies}
+        driver.progress = {
+            "number": number,
+            "asked": len(cohort),
+            "answered": len(answered),
+            "received_bytes": 0,
+        }
+        driver.wait_for(partial(_missing, driver, number, cohort, answered, 0))
+        await driver.either(driver.told, within_s=deadline - loop.time())
+    driver.done_waiting()
+    await driver.go_on_without(turn)
+    for client, _, result in replies:
+        if result.state is not TaskState.FINISHED and result.cause is not None:
+            await driver.complain(number, client, result.cause)
+    devices = _evaluated({client: result for client, _, result in replies})
+    await driver.store.write(lambda tx: rounds.add_metrics(tx, driver.run, latest.number, devices))
+
+
+async def results(
+    driver: "Driver", turn: int, known: Collection[int] = ()
+) -> list[tuple[int, str, Result]]:
+    """What has come in a turn, but for clients that are known already."""
+    return await driver.store.read(lambda tx: tasks.results(tx, driver.run, turn, known))
+
+
+def _evaluated(replies: Mapping[int, Result]) -> dict[str, float]:
+    found = rounds.mean_metrics([result.metrics for result in replies.values()], "eval.")
+    return {f"devices.{name}": value for name, value in found.items()}
+
+
+def _missing(
+    driver: "Driver",
+    number: int,
+    cohort: tuple[int, ...],
+    answered: Collection[int],
+    minimum: int,
+) -> str:
+    """Whom a round waits for; `minimum`: it is past its deadline and needs so many."""
+    fleet = driver.all.fleet
+    names = []
+    for client in cohort:
+        machine = fleet.get(driver.clients[client])
+        if client in answered or machine is None:
+            continue
+        away = fleet.away(machine)
+        names.append(f"{machine.name} ({away})" if away else machine.name)
+    late = f", past its deadline; it needs {minimum}" if minimum else ""
+    return (
+        f"round {number}: {len(answered)} of {len(cohort)} have answered{late}; "
+        f"waiting for {', '.join(names)}"
+    )
+
+
+def _too_few(number: int, minimum: int, left: int, first: Cause) -> Cause:
+    return Cause(
+        fault=first.fault,
+        message=f"round {number} needs {minimum} updates and can get {left}: {first.message}",
+        hint=first.hint,
+        traceback=first.traceback,
+    )
