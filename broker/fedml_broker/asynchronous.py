@@ -96,7 +96,10 @@ class Versions:
                 "received_bytes": self._received_bytes,
             }
             driver.wait_for(partial(self._missing, number))
-            await driver.either(driver.told, bell, within_s=None)
+            # A machine that fell silent rings no bell.
+            await driver.either(
+                driver.told, bell, within_s=driver.all.dispatcher.timing.heartbeat_s
+            )
 
     async def _listen(self, number: int) -> bool:
         """Give what has come to the aggregator, until that makes a model."""

@@ -50,7 +50,10 @@ class Fleet:
         self._bell = asyncio.Event()
 
     def bell(self) -> asyncio.Event:
-        """Set when a machine joins or comes online. Get it first, look second, then wait."""
+        """Set when a machine joins, comes online or leaves. Get it first, look second, then wait.
+
+        It does not ring for one that falls silent: that shows in the clock alone.
+        """
         return self._bell
 
     def _ring(self) -> None:
@@ -94,6 +97,7 @@ class Fleet:
         machine = self._machines.get(device)
         if machine is not None and boot_n >= machine.boot_n:
             machine.heard_at = None
+            self._ring()
 
     def online(self, machine: Machine) -> bool:
         """Whether it has beaten lately."""
