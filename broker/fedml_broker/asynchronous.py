@@ -34,8 +34,13 @@ if TYPE_CHECKING:
 class Versions:
     """The versions of the model of one run."""
 
-    def __init__(self, driver: "Driver", aggregator: Aggregator) -> None:
+    def __init__(self, driver: "Driver", aggregator: Aggregator, buffer: int) -> None:
+        """
+        Args:
+            buffer: Updates that make a version.
+        """
         self._driver = driver
+        self._buffer = buffer
         self._aggregator = aggregator
         limit = driver.request.clients
         self._at_work = limit.per_round or limit.count
@@ -69,7 +74,7 @@ class Versions:
         driver, number = self._driver, latest.number + 1
         if not begun:
             await driver.store.write(
-                lambda tx: rounds.begin(tx, driver.run, number, (), at_work=self._at_work)
+                lambda tx: rounds.begin(tx, driver.run, number, (), count=self._buffer)
             )
         begin = BeginRound(
             round=number,
@@ -91,8 +96,8 @@ class Versions:
             await self._fill(latest)
             driver.progress = {
                 "number": number,
-                "asked": len(self._heard) + len(self._busy()),
-                "answered": len(self._heard),
+                "asked": self._buffer,
+                "answered": len(self._heard) - len(self._bad),
                 "received_bytes": self._received_bytes,
             }
             driver.wait_for(partial(self._missing, number))

@@ -155,7 +155,7 @@ class Driver:
             opened = next((r for r in done[1:] if not r.done), None)
             if latest.number < self.request.rounds:
                 if algorithm.asynchronous:
-                    latest = await Versions(self, aggregator).walk(latest, opened)
+                    latest = await Versions(self, aggregator, algorithm.buffer).walk(latest, opened)
                 else:
                     latest = await Rounds(self, aggregator, algorithm.stages).walk(latest, opened)
                 opened = None

@@ -68,20 +68,20 @@ def load(tx: Connection, run: str) -> list[Round]:
 
 
 def begin(
-    tx: Connection, run: str, number: int, asked: Sequence[int], *, at_work: int | None = None
+    tx: Connection, run: str, number: int, asked: Sequence[int], *, count: int | None = None
 ) -> None:
     """Open a round, in the transaction that queues its tasks.
 
     Args:
-        at_work: How many clients it has at a time, where it asks none of its own.
+        count: How many updates it waits for, where it asks no clients of its own.
     """
     tx.execute(
         rounds.insert().values(
             run=run, round=number, clients=list(asked), metrics={}, started_at=time.time()
         )
     )
-    count = len(asked) if at_work is None else at_work
-    add_event(tx, run, "round_begins", {"round": number, "clients": count})
+    clients = len(asked) if count is None else count
+    add_event(tx, run, "round_begins", {"round": number, "clients": clients})
 
 
 def stage_done(

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from safetensors.numpy import load_file, save_file
 
@@ -88,10 +88,10 @@ class Aggregator:
         self._application = Application(Path(opened.app_dir) / opened.app, config)
         if opened.central and self._application.evaluates:
             self._central = self._application.central()
-        return RunOpened(
-            stages=self._algorithm.stages,
-            asynchronous=self._algorithm.kind is algorithm.Kind.ASYNCHRONOUS,
-        )
+        if self._algorithm.kind is algorithm.Kind.ASYNCHRONOUS:
+            buffer = cast(algorithm.Asynchronous, self._algorithm).buffer
+            return RunOpened(asynchronous=True, buffer=buffer)
+        return RunOpened(stages=self._algorithm.stages)
 
     def _first(self, out: Path) -> ModelMade:
         if self._application is None:

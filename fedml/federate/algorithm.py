@@ -311,6 +311,17 @@ class Algorithm(Protocol):
         ...
 
 
+class Asynchronous(Algorithm, Protocol):
+    """An algorithm that steps with each update, or with every few.
+
+    Attributes:
+        buffer: How many updates make a new model.
+    """
+
+    @property
+    def buffer(self) -> int: ...
+
+
 def require_support(algorithm: Algorithm, local: Local, training: str = "the training") -> None:
     """Refuse a training that cannot do what the algorithm needs, before any round is run.
 

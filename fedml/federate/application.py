@@ -40,13 +40,29 @@ class Client:
     Attributes:
         index: From 0; with `count`, enough to take one part of a divided data set.
         labels: Those of its device (empty in a simulation).
-        paths: Where the machine's owner keeps data sets, by name (his policy's ``[data]``).
+        paths: Where the machine's owner keeps data sets, by name (his policy's ``[data]``). A name
+            that is not there raises `ApplicationError`.
     """
 
     index: int
     count: int
     labels: Mapping[str, str] = field(default_factory=dict)
     paths: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", _Paths(self.paths))
+
+
+class _Paths(dict[str, str]):
+    """Says what to do about a name that is not there."""
+
+    def __missing__(self, name: str) -> str:
+        listed = ", ".join(sorted(self)) or "none"
+        raise ApplicationError(
+            f"this machine lists no data called {name!r} (listed: {listed}). Its owner does so "
+            f'in policy.toml, `[data]`, as {name} = "/path"; a simulation in the run file, '
+            f"simulation.data"
+        )
 
 
 class Application:

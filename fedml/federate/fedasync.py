@@ -51,6 +51,7 @@ class FedAsync:
     name: ClassVar[str] = "fedasync"
     kind: ClassVar[Kind] = Kind.ASYNCHRONOUS
     stages: ClassVar[int] = 1
+    buffer: ClassVar[int] = 1
     deltas: ClassVar[bool] = False
 
     alpha: float = 0.6

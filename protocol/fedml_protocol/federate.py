@@ -129,10 +129,12 @@ class RunOpened:
     Attributes:
         stages: Turns in a row that one cohort serves, which are one round.
         asynchronous: There are no cohorts: a model may come of each update.
+        buffer: Updates that make a model, where the algorithm is asynchronous.
     """
 
     stages: int = 1
     asynchronous: bool = False
+    buffer: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -602,12 +602,14 @@ class RoundBegun(_message.Message):
     def __init__(self) -> None: ...
 
 class RunOpened(_message.Message):
-    __slots__ = ("stages", "asynchronous")
+    __slots__ = ("stages", "asynchronous", "buffer")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     ASYNCHRONOUS_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_FIELD_NUMBER: _ClassVar[int]
     stages: int
     asynchronous: bool
-    def __init__(self, stages: _Optional[int] = ..., asynchronous: _Optional[bool] = ...) -> None: ...
+    buffer: int
+    def __init__(self, stages: _Optional[int] = ..., asynchronous: _Optional[bool] = ..., buffer: _Optional[int] = ...) -> None: ...
 
 class AddUpdate(_message.Message):
     __slots__ = ("client", "path", "weight", "metrics", "staleness")

@@ -238,7 +238,7 @@ _AGGREGATOR: Mapping[str, _Question | _Answer] = {
     ),
     "round_plan": RoundPlan(clients=(1, 300)),
     "round_begun": RoundBegun(),
-    "run_opened": RunOpened(stages=2, asynchronous=True),
+    "run_opened": RunOpened(stages=2, asynchronous=True, buffer=10),
     "update_added": UpdateAdded(client=300, refusal=_CAUSE),
     "update_added-stepped": UpdateAdded(client=3, stepped=True),
     "failed": Failed(cause=_CAUSE),
