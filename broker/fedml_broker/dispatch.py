@@ -99,6 +99,10 @@ class Dispatcher:
             if task.state in HELD and task.device is not None:
                 self._hold(task)
                 self._extend(task, back_s)
+                if task.stopping:  # told with its next heartbeat
+                    self._end_unanswered(task, back_s)
+        for run, reason in {t.run: t.stopping for t in self._queued() if t.stopping}.items():
+            await self._end_queued(run, reason)
         self._wake.set()
 
     def added(self, new: Iterable[Task]) -> None:
@@ -145,14 +149,18 @@ class Dispatcher:
 
     async def stop_run(self, run: str, reason: str) -> None:
         """End every task of a run: the queued at once, the held ones by their device."""
+        await self._end_queued(run, reason)
+        for task in self.of_run(run):
+            if task.state in HELD:
+                await self.stop(task, reason)
+
+    async def _end_queued(self, run: str, reason: str) -> None:
         # Listed here: the writer's thread must not walk through what this one changes.
         mine = self.of_run(run)
         stopped = set(await self._store.write(lambda tx: self._stop_queued(tx, run, mine)))
         for task in self.of_run(run):
             if task.id in stopped:
                 self._forget(task, _stopped(task, reason))
-            elif task.state in HELD:
-                await self.stop(task, reason)
 
     def _stop_queued(self, tx: Connection, run: str, mine: Sequence[Task]) -> list[str]:
         ids = tasks.stop_queued(tx, run)
@@ -165,16 +173,17 @@ class Dispatcher:
         """End one held task. A device that does not answer in time is not waited for."""
         task.stopping = reason
         machine = self._fleet.get(task.device or "")
-        grace = task.offer.grace_s
         if machine is None or not self._fleet.online(machine):
             await self._end(task, _stopped(task, f"{reason} (its device is offline)"))
             return
-        cancel = Cancel(task=task.id, epoch=task.epoch, grace_s=grace, reason=reason)
-        await self._orders.send(machine.address, cancel)
-        epoch = task.epoch
+        await self._orders.send(machine.address, _cancel(task))
+        self._end_unanswered(task)
+
+    def _end_unanswered(self, task: Task, delay_s: float = 0.0) -> None:
+        epoch, end = task.epoch, _stopped(task, f"{task.stopping} (no answer)")
         self._later(
-            grace + self.timing.offer_s,
-            lambda: self._end_if(task, epoch, _stopped(task, f"{reason} (no answer)")),
+            delay_s + task.offer.grace_s + self.timing.offer_s,
+            lambda: self._end_if(task, epoch, end),
         )
 
     def give_up(self, run: str, chosen: Iterable[Task]) -> None:
@@ -286,6 +295,8 @@ class Dispatcher:
                     task.state = move(task.state, TaskState.LEASED)
                     task.accepted_seq = seq
                 task.lease_until = self._fleet.clock() + self.timing.lease_s
+                if task.stopping and told.state not in FINAL:  # its Cancel was lost, it may be
+                    self._send(machine.address, _cancel(task))
             elif told.state not in FINAL:
                 self._send(
                     machine.address,
@@ -501,6 +512,11 @@ class Dispatcher:
 
 def _ended(task: Task, state: TaskState, cause: Cause | None) -> Result:
     return Result(task=task.id, epoch=max(task.epoch, 1), state=state, cause=cause)
+
+
+def _cancel(task: Task) -> Cancel:
+    """To the device of a task that is being stopped. Again is harmless: the first one counts."""
+    return Cancel(task=task.id, epoch=task.epoch, grace_s=task.offer.grace_s, reason=task.stopping)
 
 
 def _stopped(task: Task, reason: str) -> Result:

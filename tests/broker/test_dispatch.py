@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection
 
-from fedml_broker import tables, tasks
+from fedml_broker import runs, tables, tasks
+from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher, Timing
 from fedml_broker.fleet import Fleet, Machine
@@ -210,6 +211,20 @@ class Place:
             capacity=device.capacity,
         )
         self.fleet.put(machine)
+
+    async def submit_run(self, run: str) -> None:
+        """The run of a task: for tests that ask what the store says of it."""
+        await self.store.write(
+            lambda tx: runs.create(
+                tx,
+                User(name="ann", tenant="acme", role="member"),
+                run=run,
+                kind="launch",
+                name="job",
+                spec={},
+                package=None,
+            )
+        )
 
     async def queue(self, *new: Task) -> None:
         await self.store.write(lambda tx: tasks.insert(tx, new))
@@ -896,6 +911,49 @@ async def test_giving_tasks_up_frees_their_machines(place: Place) -> None:
     assert sorted(place.post.take()) == [("one", "Cancel t-1.1"), ("one", "Offer t-2.1")]
     assert place.effects.ended_ == []  # whoever gave it up has written that down himself
     assert place.dispatcher.of_run("r-1") == []
+
+
+@pytest.mark.parametrize("when", ["held", "queued"])
+async def test_what_was_stopped_ends_after_a_restart_though_its_cancel_was_lost(
+    place: Place, when: str
+) -> None:
+    one = await place.device("one")
+    await place.submit_run("r-1")
+    await place.queue(job(needs=Needs(gpus=int(when == "queued"))))
+    if when == "held":
+        await one.run("t-1", 1)
+    # The broker dies between the note that it was stopped and the first word to a device.
+    await place.store.write(lambda tx: runs.stop_asked(tx, "r-1", "ann"))
+    await place.restart()
+    place.post.take()
+
+    if when == "held":
+        await one.beat()
+        assert place.post.take() == [("one", "Cancel t-1.1")]
+        assert place.post.letters[-1].body.reason == "stopped by ann"
+        await one.beat()  # this one was lost too
+        assert place.post.take() == [("one", "Cancel t-1.1")]
+        await one.end("t-1", 1, STOPPED)
+
+    assert place.effects.ended_ == [("t-1", STOPPED)]
+    assert await place.state() is STOPPED
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_after_a_restart_too_who_does_not_obey_a_stop_is_not_waited_for(
+    place: Place, comes_back: bool
+) -> None:
+    one = await place.device("one")
+    await place.device("two")
+    await place.submit_run("r-1")
+    await place.queue(job(device="one", bound=True, grace_s=5))
+    await one.run("t-1", 1)
+    await place.store.write(lambda tx: runs.stop_asked(tx, "r-1", "ann"))
+    await place.restart()
+    one.alive = comes_back
+    await place.pass_by(120)
+    assert place.effects.ended_ == [("t-1", STOPPED)]
+    assert place.post.offers() == [("one", "t-1", 1)]
 
 
 # ---------------------------------------------------------------------- machines that do not take
