@@ -175,7 +175,9 @@ class Api:
 
     async def enrol(self, call: Call) -> Any:
         """Let a machine join with a login key."""
-        return await self._broker.devices.enrol(call.body)
+        answer = await self._broker.devices.enrol(call.body)
+        self._broker.dispatcher.wake()
+        return answer
 
     async def challenge(self, call: Call) -> Any:
         """A nonce to be signed by a device whose certificate has expired."""
@@ -190,7 +192,9 @@ class Api:
     async def hello(self, call: Call) -> Any:
         """An agent has started."""
         hello: Hello = call.body
-        return await self._broker.devices.hello(call.device, hello.inventory, hello.agent_version)
+        answer = await self._broker.devices.hello(call.device, hello.inventory, hello.agent_version)
+        self._broker.dispatcher.wake()  # it may have more to give than it had
+        return answer
 
     async def renew(self, call: Call) -> Any:
         """A new certificate before the present one ends."""

@@ -7,6 +7,7 @@ first a fenced transaction in the store, then a change of the mirror in memory, 
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class Dispatcher:
         self._orders = orders
         self._blobs = blobs
         self._tasks: dict[str, Task] = {}
+        # The held ones by their device: what a heartbeat costs must not grow with the fleet.
+        self._held: dict[str, dict[str, Task]] = {}
         self._wake = asyncio.Event()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -200,9 +203,15 @@ class Dispatcher:
     # ------------------------------------------------------------------ offering
 
     async def serve(self) -> None:
-        """Offer what is queued, whenever something may have changed."""
+        """Offer what is queued, whenever something may have changed.
+
+        Looked at again once an interval all the same: the reasons that people read name machines
+        that have fallen silent, and silence wakes nobody.
+        """
         while True:
-            await self._wake.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.timing.heartbeat_s):
+                    await self._wake.wait()
             self._wake.clear()
             picked = [(t, m) for t in self._queued() if (m := self._look(t)) is not None]
             if picked:
@@ -243,11 +252,11 @@ class Dispatcher:
             machine = self._fleet.get(device) if device is not None else None
             if machine is None:
                 return None
-        machine.holds[task.room] = task.offer.needs
         task.state = move(task.state, TaskState.OFFERED)
         task.epoch += 1
         task.device = machine.address.device
         task.accepted_seq = -1
+        self._hold(task)
         return machine
 
     async def _offer(self, picked: Sequence[tuple[Task, Machine]]) -> None:
@@ -302,16 +311,14 @@ class Dispatcher:
                     machine.address,
                     Cancel(task=told.task, epoch=told.epoch, reason="no longer yours"),
                 )
-        device = machine.address.device
-        for task in [t for t in self._tasks.values() if t.device == device]:
+        for task in self._held_by(machine):
             gone = (task.id, task.epoch) not in held and task.accepted_seq < seq
             if gone and task.state in (TaskState.LEASED, TaskState.RUNNING):
                 await self._take_back(task, f"{machine.name} no longer has it")
-        self._wake.set()
 
     async def online(self, machine: Machine) -> None:
         """A machine (re)connected: what was offered to it may have been lost on the way."""
-        for task in [t for t in self._tasks.values() if t.device == machine.address.device]:
+        for task in self._held_by(machine):
             if task.state is TaskState.OFFERED:
                 await self._publish_offer(task, machine.address)
 
@@ -435,8 +442,13 @@ class Dispatcher:
         if result is not None:
             self.works[task.kind].told(task, result)
 
+    def _held_by(self, machine: Machine) -> list[Task]:
+        return list(self._held.get(machine.address.device, {}).values())
+
     def _hold(self, task: Task) -> None:
-        machine = self._fleet.get(task.device or "")
+        device = task.device or ""
+        self._held.setdefault(device, {})[task.id] = task
+        machine = self._fleet.get(device)
         if machine is not None:
             machine.holds[task.room] = task.offer.needs
 
@@ -444,7 +456,12 @@ class Dispatcher:
         timer = self._timers.pop(task.id, None)
         if timer is not None:
             timer.cancel()
-        machine = self._fleet.get(task.device or "")
+        device = task.device or ""
+        if (held := self._held.get(device)) is not None:
+            held.pop(task.id, None)
+            if not held:
+                del self._held[device]
+        machine = self._fleet.get(device)
         if machine is not None and task.room == task.id:  # a session's room is its run's to free
             machine.holds.pop(task.room, None)
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
@@ -673,6 +673,51 @@ async def test_after_a_freeze_a_machine_that_is_really_gone_has_one_lease_more(
     assert len(place.post.offers()) == 1
     await place.pass_by(2)
     assert place.post.offers()[1:] == [("two", "t-1", 2)]
+
+
+class Watched(Task):
+    """A task that counts how often somebody looks at one."""
+
+    __slots__ = ()
+    looks: ClassVar[int] = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        Watched.looks += 1
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("others", ["held", "queued"])
+async def test_a_heartbeat_looks_at_no_tasks_but_its_machines_own(
+    place: Place, others: str
+) -> None:
+    one = await place.device("one")
+    await place.device("two", beat=others == "held")
+    await place.queue(job("t-mine", device="one", bound=True))
+    await one.run("t-mine", 1)
+    theirs = [job(f"t-{n}", run="r-2", device="two", bound=True) for n in range(50)]
+    for task in theirs:
+        task.__class__ = Watched
+    await place.queue(*theirs)
+    assert {t.state for t in theirs} == {OFFERED if others == "held" else QUEUED}
+    Watched.looks = 0
+
+    for _ in range(5):
+        await one.beat()
+    await one.say(Presence(online=True, boot_n=1, oldest_schema=1, newest_schema=1))
+
+    assert Watched.looks == 0
+    await place.pass_by(10)
+    assert Watched.looks > 0  # it does count
+
+
+async def test_what_a_run_waits_for_names_a_machine_that_fell_silent_since(place: Place) -> None:
+    one = await place.device("one")
+    await place.queue(job(needs=Needs(memory_bytes=ROOM.memory_bytes)), job("t-2", run="r-2"))
+    await place.queue(job("t-3", run="r-3", needs=Needs(memory_bytes=ROOM.memory_bytes)))
+    assert "busy" in place.dispatcher.waiting("r-3")
+    one.alive = False
+    await place.pass_by(44)
+    assert place.dispatcher.waiting("r-3") == "one: offline"
 
 
 # ---------------------------------------------------------------------- losses
