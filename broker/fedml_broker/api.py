@@ -251,11 +251,11 @@ class Api:
 
     async def launch(self, call: Call) -> Any:
         """Queue a job."""
-        return {"run": await self._broker.launcher.submit(call.user, call.body)}
+        return await _run_once(self._broker.launcher.submit(call.user, call.body))
 
     async def federate(self, call: Call) -> Any:
         """Start a federated run."""
-        return {"run": await self._broker.federation.submit(call.user, call.body)}
+        return await _run_once(self._broker.federation.submit(call.user, call.body))
 
     async def list_runs(self, call: Call) -> Any:
         """The newest runs. Query: `limit`, `ended_before` (seconds since 1970)."""
@@ -442,6 +442,14 @@ class Api:
             "runs": states,
             "refused_messages": sum(broker.reports.refused.values()),
         }
+
+
+async def _run_once(submission: Awaitable[str]) -> dict[str, str]:
+    """The run, also when a repeated request has overtaken this one on its way into the store."""
+    try:
+        return {"run": await submission}
+    except runs.SubmittedBefore as known:
+        return {"run": known.run}
 
 
 def _signed_in(call: Call) -> None:
