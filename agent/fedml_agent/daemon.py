@@ -227,7 +227,12 @@ class Daemon:
         """Ask what messages that were lost, or held back on the way, would have told us."""
         self._resynced_at = asyncio.get_running_loop().time()
         question = {"sessions": self.stages.kept()}
-        told = await patiently(lambda: self.https().call("POST", "/v1/agent/resync", question))
+        try:
+            told = await patiently(lambda: self.https().call("POST", "/v1/agent/resync", question))
+        except BrokerRefused as error:  # its disk, it may be: soon, not at the next regular time
+            log.warning("the broker did not say what was missed: %s", error)
+            self._resynced_at += _HOUSE_S - _RESYNC_S
+            return
         self.intake.sent_by_now(told["counter"])
         for name in set(question["sessions"]).intersection(told["over"]):
             await self.stages.close(name)

@@ -252,7 +252,10 @@ class Link:
     def _disconnected(
         self, client: paho.Client, _: Any, flags: Any, reason: Any, properties: Any
     ) -> None:
+        if self._gone is None or self._gone.done():  # why was said when it was refused
+            return
         self.trouble = f"the connection ended: {reason}"
+        log.info("%s", self.trouble)
         self._end(int(reason.value))
 
     def _published(

@@ -175,7 +175,9 @@ class Api:
 
     async def enrol(self, call: Call) -> Any:
         """Let a machine join with a login key."""
-        return await self._broker.devices.enrol(call.body)
+        answer = await self._broker.devices.enrol(call.body)
+        self._broker.dispatcher.wake()
+        return answer
 
     async def challenge(self, call: Call) -> Any:
         """A nonce to be signed by a device whose certificate has expired."""
@@ -190,7 +192,9 @@ class Api:
     async def hello(self, call: Call) -> Any:
         """An agent has started."""
         hello: Hello = call.body
-        return await self._broker.devices.hello(call.device, hello.inventory, hello.agent_version)
+        answer = await self._broker.devices.hello(call.device, hello.inventory, hello.agent_version)
+        self._broker.dispatcher.wake()  # it may have more to give than it had
+        return answer
 
     async def renew(self, call: Call) -> Any:
         """A new certificate before the present one ends."""
@@ -247,11 +251,11 @@ class Api:
 
     async def launch(self, call: Call) -> Any:
         """Queue a job."""
-        return {"run": await self._broker.launcher.submit(call.user, call.body)}
+        return await _run_once(self._broker.launcher.submit(call.user, call.body))
 
     async def federate(self, call: Call) -> Any:
         """Start a federated run."""
-        return {"run": await self._broker.federation.submit(call.user, call.body)}
+        return await _run_once(self._broker.federation.submit(call.user, call.body))
 
     async def list_runs(self, call: Call) -> Any:
         """The newest runs. Query: `limit`, `ended_before` (seconds since 1970)."""
@@ -438,6 +442,14 @@ class Api:
             "runs": states,
             "refused_messages": sum(broker.reports.refused.values()),
         }
+
+
+async def _run_once(submission: Awaitable[str]) -> dict[str, str]:
+    """The run, also when a repeated request has overtaken this one on its way into the store."""
+    try:
+        return {"run": await submission}
+    except runs.SubmittedBefore as known:
+        return {"run": known.run}
 
 
 def _signed_in(call: Call) -> None:

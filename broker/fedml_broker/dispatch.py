@@ -7,6 +7,7 @@ first a fenced transaction in the store, then a change of the mirror in memory, 
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class Dispatcher:
         self._orders = orders
         self._blobs = blobs
         self._tasks: dict[str, Task] = {}
+        # The held ones by their device: what a heartbeat costs must not grow with the fleet.
+        self._held: dict[str, dict[str, Task]] = {}
         self._wake = asyncio.Event()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -99,6 +102,10 @@ class Dispatcher:
             if task.state in HELD and task.device is not None:
                 self._hold(task)
                 self._extend(task, back_s)
+                if task.stopping:  # told with its next heartbeat
+                    self._end_unanswered(task, back_s)
+        for run, reason in {t.run: t.stopping for t in self._queued() if t.stopping}.items():
+            await self._end_queued(run, reason)
         self._wake.set()
 
     def added(self, new: Iterable[Task]) -> None:
@@ -145,14 +152,18 @@ class Dispatcher:
 
     async def stop_run(self, run: str, reason: str) -> None:
         """End every task of a run: the queued at once, the held ones by their device."""
+        await self._end_queued(run, reason)
+        for task in self.of_run(run):
+            if task.state in HELD:
+                await self.stop(task, reason)
+
+    async def _end_queued(self, run: str, reason: str) -> None:
         # Listed here: the writer's thread must not walk through what this one changes.
         mine = self.of_run(run)
         stopped = set(await self._store.write(lambda tx: self._stop_queued(tx, run, mine)))
         for task in self.of_run(run):
             if task.id in stopped:
                 self._forget(task, _stopped(task, reason))
-            elif task.state in HELD:
-                await self.stop(task, reason)
 
     def _stop_queued(self, tx: Connection, run: str, mine: Sequence[Task]) -> list[str]:
         ids = tasks.stop_queued(tx, run)
@@ -165,16 +176,17 @@ class Dispatcher:
         """End one held task. A device that does not answer in time is not waited for."""
         task.stopping = reason
         machine = self._fleet.get(task.device or "")
-        grace = task.offer.grace_s
         if machine is None or not self._fleet.online(machine):
             await self._end(task, _stopped(task, f"{reason} (its device is offline)"))
             return
-        cancel = Cancel(task=task.id, epoch=task.epoch, grace_s=grace, reason=reason)
-        await self._orders.send(machine.address, cancel)
-        epoch = task.epoch
+        await self._orders.send(machine.address, _cancel(task))
+        self._end_unanswered(task)
+
+    def _end_unanswered(self, task: Task, delay_s: float = 0.0) -> None:
+        epoch, end = task.epoch, _stopped(task, f"{task.stopping} (no answer)")
         self._later(
-            grace + self.timing.offer_s,
-            lambda: self._end_if(task, epoch, _stopped(task, f"{reason} (no answer)")),
+            delay_s + task.offer.grace_s + self.timing.offer_s,
+            lambda: self._end_if(task, epoch, end),
         )
 
     def give_up(self, run: str, chosen: Iterable[Task]) -> None:
@@ -191,9 +203,15 @@ class Dispatcher:
     # ------------------------------------------------------------------ offering
 
     async def serve(self) -> None:
-        """Offer what is queued, whenever something may have changed."""
+        """Offer what is queued, whenever something may have changed.
+
+        Looked at again once an interval all the same: the reasons that people read name machines
+        that have fallen silent, and silence wakes nobody.
+        """
         while True:
-            await self._wake.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.timing.heartbeat_s):
+                    await self._wake.wait()
             self._wake.clear()
             picked = [(t, m) for t in self._queued() if (m := self._look(t)) is not None]
             if picked:
@@ -234,11 +252,11 @@ class Dispatcher:
             machine = self._fleet.get(device) if device is not None else None
             if machine is None:
                 return None
-        machine.holds[task.room] = task.offer.needs
         task.state = move(task.state, TaskState.OFFERED)
         task.epoch += 1
         task.device = machine.address.device
         task.accepted_seq = -1
+        self._hold(task)
         return machine
 
     async def _offer(self, picked: Sequence[tuple[Task, Machine]]) -> None:
@@ -286,21 +304,21 @@ class Dispatcher:
                     task.state = move(task.state, TaskState.LEASED)
                     task.accepted_seq = seq
                 task.lease_until = self._fleet.clock() + self.timing.lease_s
+                if task.stopping and told.state not in FINAL:  # its Cancel was lost, it may be
+                    self._send(machine.address, _cancel(task))
             elif told.state not in FINAL:
                 self._send(
                     machine.address,
                     Cancel(task=told.task, epoch=told.epoch, reason="no longer yours"),
                 )
-        device = machine.address.device
-        for task in [t for t in self._tasks.values() if t.device == device]:
+        for task in self._held_by(machine):
             gone = (task.id, task.epoch) not in held and task.accepted_seq < seq
             if gone and task.state in (TaskState.LEASED, TaskState.RUNNING):
                 await self._take_back(task, f"{machine.name} no longer has it")
-        self._wake.set()
 
     async def online(self, machine: Machine) -> None:
         """A machine (re)connected: what was offered to it may have been lost on the way."""
-        for task in [t for t in self._tasks.values() if t.device == machine.address.device]:
+        for task in self._held_by(machine):
             if task.state is TaskState.OFFERED:
                 await self._publish_offer(task, machine.address)
 
@@ -424,8 +442,13 @@ class Dispatcher:
         if result is not None:
             self.works[task.kind].told(task, result)
 
+    def _held_by(self, machine: Machine) -> list[Task]:
+        return list(self._held.get(machine.address.device, {}).values())
+
     def _hold(self, task: Task) -> None:
-        machine = self._fleet.get(task.device or "")
+        device = task.device or ""
+        self._held.setdefault(device, {})[task.id] = task
+        machine = self._fleet.get(device)
         if machine is not None:
             machine.holds[task.room] = task.offer.needs
 
@@ -433,7 +456,12 @@ class Dispatcher:
         timer = self._timers.pop(task.id, None)
         if timer is not None:
             timer.cancel()
-        machine = self._fleet.get(task.device or "")
+        device = task.device or ""
+        if (held := self._held.get(device)) is not None:
+            held.pop(task.id, None)
+            if not held:
+                del self._held[device]
+        machine = self._fleet.get(device)
         if machine is not None and task.room == task.id:  # a session's room is its run's to free
             machine.holds.pop(task.room, None)
 
@@ -501,6 +529,11 @@ class Dispatcher:
 
 def _ended(task: Task, state: TaskState, cause: Cause | None) -> Result:
     return Result(task=task.id, epoch=max(task.epoch, 1), state=state, cause=cause)
+
+
+def _cancel(task: Task) -> Cancel:
+    """To the device of a task that is being stopped. Again is harmless: the first one counts."""
+    return Cancel(task=task.id, epoch=task.epoch, grace_s=task.offer.grace_s, reason=task.stopping)
 
 
 def _stopped(task: Task, reason: str) -> Result:

@@ -92,9 +92,11 @@ def now(wanted: Wanted, candidate: Candidate) -> str:
     busy, capacity, needs = candidate.busy, candidate.capacity, wanted.needs
     if len(busy) >= capacity.slots:
         return f"busy: {len(busy)} of {capacity.slots} tasks run"
-    free_gpus = len(capacity.gpus) - sum(b.gpus for b in busy)
-    if needs.gpus > free_gpus:
-        return f"busy: {free_gpus} of {len(capacity.gpus)} GPUs are free"
+    large = _fitting(capacity.gpus, needs)
+    free = _fitting(_free_gpus(capacity, busy), needs)
+    if needs.gpus > len(free):
+        which = f" with {_gib(needs.gpu_memory_bytes)}" if len(large) < len(capacity.gpus) else ""
+        return f"busy: {len(free)} of {len(large)} GPUs{which} are free"
     free_memory = capacity.memory_bytes - sum(b.memory_bytes for b in busy)
     if needs.memory_bytes > free_memory:
         return f"busy: {_gib(free_memory)} of memory are not promised"
@@ -119,6 +121,20 @@ def choose(wanted: Wanted, candidates: Iterable[Candidate]) -> tuple[str | None,
             load = len(candidate.busy) / candidate.capacity.slots
             fitting.append((load, candidate.name, candidate.device))
     return (min(fitting)[2] if fitting else None), reasons
+
+
+def _free_gpus(capacity: Capacity, busy: Iterable[Needs]) -> list[Gpu]:
+    """What is left when each takes the smallest that are large enough, as agents lease them.
+
+    Which ones are really taken only the agent knows: an offer that fits by this count it may have
+    to reject for now, and is asked again later.
+    """
+    free = list(capacity.gpus)
+    for needs in busy:
+        # Those too small come last: taken only if a machine has less than when it was promised.
+        large = sorted(_fitting(free, needs), key=lambda gpu: (gpu.memory_bytes, gpu.uuid))
+        free = [*large, *(gpu for gpu in free if gpu not in large)][needs.gpus :]
+    return free
 
 
 def _fitting(gpus: Iterable[Gpu], needs: Needs) -> list[Gpu]:

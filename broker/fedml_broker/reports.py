@@ -48,8 +48,11 @@ class Reports:
         dispatcher, body = self._dispatcher, envelope.body
         match body:
             case Heartbeat():
+                before = self._fleet.away(machine)
                 if self._fleet.heard(machine.address.device, envelope.boot_n, body) is not None:
                     await dispatcher.beat(machine, body, envelope.seq)
+                    if self._fleet.away(machine) != before:
+                        dispatcher.wake()
             case Presence(online=True):
                 if envelope.boot_n >= machine.boot_n:
                     await dispatcher.online(machine)

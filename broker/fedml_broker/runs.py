@@ -58,6 +58,14 @@ class RunStopped(Exception):
     """Somebody stopped the run."""
 
 
+class SubmittedBefore(Exception):
+    """This very run is there: whoever asks for it gets its id, and nothing is begun."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(run)
+        self.run = run
+
+
 class Runs:
     """Reading and listing; the steps that change a run are the functions below."""
 
@@ -82,13 +90,7 @@ class Runs:
         Raises:
             Problem: 409 when another run has the id.
         """
-        query = sa.select(runs).where(runs.c.id == run)
-        row = await self._store.read(lambda tx: tx.execute(query).mappings().first())
-        if row is None:
-            return False
-        if (row["tenant"], row["user"], row["spec"]) != (user.tenant, user.name, spec):
-            raise Problem(409, "this run's id is taken", run, hint="leave it out: one is chosen")
-        return True
+        return await self._store.read(lambda tx: _submitted(tx, user, run, spec))
 
     async def of_tenant(self, tenant: str, run: str) -> dict[str, Any]:
         """The run, if it is the tenant's.
@@ -159,7 +161,14 @@ def create(
     spec: dict[str, Any],
     package: Blob | None,
 ) -> None:
-    """Write down a new run, queued."""
+    """Write down a new run, queued.
+
+    Raises:
+        SubmittedBefore: A request that came at the same moment has done it.
+        Problem: 409 when another run has the id.
+    """
+    if _submitted(tx, user, run, spec):
+        raise SubmittedBefore(run)
     tx.execute(
         runs.insert().values(
             id=run,
@@ -176,6 +185,15 @@ def create(
     if package is not None:
         refer(tx, package.sha256, f"run/{run}/package")
     add_event(tx, run, "state", {"state": TaskState.QUEUED.name})
+
+
+def _submitted(tx: Connection, user: User, run: str, spec: dict[str, Any]) -> bool:
+    row = tx.execute(sa.select(runs).where(runs.c.id == run)).mappings().first()
+    if row is None:
+        return False
+    if (row["tenant"], row["user"], row["spec"]) != (user.tenant, user.name, spec):
+        raise Problem(409, "this run's id is taken", run, hint="leave it out: one is chosen")
+    return True
 
 
 def running(tx: Connection, run: str) -> None:

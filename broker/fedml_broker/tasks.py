@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from fedml_broker.tables import tasks
+from fedml_broker.tables import runs, tasks
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse, serialise
 from fedml_protocol.launch import LaunchSpec
@@ -114,7 +114,12 @@ def insert(tx: Connection, new: Sequence[Task]) -> None:
 
 def load_open(tx: Connection) -> list[Task]:
     """Every task that is not final, oldest first."""
-    query = sa.select(tasks).where(tasks.c.state.not_in(_FINAL)).order_by(tasks.c.created_at)
+    query = (
+        sa.select(tasks, runs.c.stopped_by)
+        .join_from(tasks, runs, tasks.c.run == runs.c.id, isouter=True)
+        .where(tasks.c.state.not_in(_FINAL))
+        .order_by(tasks.c.created_at)
+    )
     return [
         Task(
             offer=parse(Offer, row.offer),
@@ -128,6 +133,7 @@ def load_open(tx: Connection) -> list[Task]:
             round=row.round,
             client=row.client,
             version=row.version,
+            stopping=f"stopped by {row.stopped_by}" if row.stopped_by else "",
         )
         for row in tx.execute(query)
     ]

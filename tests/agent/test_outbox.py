@@ -11,7 +11,7 @@ import pytest
 from fedml_agent.errors import BrokerUnreachable
 from fedml_agent.journal import Entry, Journal
 from fedml_agent.link import LinkDown
-from fedml_agent.outbox import FilesSpoilt, Outbox
+from fedml_agent.outbox import WINDOW, FilesSpoilt, Outbox
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import Offer, Result, TaskState
@@ -45,6 +45,8 @@ class Desk:
 
     async def task(self, body: Any) -> None:
         self._note(body.task)
+        if (held_back := self.slow.get(f"result {body.task}")) is not None:
+            await held_back.wait()
         if (error := self.trouble.get(body.task)) is not None:
             raise error
 
@@ -148,3 +150,43 @@ async def test_what_can_never_be_sent_is_not_tried_again_and_holds_nobody(
     await desk.time.pass_by(100)
     assert desk.sent("dead") == [0]
     assert len(desk.sent("alive")) > 3
+
+
+@pytest.mark.parametrize("slow", ["", "result "])
+async def test_no_more_than_the_window_is_on_its_way_and_the_oldest_goes_first(
+    desk: Desk, slow: str
+) -> None:
+    """`slow`: whether files take their time, or the broker's word that it has the message."""
+    names = [f"t-{n:02}" for n in range(3 * WINDOW)]
+    for name in names:
+        desk.slow[slow + name] = asyncio.Event()
+    for name in names:
+        await desk.ends(name)
+    await desk.time.pass_by(300)
+
+    def begun() -> list[str]:
+        return [what.removeprefix("files ") for _, what in desk.said if "files" in what]
+
+    assert begun() == names[:WINDOW]
+    # They get through one after the other, the third first: each makes room for the next.
+    through = [names[2], *names[:2], *names[3:]]
+    for n, name in enumerate(through):
+        desk.slow[slow + name].set()
+        await turns()
+        desk.journal.confirm(name, 1)
+        desk.outbox.confirmed((name, 1))
+        assert begun() == names[: WINDOW + n + 1]
+    results = [what for _, what in desk.said if "files" not in what]
+    assert results == (names if slow else through)
+
+
+async def test_after_a_cut_they_go_again_in_their_order_a_window_at_a_time(desk: Desk) -> None:
+    names = [f"t-{n:02}" for n in range(2 * WINDOW + 5)]
+    for name in names:
+        desk.trouble[name] = LinkDown("away")
+        await desk.ends(name)
+    desk.trouble.clear()
+    desk.said.clear()
+    desk.outbox.again()
+    await turns()
+    assert [what for _, what in desk.said if "files" not in what] == names

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection
 
-from fedml_broker import tables, tasks
+from fedml_broker import runs, tables, tasks
+from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher, Timing
 from fedml_broker.fleet import Fleet, Machine
@@ -210,6 +211,20 @@ class Place:
             capacity=device.capacity,
         )
         self.fleet.put(machine)
+
+    async def submit_run(self, run: str) -> None:
+        """The run of a task: for tests that ask what the store says of it."""
+        await self.store.write(
+            lambda tx: runs.create(
+                tx,
+                User(name="ann", tenant="acme", role="member"),
+                run=run,
+                kind="launch",
+                name="job",
+                spec={},
+                package=None,
+            )
+        )
 
     async def queue(self, *new: Task) -> None:
         await self.store.write(lambda tx: tasks.insert(tx, new))
@@ -660,6 +675,51 @@ async def test_after_a_freeze_a_machine_that_is_really_gone_has_one_lease_more(
     assert place.post.offers()[1:] == [("two", "t-1", 2)]
 
 
+class Watched(Task):
+    """A task that counts how often somebody looks at one."""
+
+    __slots__ = ()
+    looks: ClassVar[int] = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        Watched.looks += 1
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("others", ["held", "queued"])
+async def test_a_heartbeat_looks_at_no_tasks_but_its_machines_own(
+    place: Place, others: str
+) -> None:
+    one = await place.device("one")
+    await place.device("two", beat=others == "held")
+    await place.queue(job("t-mine", device="one", bound=True))
+    await one.run("t-mine", 1)
+    theirs = [job(f"t-{n}", run="r-2", device="two", bound=True) for n in range(50)]
+    for task in theirs:
+        task.__class__ = Watched
+    await place.queue(*theirs)
+    assert {t.state for t in theirs} == {OFFERED if others == "held" else QUEUED}
+    Watched.looks = 0
+
+    for _ in range(5):
+        await one.beat()
+    await one.say(Presence(online=True, boot_n=1, oldest_schema=1, newest_schema=1))
+
+    assert Watched.looks == 0
+    await place.pass_by(10)
+    assert Watched.looks > 0  # it does count
+
+
+async def test_what_a_run_waits_for_names_a_machine_that_fell_silent_since(place: Place) -> None:
+    one = await place.device("one")
+    await place.queue(job(needs=Needs(memory_bytes=ROOM.memory_bytes)), job("t-2", run="r-2"))
+    await place.queue(job("t-3", run="r-3", needs=Needs(memory_bytes=ROOM.memory_bytes)))
+    assert "busy" in place.dispatcher.waiting("r-3")
+    one.alive = False
+    await place.pass_by(44)
+    assert place.dispatcher.waiting("r-3") == "one: offline"
+
+
 # ---------------------------------------------------------------------- losses
 
 
@@ -896,6 +956,49 @@ async def test_giving_tasks_up_frees_their_machines(place: Place) -> None:
     assert sorted(place.post.take()) == [("one", "Cancel t-1.1"), ("one", "Offer t-2.1")]
     assert place.effects.ended_ == []  # whoever gave it up has written that down himself
     assert place.dispatcher.of_run("r-1") == []
+
+
+@pytest.mark.parametrize("when", ["held", "queued"])
+async def test_what_was_stopped_ends_after_a_restart_though_its_cancel_was_lost(
+    place: Place, when: str
+) -> None:
+    one = await place.device("one")
+    await place.submit_run("r-1")
+    await place.queue(job(needs=Needs(gpus=int(when == "queued"))))
+    if when == "held":
+        await one.run("t-1", 1)
+    # The broker dies between the note that it was stopped and the first word to a device.
+    await place.store.write(lambda tx: runs.stop_asked(tx, "r-1", "ann"))
+    await place.restart()
+    place.post.take()
+
+    if when == "held":
+        await one.beat()
+        assert place.post.take() == [("one", "Cancel t-1.1")]
+        assert place.post.letters[-1].body.reason == "stopped by ann"
+        await one.beat()  # this one was lost too
+        assert place.post.take() == [("one", "Cancel t-1.1")]
+        await one.end("t-1", 1, STOPPED)
+
+    assert place.effects.ended_ == [("t-1", STOPPED)]
+    assert await place.state() is STOPPED
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_after_a_restart_too_who_does_not_obey_a_stop_is_not_waited_for(
+    place: Place, comes_back: bool
+) -> None:
+    one = await place.device("one")
+    await place.device("two")
+    await place.submit_run("r-1")
+    await place.queue(job(device="one", bound=True, grace_s=5))
+    await one.run("t-1", 1)
+    await place.store.write(lambda tx: runs.stop_asked(tx, "r-1", "ann"))
+    await place.restart()
+    one.alive = comes_back
+    await place.pass_by(120)
+    assert place.effects.ended_ == [("t-1", STOPPED)]
+    assert place.post.offers() == [("one", "t-1", 1)]
 
 
 # ---------------------------------------------------------------------- machines that do not take

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which machine a task goes to, and what people are told when it goes to none."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,13 @@ def test_a_machine_without_gpus_says_so() -> None:
         ((Needs(), Needs()), Needs(), "busy: 2 of 2 tasks run"),
         ((Needs(gpus=1),), Needs(gpus=1), ""),
         ((Needs(gpus=1),), Needs(gpus=2), "busy: 1 of 2 GPUs are free"),
+        ((Needs(gpus=1),), Needs(gpus=1, gpu_memory_bytes=80 * GIB), ""),  # that one took the T4
+        (
+            (Needs(gpus=1, gpu_memory_bytes=20 * GIB),),
+            Needs(gpus=1, gpu_memory_bytes=80 * GIB),
+            "busy: 0 of 1 GPUs with 80.0 GiB are free",
+        ),
+        ((Needs(gpus=1, gpu_memory_bytes=20 * GIB),), Needs(gpus=1), ""),
         ((Needs(memory_bytes=30 * GIB),), Needs(memory_bytes=2 * GIB), ""),
         (
             (Needs(memory_bytes=30 * GIB),),
@@ -161,11 +169,21 @@ def test_a_choice_is_explained_fits_and_does_not_hang_on_the_order(
         # Whatever the words say, the numbers must hold.
         promised = [*m.busy, wanted.needs]
         assert len(promised) <= m.capacity.slots
-        assert sum(n.gpus for n in promised) <= len(m.capacity.gpus)
+        assert not wanted.needs.gpus or sum(n.gpus for n in promised) <= len(m.capacity.gpus)
         assert sum(n.memory_bytes for n in promised) <= m.capacity.memory_bytes
         assert sum(n.cpus for n in promised) <= m.capacity.cpus
         assert wanted.needs.disk_bytes <= m.capacity.disk_bytes
         assert all(m.labels.get(k) == v for k, v in wanted.labels.items())
         assert not m.away
-        large = [g for g in m.capacity.gpus if g.memory_bytes >= wanted.needs.gpu_memory_bytes]
-        assert wanted.needs.gpus <= len(large)
+        # If those who are there found theirs, however large, so do they and the new one together.
+        if wanted.needs.gpus and _all_find_gpus(m.busy, m.capacity):
+            assert _all_find_gpus(promised, m.capacity)
+
+
+def _all_find_gpus(promised: Iterable[Needs], capacity: Capacity) -> bool:
+    """Hall's condition: whatever size one looks at, not more are asked for than there are."""
+    return all(
+        sum(n.gpus for n in promised if n.gpu_memory_bytes >= size)
+        <= sum(gpu.memory_bytes >= size for gpu in capacity.gpus)
+        for size in range(5)
+    )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Submissions to a whole broker in this process, two at the same moment."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from fedml_broker.accounts import DEFAULT_TENANT, User
+from fedml_broker.api import Api, Call
+from fedml_broker.app import Broker, Settings
+from fedml_broker.federate import FederateRequest
+from fedml_broker.fleet import Machine
+from fedml_broker.launch import LaunchRequest
+from fedml_broker.match import Capacity
+from fedml_broker.problems import Problem
+from fedml_protocol.topics import Address
+
+RUN = "r-0123456789"
+ANN = User(name="ann", tenant=DEFAULT_TENANT, role="member")
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
+    settings = Settings(home=tmp_path, https_port=0, mqtt_port=0, disk_reserve_bytes=0)
+    async with Broker.running(settings) as broker:
+        room = Capacity(slots=1, cpus=1, memory_bytes=1 << 30, disk_bytes=1 << 30)
+        address = Address(DEFAULT_TENANT, "one")
+        broker.fleet.put(Machine(address=address, name="one", labels={}, capacity=room))
+        yield broker
+
+
+async def _request(broker: Broker, word: str) -> Any:
+    if word == "launch":
+        return LaunchRequest(command="true", run=RUN)
+    package = await broker.blobs.add(b"a package", owner="u/ann")
+    asked = {
+        "run": RUN,
+        "app": "app.py",
+        "package": {"sha256": package.sha256, "size": package.size},
+        "clients": {"count": 1},
+        "rounds": 1,
+    }
+    return msgspec.convert(asked, FederateRequest)
+
+
+async def _ask(broker: Broker, request: Any) -> Any:
+    api = Api(broker)
+    route = api.launch if isinstance(request, LaunchRequest) else api.federate
+    return await route(Call(None, request, ANN))  # type: ignore[arg-type]
+
+
+async def _at_once(broker: Broker, monkeypatch: pytest.MonkeyPatch, *requests: Any) -> list[Any]:
+    """The answers to requests that have all looked into the store before one writes to it."""
+    write, looked = broker.store.write, asyncio.Barrier(len(requests))
+    asking = {asyncio.create_task(_ask(broker, request)) for request in requests}
+
+    async def together(work: Any) -> Any:
+        if asyncio.current_task() in asking:
+            await looked.wait()
+        return await write(work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broker.store, "write", together)
+        return await asyncio.gather(*asking, return_exceptions=True)
+
+
+@pytest.mark.parametrize("word", ["launch", "federate"])
+async def test_two_equal_submissions_at_the_same_moment_start_one_run(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    request = await _request(broker, word)
+    answers = await _at_once(broker, monkeypatch, request, request)
+    assert answers == [{"run": RUN}] * 2
+    assert [run["id"] for run in await broker.runs.newest(DEFAULT_TENANT)] == [RUN]
+    if word == "launch":
+        assert len(broker.dispatcher.of_run(RUN)) == len(await broker.runs.tasks(RUN)) == 1
+    assert await _ask(broker, request) == {"run": RUN}  # and ever after
+
+
+async def test_of_two_different_submissions_with_one_id_one_is_refused(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [LaunchRequest(command=text, run=RUN) for text in ("true", "false")]
+    answers = await _at_once(broker, monkeypatch, *requests)
+    assert {"run": RUN} in answers
+    (refusal,) = (a for a in answers if isinstance(a, Problem))
+    assert (refusal.status, refusal.title) == (409, "this run's id is taken")
+    assert len(broker.dispatcher.of_run(RUN)) == 1
