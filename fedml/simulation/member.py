@@ -384,11 +384,11 @@ def _later(seed: int, turn: int, client: int) -> engines.Rng:
 
 
 def _cause(error: Exception) -> tuple[str, str]:
+    from fedml.data.errors import DatasetMissing  # of use here only, and its package is large
+
     text = f"{type(error).__name__}: {error}"
-    ours = isinstance(
-        error,
-        ApplicationError | algorithm.UnsupportedByTraining | BadData | BadUpdate | engines.Diverged,
-    )
+    says_all = (ApplicationError, algorithm.UnsupportedByTraining, BadData, BadUpdate)
+    ours = isinstance(error, (*says_all, DatasetMissing, engines.Diverged))
     return text, "" if ours else "".join(traceback.format_exception(error))[-8000:]
 
 
