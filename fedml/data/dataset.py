@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -319,6 +319,18 @@ def _owned(part: PartT, number: int) -> PartT:
     if part.client is None:
         raise ValueError("a data set with client names needs client indices in both parts")
     return part.take(np.flatnonzero(part.client == number))
+
+
+def seal(thing: object) -> None:
+    """Make every array inside a data set, or a part of one, read-only."""
+    if isinstance(thing, np.ndarray):
+        thing.flags.writeable = False
+    elif isinstance(thing, tuple):
+        for each in thing:
+            seal(each)
+    elif is_dataclass(thing):
+        for each in fields(thing):
+            seal(getattr(thing, each.name))
 
 
 def by_digest(keys: Sequence[str], labels: Sequence[Hashable], share: float) -> tuple[Rows, Rows]:

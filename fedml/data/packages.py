@@ -86,13 +86,15 @@ class DebianFile:
 
 PackagedFile = PythonFile | DebianFile
 
+DEFAULT_HOME = "~/.fedml"
+
 # Called with how many bytes have come so far, and how many there are.
 Told = Callable[[int, int], None]
 
 
-def home_folder(home: Path | None) -> Path:
-    """The given folder, else ``$FEDML_HOME``, else ``~/.fedml``."""
-    return home or Path(os.environ.get("FEDML_HOME") or "~/.fedml").expanduser()
+def home_folder(home: Path | str | None) -> Path:
+    """The given folder, else ``$FEDML_HOME``, else ``~/.fedml``; absolute."""
+    return Path(home or os.environ.get("FEDML_HOME") or DEFAULT_HOME).expanduser().absolute()
 
 
 def find(file: PackagedFile, home: Path) -> bytes | None:

@@ -185,6 +185,10 @@ class Aggregator:
 
 
 def _cause(error: Exception) -> Cause:
+    from fedml.data.errors import DatasetMissing  # of use here only, and its package is large
+
+    if isinstance(error, DatasetMissing):
+        return Cause(fault=Fault.TASK, message=f"on the broker: {error}"[:2000])
     text = f"{type(error).__name__}: {error}"[:2000]
     plain = isinstance(
         error,

@@ -181,6 +181,9 @@ class Worker:
                 paths=json.loads(os.environ.get("FEDML_DATA", "{}")),
             )
             self._data = application.data(client)
+            if "fedml.data" in sys.modules:
+                # What `load` keeps for the next client; here there is but one.
+                sys.modules["fedml.data"].forget()
             self._module = application.new_model(spec.seed)
             self._application, self._key = application, (spec.app, spec.config)
         return self._application
@@ -207,12 +210,13 @@ class Worker:
 
 
 def _cause(error: Exception) -> Cause:
+    from fedml.data.errors import DatasetMissing
     from fedml.federate.algorithm import UnsupportedByTraining
     from fedml.federate.application import ApplicationError
     from fedml.protect.privacy import NotPrivate
 
     text = f"{type(error).__name__}: {error}"
-    ours = isinstance(error, ApplicationError | UnsupportedByTraining | NotPrivate)
+    ours = isinstance(error, ApplicationError | DatasetMissing | NotPrivate | UnsupportedByTraining)
     shown = "" if ours else "".join(traceback.format_exception(error))[-8000:]
     return Cause(fault=Fault.TASK, message=text[:2000], traceback=shown)
 

@@ -391,6 +391,8 @@ def _later(seed: int, turn: int, client: int) -> engines.Rng:
 
 
 def _cause(error: Exception) -> tuple[str, str]:
+    from fedml.data.errors import DatasetMissing  # of use here only, and its package is large
+
     text = f"{type(error).__name__}: {error}"
     ours = isinstance(
         error,
@@ -398,6 +400,7 @@ def _cause(error: Exception) -> tuple[str, str]:
         | algorithm.UnsupportedByTraining
         | BadData
         | BadUpdate
+        | DatasetMissing
         | NotPrivate
         | engines.Diverged,
     )

@@ -22,17 +22,20 @@ def _fedml(home: Path, *words: str, code: int = 0) -> "subprocess.CompletedProce
 def test_each_set_is_listed_with_licence_and_how_to_get_it(tmp_path: Path) -> None:
     found = {row["name"]: row for row in json.loads(_fedml(tmp_path, "list", "--json").stdout)}
     assert found["heart"]["licence"].startswith("CC BY 4.0")
-    assert found["heart"]["how_to_get"][0] == "fedml data fetch heart"
-    lines = _fedml(tmp_path, "list").stdout.splitlines()
-    heart = next(line for line in lines if line.startswith("heart "))
-    for text in ("four hospitals", "613 + 307", "0.8 MB", "CC BY 4.0", "fedml data fetch heart"):
+    assert found["heart"]["how_to_get"][0] == f"fedml data fetch heart --home {tmp_path}"
+    listed = _fedml(tmp_path, "list")
+    heart = next(line for line in listed.stdout.splitlines() if line.startswith("heart "))
+    assert heart.split()[1] == "no"
+    for text in ("four hospitals", "0.8 MB", "CC BY 4.0"):
         assert text in heart
+    assert "`fedml data fetch NAME` brings one" in listed.stderr
 
 
 def test_one_set_is_shown_with_its_source(tmp_path: Path) -> None:
     shown = _fedml(tmp_path, "show", "cora").stdout
     assert "graphdatascience" in shown
-    assert "fedml data fetch cora" in shown
+    assert "140 + 2,568 nodes" in shown
+    assert f"fedml data fetch cora --home {tmp_path}" in shown
     assert json.loads(_fedml(tmp_path, "show", "cora", "--json").stdout)["present"] is False
 
 

