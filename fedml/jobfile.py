@@ -9,6 +9,7 @@ files that have no effect here are named in a warning.
 import difflib
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,15 @@ from typing import Any
 import yaml
 
 from fedml.errors import ConfigError
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 but for one thing: `1e-5` is a number, as YAML 1.2 and everybody has it."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+)
 
 
 class _Unfit(Exception):
@@ -29,7 +39,7 @@ class _Reader:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            self._loader = yaml.SafeLoader(file.read_text())
+            self._loader = Loader(file.read_text())
             node = self._loader.get_single_node()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: {error}") from error
