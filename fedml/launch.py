@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asking the broker for a run: a file is read, its workspace packed and sent, the run submitted."""
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,32 @@ def launch(client: Client, job: Path, *, follow: bool = False, told: Told = _sil
     return client.submit("launch", {**request, "follow": follow})
 
 
-def federate(client: Client, file: Path, *, told: Told = _silent) -> str:
-    """Submit a federated run (docs/federate.md); the run's id. Raises what `launch` does."""
-    request, workspace = jobfile.read_federated(file)
+def federate(client: Client, file: Path, *, strict: bool = False, told: Told = _silent) -> str:
+    """Submit a federated run (docs/federate.md); the run's id. Raises what `launch` does.
+
+    Args:
+        client: The broker.
+        file: A run file, or a configuration of FedML's (docs/fedml.md).
+        strict: Refuse a configuration where something else would be done than it asks for.
+        told: Hears how far the upload is, bytes.
+    """
+    from fedml import translation  # brings NumPy, which a job file does not need
+
+    run = translation.accept(file, deployed=True, strict=strict)
+    if run is file:
+        request, workspace = jobfile.read_federated(file)
+    else:
+        request, workspace = _as_file(run)
     request["package"] = _upload(client, workspace, told)
     return client.submit("federate", request)
+
+
+def _as_file(run: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """A mapping of a run file's keys, checked as a file is."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(json.dumps(run))
+        return jobfile.read_federated(file)
 
 
 def _upload(client: Client, workspace: Path, told: Told) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import click
 
 from fedml import launch as submit
 from fedml.cli.following import follow
-from fedml.cli.options import connect, home_option, json_lines_option
+from fedml.cli.options import connect, home_option, json_lines_option, strict_option
 from fedml.cli.tables import print_json, transfer
 
 
@@ -15,12 +15,14 @@ from fedml.cli.tables import print_json, transfer
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--follow/--detach", "stay", default=True, help="Show rounds until the run ends.")
 @click.option("--logs", is_flag=True, help="Show what your code prints on the machines, too.")
+@strict_option
 @json_lines_option
 @home_option
-def federate(file: Path, stay: bool, logs: bool, as_json: bool, home: Path) -> None:
+def federate(file: Path, stay: bool, logs: bool, strict: bool, as_json: bool, home: Path) -> None:
     """Train one model on many machines, as FILE says.
 
     Ctrl-C asks whether the run is to be stopped too. Without a terminal it goes on.
+    FILE may be a fedml_config.yaml of FedML's; see docs/fedml.md.
 
     \b
     Examples:
@@ -30,7 +32,7 @@ def federate(file: Path, stay: bool, logs: bool, as_json: bool, home: Path) -> N
     """
     client = connect(home)
     with transfer("workspace") as told:
-        run = submit.federate(client, file, told=told)
+        run = submit.federate(client, file, strict=strict, told=told)
     if as_json:
         print_json({"run": run})
     elif not stay:

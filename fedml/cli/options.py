@@ -36,6 +36,12 @@ def json_lines_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help=text)(function)
 
 
+def strict_option(function: F) -> F:
+    """`--strict`, handed over as `strict`."""
+    text = "Of a FedML file: refuse whatever would be done otherwise than it asks for."
+    return click.option("--strict", is_flag=True, help=text)(function)
+
+
 def connect(home: Path) -> Client:
     """The broker that this home is logged in at.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedml.cli.options import json_lines_option
+from fedml.cli.options import json_lines_option, strict_option
 from fedml.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ _LONG_S = 0.5
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--sweep", multiple=True, metavar="KEY=V,V", help="Vary a key; may be repeated.")
 @click.option("--debug", is_flag=True, help="One process, so that breakpoints work.")
+@strict_option
 @json_lines_option
 def simulate(
     file: Path,
@@ -47,12 +48,13 @@ def simulate(
     resume: bool,
     sweep: tuple[str, ...],
     debug: bool,
+    strict: bool,
     as_json: bool,
 ) -> None:
     """Run a federated FILE here, all clients simulated.
 
     The same FILE and application run on agents with `fedml federate`; see docs/simulate.md.
-    Ctrl-C keeps a checkpoint.
+    Ctrl-C keeps a checkpoint. FILE may be a fedml_config.yaml of FedML's; see docs/fedml.md.
 
     \b
     Examples:
@@ -65,6 +67,7 @@ def simulate(
     # Before NumPy is imported: members have one thread each, and this process may be one of them.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    from fedml import translation
     from fedml.simulation import report
     from fedml.simulation import sweep as sweeps
     from fedml.simulation.plan import read
@@ -73,14 +76,15 @@ def simulate(
     settings: dict[str, Any] = {
         "rounds": rounds, "workers": workers, "engine": engine, "seed": seed
     }  # fmt: skip
-    plan = read(file, **settings)
+    source = translation.accept(file, strict=strict)
+    plan = read(source, **settings)
     folder = out or _folder(plan.name, resume=resume)
     # What the user's own code prints is talk.
     with _shown(as_json) as listener, _ends_on_sigterm(), redirect_stdout(sys.stderr):
         if sweep:
             points = sweeps.parse(sweep)
             done = sweeps.sweep(
-                file, points, out=folder, resume=resume,
+                source, points, out=folder, resume=resume,
                 listener=lambda changes: listener(sweeps.label(changes)), **settings,
             )  # fmt: skip
         else:

@@ -6,7 +6,11 @@ A stand-in is never used without a word. Whoever runs a configuration asks `stan
 are not scores on the named data.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from fedml import data
+from fedml.data.errors import DatasetMissing
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +22,19 @@ class StandIn:
         use: A name that `fedml.data.load` knows.
         difference: For people: what is lost.
         same_data: True where only the spelling, the size or the source differs.
+        whole: False where it is only a part of the named data set.
     """
 
     named: str
     use: str
     difference: str
     same_data: bool = False
+    whole: bool = True
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the very data that was named, under another name."""
+        return self.same_data and self.whole
 
     @property
     def note(self) -> str:
@@ -42,7 +53,7 @@ _SPEECH = "running text of 66 books, one client each"
 _TOPICS = "classification of news texts"
 
 _TABLE = (
-    StandIn("mnist", "mnist-5k", "5,000 of its 70,000 real digits", same_data=True),
+    StandIn("mnist", "mnist-5k", "5,000 of its 70,000 real digits", same_data=True, whole=False),
     StandIn("fmnist", "fashion-mnist", "the complete set", same_data=True),
     StandIn("fashionmnist", "fashion-mnist", "the complete set", same_data=True),
     StandIn("femnist", "mnist-5k", f"{_DIGITS}, without writers and letters"),
@@ -88,3 +99,50 @@ _BY_NAME = {entry.named: entry for entry in _TABLE}
 def stand_in(name: str) -> StandIn | None:
     """The nearest data set at hand for a name out of a FedML configuration, else None."""
     return _BY_NAME.get(name.lower().replace(" ", "_"))
+
+
+# What comes next where a data set itself is not on the machine: nearest first, of the same kind.
+_NEXT = {
+    "mnist-5k": ("fashion-mnist", "digits"),
+    "fashion-mnist": ("mnist-5k", "digits"),
+    "digits": ("mnist-5k", "fashion-mnist"),
+    "20news": ("reuters-r52", "reuters-r8"),
+    "reuters-r8": ("reuters-r52", "20news"),
+    "reuters-r52": ("reuters-r8", "20news"),
+    "heart": ("breast-cancer",),
+    "breast-cancer": ("heart",),
+}
+
+
+def nearest(name: str, present: Callable[[str], bool]) -> tuple[str, str, bool]:
+    """What to use for a data set's name on a machine that may not have it.
+
+    Args:
+        name: From a FedML configuration, or one that `fedml.data.load` knows.
+        present: Whether this machine has one of ours.
+
+    Returns:
+        Our name of the one to use; what to tell people, empty where nothing differs; whether the
+        data differs.
+
+    Raises:
+        UnknownDataset: Nothing stands in for this name.
+        DatasetMissing: Neither it nor anything near is here; the hint says how to get it.
+    """
+    entry = stand_in(name)
+    wanted = entry.use if entry is not None else name
+    about = data.describe(wanted)
+    note = "" if entry is None else entry.note
+    if present(wanted):
+        return wanted, note, entry is not None and not entry.exact
+    for other in _NEXT.get(wanted, ()):
+        if present(other):
+            got = " or ".join(f"`{command}`" for command in about.how_to_get)
+            what = data.describe(other).title
+            text = f"{name} is not on this machine: using {other} instead ({what}); for "
+            text += "the named one" if entry is None or entry.same_data else wanted
+            return other, f"{text} run {got}", True
+    ways = " or: ".join(about.how_to_get)
+    raise DatasetMissing(
+        f"{name} is not on this machine, nor anything near it", hint=f"run: {ways}"
+    )

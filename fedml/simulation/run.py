@@ -490,7 +490,7 @@ def simulate(
     """Simulate a federated run; see docs/simulate.md.
 
     Args:
-        source: A run file, or a mapping of its keys.
+        source: A run file, or a mapping of its keys; a configuration of FedML's will do.
         out: Where results file, checkpoints and report go; None keeps everything in memory.
         resume: Go on from the checkpoint in ``out``.
         debug: Everything in this process, where breakpoints and profilers work.
@@ -503,6 +503,7 @@ def simulate(
         ConfigError: The run cannot be; the text says why and the hint what to change.
         RunFailed: It ended badly; `ClientFailed` if a client's code raised.
     """
+    from fedml import translation
     from fedml.simulation.plan import read
     from fedml.simulation.report import write
 
@@ -516,7 +517,7 @@ def simulate(
             if on_round is not None:
                 on_round(round_)
 
-    plan = read(source, changes=changes, **settings)
+    plan = read(translation.accept(source), changes=changes, **settings)
     folder = None if out is None else Path(out)
     run = Simulation(plan, folder=folder, resume=resume, debug=debug, listener=Heard())
     result = run.run()

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training by two names, a data set's and a model's: what a FedML configuration asks for.
+
+`sgd.py` and `optimizer.py` beside this are user files as anybody would write them, of which
+`fedml.translation` chooses one. This directory is their workspace: it goes to agents as it is. All
+that they need to know stands in `config`::
+
+    dataset   one of `SHAPES`             partition, alpha   how it is divided
+    model     one of `MODELS`             local_test         clients hold test data too
+    exact     FedML's sigmoid under `lr`  partition_seed     of the division
+    torch     a torch module in any case
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedml import data as sets
+from fedml.data import partition
+from fedml.data.bible import ALPHABET, characters
+from fedml.data.dataset import Dataset, Examples
+from fedml.data.text import bag_of_words
+from fedml.federate.application import ApplicationError, Client
+
+IMAGES, FEATURES, CHARACTERS = "images", "features", "characters"
+_WORDS = 4096  # buckets of a bag of words
+_TEXT = 80  # characters in a window, as in the federated papers
+_WINDOW, _STEP = 100, 50  # samples of a recording
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a model must know of a data set before it has been read.
+
+    Attributes:
+        kind: Images, features or characters.
+        inputs: Numbers in an example; the length of a text.
+        classes: Symbols, where it is text.
+        side: Of an image.
+    """
+
+    kind: str
+    inputs: int
+    classes: int
+    side: int = 0
+
+
+SHAPES: Mapping[str, Shape] = {
+    "mnist-5k": Shape(IMAGES, 784, 10, 28),
+    "fashion-mnist": Shape(IMAGES, 784, 10, 28),
+    "digits": Shape(IMAGES, 64, 10, 8),
+    "heart": Shape(FEATURES, 35, 2),
+    "breast-cancer": Shape(FEATURES, 30, 2),
+    "20news": Shape(FEATURES, _WORDS, 20),
+    "reuters-r8": Shape(FEATURES, _WORDS, 8),
+    "reuters-r52": Shape(FEATURES, _WORDS, 52),
+    "watch": Shape(FEATURES, 6 * _WINDOW, 7),
+    "king-james": Shape(CHARACTERS, _TEXT, len(ALPHABET)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a model's name means here.
+
+    Attributes:
+        build: The name that `fedml.model.create` knows.
+        kinds: Of data that it takes.
+        note: What differs from the model that was named; empty where nothing does.
+    """
+
+    build: str
+    kinds: tuple[str, ...] = (IMAGES,)
+    note: str = ""
+
+
+_SMALL = "it is not here; resnet20 (0.27 M parameters) is used instead"
+_LARGE = "it is not here; resnet56 (0.85 M parameters) is used instead"
+
+MODELS: Mapping[str, Family] = {
+    "lr": Family("linear", (IMAGES, FEATURES)),
+    "mlp": Family("mlp", (IMAGES, FEATURES)),
+    "cnn": Family("cnn"),
+    "lenet": Family("lenet"),
+    "resnet18": Family("resnet18_gn"),
+    "resnet18_gn": Family("resnet18_gn"),
+    "resnet20": Family("resnet20"),
+    "resnet56": Family("resnet56"),
+    "rnn": Family("lstm", (CHARACTERS,)),
+    "transformer": Family("transformer", (CHARACTERS,)),
+    "mobilenet": Family("resnet20", note=_SMALL),
+    "mobilenet_v3": Family("resnet20", note=_SMALL),
+    "efficientnet": Family("resnet20", note=_SMALL),
+    "densenet": Family("resnet56", note=_LARGE),
+    "vgg11": Family("resnet56", note=_LARGE),
+}
+
+
+def model(config: Mapping[str, Any]) -> Any:
+    """The model; softmax regression as plain arrays, unless its training needs torch."""
+    shape, family = SHAPES[config["dataset"]], MODELS[config["model"]]
+    if family.build == "linear":
+        if config.get("exact"):
+            return _sigmoid_linear(shape)
+        if not config.get("torch"):
+            zeros = {"w": (shape.inputs, shape.classes), "b": (shape.classes,)}
+            return {name: np.zeros(size, np.float32) for name, size in zeros.items()}
+    import torch
+
+    from fedml import model as models
+
+    # The state that the run was seeded with, which `create` would set aside.
+    seed = int(torch.randint(2**31, ()))
+    return models.create(family.build, seed=seed, **sizes(family.build, shape))
+
+
+def sizes(build: str, shape: Shape) -> dict[str, Any]:
+    """What `fedml.model.create` must be told for data of this shape."""
+    match build:
+        case "linear" | "mlp":
+            return {"inputs": shape.inputs, "outputs": shape.classes}
+        case "cnn" | "lenet":
+            return {"channels": 1, "side": shape.side, "classes": shape.classes}
+        case "lstm":
+            return {"symbols": shape.classes}
+        case "transformer":
+            return {"symbols": shape.classes, "length": shape.inputs}
+    return {"channels": 1, "classes": shape.classes}
+
+
+def data(client: Client, config: Mapping[str, Any]) -> Any:
+    """One client's part: training examples, and what it tests on where clients do."""
+    whole = loaded(config["dataset"])
+    rows = divided(
+        config["dataset"],
+        config.get("partition", "hetero"),
+        client.count,
+        config.get("alpha", 0.5),
+        config.get("partition_seed", 0),
+    )[client.index]
+    mine = whole.train.take(rows)
+    if not config.get("local_test"):
+        return mine
+    test = whole.test
+    if mine.client is not None and test.client is not None and len(mine):
+        test = test.take(np.flatnonzero(np.isin(test.client, np.unique(mine.client))))
+    return Dataset(name=whole.name, train=mine, test=test)
+
+
+def central(config: Mapping[str, Any]) -> Examples:
+    """The test part."""
+    return loaded(config["dataset"]).test
+
+
+@functools.cache
+def loaded(name: str) -> Dataset[Examples]:
+    """A data set as arrays, one row an example; read once a process."""
+    found = sets.load(name)
+    convert = _CONVERTED.get(name)
+    if convert is None:
+        return found
+    return Dataset(
+        name=name, train=convert(found.train), test=convert(found.test), clients=found.clients
+    )
+
+
+@functools.cache
+def divided(name: str, method: str, clients: int, alpha: float, seed: int) -> partition.Partition:
+    """The rows of each client.
+
+    ``hetero`` means its natural owners where the data names enough of them, else a Dirichlet draw
+    over the classes; running text without owners is cut evenly.
+    """
+    whole = loaded(name)
+    if method == "hetero":
+        if 0 < clients <= len(whole.clients):
+            method = "natural"
+        elif whole.train.y.ndim > 1:
+            method = "iid"
+    return partition.divide(whole.train, method, clients, alpha=alpha, seed=seed)
+
+
+def _words(part: Any) -> Examples:
+    return Examples(x=bag_of_words(part.x, _WORDS), y=part.y, client=part.client)
+
+
+_CONVERTED: Mapping[str, Any] = {
+    "20news": _words,
+    "reuters-r8": _words,
+    "reuters-r52": _words,
+    "king-james": lambda part: characters(part, _TEXT),
+    "watch": lambda part: part.windows(_WINDOW, _STEP),
+}
+
+
+def _sigmoid_linear(shape: Shape) -> Any:
+    """FedML's `lr`: a sigmoid before the cross-entropy, which costs it some points."""
+    from torch import nn
+
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape.inputs, shape.classes), nn.Sigmoid())
+
+
+def check(dataset: str, name: str) -> Family:
+    """The family of a model's name, if there is training by name of it on this data.
+
+    Raises:
+        ApplicationError: There is none; the text says what there is.
+    """
+    write = "write it as a file of your own: docs/federate.md"
+    if dataset not in SHAPES:
+        raise ApplicationError(f"{dataset} cannot be trained on by name; {write}")
+    family = MODELS.get(name)
+    if family is None:
+        raise ApplicationError(
+            f"no model is called {name!r}; there are {', '.join(MODELS)}; {write}"
+        )
+    if SHAPES[dataset].kind not in family.kinds:
+        takes = " or ".join(family.kinds)
+        raise ApplicationError(
+            f"{name} takes {takes}, and {dataset} holds {SHAPES[dataset].kind}; {write}"
+        )
+    return family

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedML's federated configurations (`fedml_config.yaml`) into run files of ours.
+
+    run = translation.accept(Path("fedml_config.yaml"))     # a mapping; warnings say what differs
+
+Nothing is dropped without a word: a key either becomes something (`keys.KEYS` says what), or a
+warning names it with the reason. What would protect somebody and is not there (secure aggregation,
+an unknown defence) is refused where real machines take part, and named where all is simulated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import fedml.named
+from fedml import data, jobfile
+from fedml.data.errors import DataError, DatasetMissing
+from fedml.data.stand_in import nearest
+from fedml.errors import ConfigError, DataUnavailable
+from fedml.federate.application import ApplicationError
+from fedml.translation.algorithms import Flat, algorithm_of, number, treatment_of, whole
+from fedml.translation.keys import BY_NAME, SWITCHES, Unused
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+_PAGE = "docs/fedml.md has every key"
+_WORKSPACE = Path(fedml.named.__file__).parent
+
+
+class Differs(UserWarning):
+    """Something in a configuration has no effect here, or another one than in FedML."""
+
+
+class Kind(StrEnum):
+    """What a note is about; `--strict` lets only the first pass."""
+
+    NO_EFFECT = "no effect"
+    INSTEAD = "instead"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One thing to tell the person."""
+
+    kind: Kind
+    text: str
+
+
+@dataclass(slots=True)
+class Notes:
+    """What there is to tell, in order."""
+
+    said: list[Note] = field(default_factory=list)
+
+    def no_effect(self, text: str) -> None:
+        """Something is left aside, and the model is the same."""
+        self.said.append(Note(Kind.NO_EFFECT, text))
+
+    def instead(self, text: str) -> None:
+        """Something else is done than was asked for."""
+        self.said.append(Note(Kind.INSTEAD, text))
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A run of ours, and what differs from what was asked for.
+
+    Attributes:
+        run: The keys of a run file.
+        notes: For people.
+    """
+
+    run: Mapping[str, Any]
+    notes: tuple[Note, ...]
+
+
+def is_fedml(sections: Any) -> bool:
+    """Whether what a YAML file says is a federated configuration of FedML."""
+    return (
+        isinstance(sections, Mapping)
+        and "app" not in sections
+        and any(name in sections for name in ("common_args", "train_args"))
+    )
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration.
+
+    Raises:
+        ConfigError: The file is no YAML, or a section is not a mapping.
+    """
+    try:
+        found = yaml.load(file.read_text(), jobfile.Loader)  # noqa: S506 - a safe one
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{file}: a mapping of sections is expected")
+    for name, section in found.items():
+        if section is not None and not isinstance(section, Mapping):
+            raise ConfigError(f"{file}: the section `{name}` must be a mapping", _PAGE)
+    return {str(name): dict(section or {}) for name, section in found.items()}
+
+
+def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
+    """A run file for whatever may be a configuration of FedML; anything else as it is.
+
+    Args:
+        source: A file, or a mapping.
+        deployed: It is for real machines.
+        strict: Refuse where something else would be done than was asked for.
+
+    Raises:
+        ConfigError: It cannot be translated, or `strict` forbids it.
+        DataUnavailable: Neither its data set nor anything near it is here.
+    """
+    if isinstance(source, Mapping):
+        if not is_fedml(source):
+            return source
+        sections, called = source, "the configuration"
+    else:
+        called = str(source)
+        if not _looks_like_fedml(Path(source)):
+            return source
+        sections = read(Path(source))
+    try:
+        translation = translate(sections, deployed=deployed)
+    except ConfigError as error:
+        raise ConfigError(f"{called}: {error}", error.hint) from error
+    other = [note.text for note in translation.notes if note.kind is Kind.INSTEAD]
+    if strict and other:
+        raise ConfigError(f"{called}: {'; '.join(other)}", "leave out --strict to run it so")
+    for note in translation.notes:
+        warnings.warn(f"{called}: {note.text}", Differs, stacklevel=2)
+    return {"name": Path(called).stem if called == str(source) else "fedml", **translation.run}
+
+
+def _looks_like_fedml(file: Path) -> bool:
+    try:
+        return is_fedml(yaml.load(file.read_text(), jobfile.Loader))  # noqa: S506 - a safe one
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # whoever reads it as a run file says what is wrong
+
+
+def flatten(sections: Sections) -> dict[str, Any]:
+    """All keys in one mapping, as FedML has them; what a section's switch turns off is left out.
+
+    `train_args` come last: `fhe_args` has a `batch_size` too.
+    """
+    flat: dict[str, Any] = {}
+    for name in sorted(sections, key=lambda name: name == "train_args"):
+        switch = SWITCHES.get(name)
+        if switch is None or sections[name].get(switch):
+            flat |= sections[name]
+    return flat
+
+
+def translate(
+    sections: Sections,
+    *,
+    deployed: bool = False,
+    present: Callable[[str], bool] | None = None,
+) -> Translation:
+    """A run of ours for a configuration; pure but for the question which data sets are here.
+
+    Args:
+        sections: By name, as `read` gives them.
+        deployed: It is for real machines.
+        present: Whether a data set of ours is on this machine.
+
+    Raises:
+        ConfigError: A value makes no sense, or there is nothing like it here.
+        DataUnavailable: Neither its data set nor anything near it is here.
+    """
+    flat, notes = Flat(flatten(sections)), Notes()
+    algorithm, parameters = algorithm_of(flat, notes, deployed=deployed)
+    clients = _clients(flat, notes, deployed=deployed)
+    config = _config(flat, notes, algorithm, present or _is_here, deployed=deployed)
+    every = whole(flat, "frequency_of_the_test", 1)
+    rounds = whole(flat, "comm_round")
+    run: dict[str, Any] = {
+        "workspace": str(_WORKSPACE),
+        "app": "optimizer.py" if "client_optimizer" in config else "sgd.py",
+        "algorithm": algorithm,
+        "rounds": rounds,
+        "seed": whole(flat, "random_seed", 0),
+        "clients": clients,
+        # Agents hold the data; the broker's machine may not.
+        "evaluate": {
+            "every": every if every > 0 else max(rounds, 1),
+            "devices": deployed,
+            "central": not deployed,
+        },
+        "config": config,
+    }
+    if parameters:
+        run["algorithm_config"] = parameters
+    if deployed:
+        config["local_test"] = True
+    name = flat.get("run_name") or flat.get("name")
+    if name:
+        run["name"] = str(name)
+    taking_part = clients.get("per_round") or clients["count"]
+    treatment = treatment_of(flat, notes, run, taking_part, deployed=deployed)
+    if treatment:
+        run["treatment"] = treatment
+    attack = _attack(flat, notes, clients["count"], deployed=deployed)
+    if attack:
+        run["simulation"] = {"attack": attack}
+    _without_effect(sections, flat, notes, deployed=deployed)
+    return Translation(run, tuple(notes.said))
+
+
+def _clients(flat: Flat, notes: Notes, *, deployed: bool) -> dict[str, int]:
+    ids = _listed(flat.get("client_id_list"))
+    total = whole(flat, "client_num_in_total", len(ids) or None)
+    per_round = whole(flat, "client_num_per_round", total)
+    if deployed and ids and len(ids) != total:
+        notes.instead(
+            f"`client_num_in_total`: {total} clients on {len(ids)} machines (`client_id_list`): "
+            f"the data is divided among the {len(ids)} machines, one client each"
+        )
+        total = len(ids)
+    if per_round > total:
+        notes.instead(
+            f"`client_num_per_round`: {per_round} of {total} clients cannot be: all take part"
+        )
+        per_round = total
+    return {"count": total, "per_round": per_round}
+
+
+def _listed(value: Any) -> list[Any]:
+    """`client_id_list`: a list, or its text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value.replace("'", '"'))
+        except ValueError:
+            return []
+    return value if isinstance(value, list) else []
+
+
+def _config(
+    flat: Flat, notes: Notes, algorithm: str, present: Callable[[str], bool], *, deployed: bool
+) -> dict[str, Any]:
+    named, model = str(flat.need("dataset")), str(flat.need("model")).lower()
+    try:
+        dataset, note, differs = _dataset(named, present, deployed=deployed)
+        family = fedml.named.check(dataset, model)
+    except DataError as error:
+        text = str(error).removesuffix(f"; {error.hint}")
+        raise DataUnavailable(f"`dataset`: {text}", error.hint.removeprefix("run: ")) from error
+    except ApplicationError as error:
+        raise ConfigError(f"`model`: {error}") from error
+    if note:
+        (notes.instead if differs else notes.no_effect)(f"`dataset`: {note}")
+    if family.note:
+        notes.instead(f"`model`: {model}: {family.note}")
+    method = str(flat.get("partition_method", "hetero"))
+    if method not in ("hetero", "homo", "uniform"):
+        notes.instead(f"`partition_method`: {method} is not known here; hetero is used")
+        method = "hetero"
+    batch = whole(flat, "batch_size", 32)
+    config: dict[str, Any] = {
+        "dataset": dataset,
+        "model": model,
+        "partition": method,
+        "alpha": number(flat, "partition_alpha", 0.5),
+        "partition_seed": whole(flat, "random_seed", 0),
+        "lr": number(flat, "learning_rate", flat.get("lr")),
+        "batch_size": batch if batch > 0 else 2**30,
+        "epochs": whole(flat, "epochs", 1),
+        "weight_decay": number(flat, "weight_decay", flat.get("wd", 0.0)),
+        "momentum": number(flat, "momentum", 0.0),
+    }
+    if flat.get("fedml_compat") == "exact" and model == "lr":
+        config["exact"] = True
+    if algorithm == "mime":
+        config["torch"] = True  # it needs gradients at an anchor
+    return config | _optimizer(flat, notes, algorithm)
+
+
+def _dataset(
+    named: str, present: Callable[[str], bool], *, deployed: bool
+) -> tuple[str, str, bool]:
+    try:
+        return nearest(named, present)
+    except DatasetMissing:
+        if not deployed:
+            raise
+        # This machine need not have it: those that train must, and say so where they do not.
+        return nearest(named, lambda name: True)
+
+
+def _optimizer(flat: Flat, notes: Notes, algorithm: str) -> dict[str, Any]:
+    """What plain SGD cannot do; nothing where it will do."""
+    known = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
+    name = str(flat.get("client_optimizer", "sgd")).lower()
+    if name not in known:
+        notes.instead(f"`client_optimizer`: {name} is none of {', '.join(known)}; sgd is used")
+        name = "sgd"
+    extra = {key: flat[key] for key in ("nesterov", "clip_grad_norm") if flat.get(key)}
+    if whole(flat, "gradient_accumulation_steps", 1) > 1:
+        extra["gradient_accumulation_steps"] = whole(flat, "gradient_accumulation_steps")
+    if name == "sgd" and not extra:
+        return {}
+    if algorithm in _PLAIN_SGD:
+        asked = name if name != "sgd" else ", ".join(extra)
+        notes.instead(f"`client_optimizer`: {algorithm} is made for plain SGD, not for {asked}")
+        return {}
+    return {"client_optimizer": name, "torch": True, **extra}
+
+
+# They ask for full gradients, or divide by the rate of the local steps.
+_PLAIN_SGD = ("fedsgd", "mime", "mimelite", "qfedavg", "scaffold", "fednova")
+
+
+def _attack(flat: Flat, notes: Notes, clients: int, *, deployed: bool) -> dict[str, Any]:
+    if not flat.get("enable_attack"):
+        return {}
+    kind = str(flat.get("attack_type", "byzantine"))
+    if deployed:
+        notes.instead("`enable_attack`: real machines are not made to lie; `fedml simulate` does")
+        return {}
+    if kind != "byzantine":
+        notes.instead(f"`attack_type`: there is no {kind} here, only byzantine: nobody attacks")
+        return {}
+    mode = str(flat.get("attack_mode", "random"))
+    if mode not in ("random", "zero", "flip"):
+        raise ConfigError(f"`attack_mode`: {mode} is none of random, zero, flip", _PAGE)
+    share = number(flat, "ratio_of_poisoned_client", 0.0)
+    liars = whole(flat, "byzantine_client_num", max(1, math.floor(share * clients)))
+    return {"kind": mode, "clients": liars}
+
+
+def _without_effect(sections: Sections, flat: Flat, notes: Notes, *, deployed: bool) -> None:
+    """Name every key that asks for something and has no effect, those of one reason together."""
+    if flat.get("scenario") == "hierarchical":
+        notes.instead("`scenario`: hierarchical groups are not formed: one mean over all clients")
+    for switch, what in (("enable_sa", "secure aggregation"), ("enable_fhe", "encryption")):
+        if not flat.get(switch):
+            continue
+        if deployed:
+            raise ConfigError(
+                f"`{switch}`: there is no {what} here: whoever runs the broker can look at a "
+                "machine's update",
+                f"{switch}: false trains in the clear, if that is meant",
+            )
+        notes.no_effect(
+            f"`{switch}` has no effect: in a simulation nobody is to be kept from the updates, "
+            "and their mean is the same"
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, section in sections.items():
+        if name in SWITCHES and not section.get(SWITCHES[name]):
+            continue
+        for key, value in section.items():
+            if value in (None, "", False) or value == {} or value == []:
+                continue  # it asks for nothing
+            meaning = BY_NAME.get(key)
+            if meaning is None:
+                near = difflib.get_close_matches(key, BY_NAME, n=1, cutoff=0.8)
+                hint = f"; did you mean `{near[0]}`?" if near else ""
+                notes.no_effect(f"`{key}` has no effect: training by name does not know it{hint}")
+            elif isinstance(meaning, Unused):
+                reasons.setdefault(meaning.reason, []).append(key)
+    for reason, keys in reasons.items():
+        have = "has" if len(keys) == 1 else "have"
+        notes.no_effect(f"{', '.join(f'`{key}`' for key in keys)} {have} no effect: {reason}")
+
+
+def _is_here(name: str) -> bool:
+    return data.describe(name).present
