@@ -229,6 +229,7 @@ _SIMULATION: dict[str, Any] = {
     "workers": _whole,
     "checkpoint_s": _number,
     "data": _texts,
+    "attack": _json,
     "devices": {
         "seconds_per_example": _number,
         "speed_spread": _number,

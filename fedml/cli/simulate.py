@@ -63,6 +63,7 @@ def simulate(
       fedml simulate run.yaml --resume                  # go on with the last one
       fedml simulate run.yaml --sweep lr=0.01,0.03,0.1  # a table and one report for all
       fedml simulate run.yaml --engine exact            # the bits of a deployed run
+      fedml simulate attack.yaml --sweep simulation.attack.clients=0,1,2   # some clients lie
     """
     # Before NumPy is imported: members have one thread each, and this process may be one of them.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

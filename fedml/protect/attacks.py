@@ -2,8 +2,8 @@
 """What lying clients send, to try rules on in simulation.
 
 Every attack is a pure function of what the liar would have sent honestly and, for those that
-collude, of what the honest clients send. None is any use against a real system that it is not
-already part of.
+collude, of what the honest clients send; one changes what the liar learns from instead
+(`LabelFlip`). None is any use against a real system that it is not already part of.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -21,7 +21,13 @@ from fedml.federate.arrays import Arrays, rounded, scaled, zeros
 
 
 class Attack(Protocol):
-    """One way to lie."""
+    """One way to lie.
+
+    Attributes:
+        colludes: Whether it looks at what the honest clients send.
+    """
+
+    colludes: ClassVar[bool]
 
     def forge(self, own: Arrays, honest: Sequence[Arrays], rng: np.random.Generator) -> Arrays:
         """The arrays to send instead of ``own``.
@@ -38,6 +44,8 @@ class Attack(Protocol):
 class Zero:
     """Send nothing but zeros: a free rider."""
 
+    colludes: ClassVar[bool] = False
+
     def forge(self, own: Arrays, honest: Sequence[Arrays], rng: np.random.Generator) -> Arrays:
         """See `Attack`."""
         return zeros(own)
@@ -50,6 +58,8 @@ class Noise:
     Attributes:
         deviation: Its standard deviation, > 0.
     """
+
+    colludes: ClassVar[bool] = False
 
     deviation: float = 1.0
 
@@ -73,6 +83,8 @@ class SignFlip:
     Attributes:
         scale: How much larger, > 0.
     """
+
+    colludes: ClassVar[bool] = False
 
     scale: float = 1.0
 
@@ -98,6 +110,8 @@ class LittleIsEnough:
         byzantine: Liars f, >= 1 and fewer than half.
         z: Overrides the formula.
     """
+
+    colludes: ClassVar[bool] = True
 
     clients: int
     byzantine: int
@@ -132,6 +146,8 @@ class InnerProduct:
         scale: The paper's epsilon, > 0; small ones pass distance rules, large ones break the mean.
     """
 
+    colludes: ClassVar[bool] = True
+
     scale: float = 0.5
 
     def __post_init__(self) -> None:
@@ -140,6 +156,31 @@ class InnerProduct:
     def forge(self, own: Arrays, honest: Sequence[Arrays], rng: np.random.Generator) -> Arrays:
         """See `Attack`."""
         return _of_honest(own, honest, lambda stack: -self.scale * stack.mean(axis=0))
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFlip:
+    """Learn that examples of one class are of another (Tolpegin et al., ESORICS 2020).
+
+    Attributes:
+        source: The class that is lied about.
+        target: What it is said to be.
+    """
+
+    source: int
+    target: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("from", self.source), ("to", self.target)):
+            number("label_flip", name, value, at_least=0)
+        if self.source == self.target:
+            raise BadParameter(f"label_flip: from and to are both {self.source}: nothing changes")
+
+    def labels(self, y: Any) -> Any:
+        """The labels that the liar learns from: an array or tensor like ``y``, shape (N, ...)."""
+        out = y.clone() if hasattr(y, "clone") else np.array(y)
+        out[out == self.source] = self.target
+        return out
 
 
 def create(name: str, parameters: Mapping[str, Any] | None = None) -> Attack:

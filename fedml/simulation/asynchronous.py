@@ -131,6 +131,10 @@ class _Walk:
         run = self._run
         path = run.update_file(started.start, started.client)
         arrays = run.treatment.decoded(started.client, path, run.update)
+        if run.liars is not None:
+            arrays = run.liars.forged(started.start, {started.client: arrays}).get(
+                started.client, arrays
+            )
         update = Update(arrays=arrays, weight=done.weight, metrics=done.metrics)
         path.unlink()
         staleness = self._version - started.version

@@ -47,6 +47,7 @@ from fedml.federate.treatment import Treatment
 from fedml.protect.privacy import NotPrivate
 from fedml.simulation import engine as engines
 from fedml.simulation.arena import Board, Place, Shelf
+from fedml.simulation.liars import Liars
 
 _SPIN_S = 0.0003  # how long to look for the next order before sleeping for it
 _REPORT_S = 0.2
@@ -71,6 +72,7 @@ class Setup:
         number: Of the member; no two of a run have the same.
         folder: Of the arena.
         treatment: JSON, what is done to updates that are kept one by one.
+        liars: Who learns from false labels, if anybody does.
         paths: Where data sets are, by name.
         states: Where clients keep what they keep between rounds.
         room: Bytes that its shelf may take.
@@ -83,6 +85,7 @@ class Setup:
     algorithm: str
     algorithm_config: Mapping[str, Any]
     treatment: str
+    liars: Liars | None
     seed: int
     clients: int
     engine: str
@@ -219,6 +222,7 @@ class Member:
             if order.evaluate:
                 set_weights(self._own_module(), model)  # the last client has trained in it
                 metrics = self._evaluated(client)
+            data = self._learned_from(client, data)
             local = UserTraining(self._application, self._own_module(), data)
             algorithm.require_support(self._algorithm, local, "train()")
             turn = order.starts.get(client, order.turn)
@@ -270,7 +274,7 @@ class Member:
         for client in clients:
             self._fresh = None
             try:
-                data.append(self._client_data(client))
+                data.append(self._learned_from(client, self._client_data(client)))
                 metrics[client] = self._evaluated(client) if order.evaluate else {}
             except Exception as error:  # as in `_each`
                 del data[len(ready) :]
@@ -329,6 +333,10 @@ class Member:
         if self._loads % _LOOK_EVERY == 0 and _resident() > self._setup.memory:
             self._shed()
         return data
+
+    def _learned_from(self, client: int, data: Any) -> Any:
+        liars = self._setup.liars
+        return data if liars is None else liars.learns_from(client, data)
 
     def _shed(self) -> None:
         """Let go of half of the data, the longest unused; it is loaded again when needed."""

@@ -20,6 +20,7 @@ from fedml.errors import ConfigError
 from fedml.federate.algorithm import Algorithm, BadParameter, Kind, UnknownAlgorithm, create
 from fedml.federate.treatment import Treatment
 from fedml.simulation.devices import Devices
+from fedml.simulation.liars import Liars
 
 ENGINES = ("auto", "exact", "closed_form", "inplace", "stacked")
 
@@ -48,6 +49,7 @@ class Plan:
         workers: Processes.
         checkpoint_s: Seconds between checkpoints.
         paths: Where data sets are, by name: what a machine's owner lists under ``[data]``.
+        attack: How some clients lie (`simulation.liars`).
         devices: How fast and reliable clients are; None leaves time out.
     """
 
@@ -71,6 +73,7 @@ class Plan:
     workers: int = 0
     checkpoint_s: float = 30.0
     paths: Mapping[str, str] = field(default_factory=dict)
+    attack: Mapping[str, Any] = field(default_factory=dict)
     devices: Devices | None = None
 
     def __post_init__(self) -> None:
@@ -136,6 +139,19 @@ class Plan:
             raise ConfigError(str(error)) from error
         return treatment
 
+    def create_liars(self, algorithm: Algorithm) -> Liars | None:
+        """Who lies and how, checked against the algorithm; None where nobody does.
+
+        Raises:
+            ConfigError: A part of it is wrong, or cannot go with the rest.
+        """
+        if not self.attack:
+            return None
+        try:
+            return Liars.read(self.attack, self.clients, self.seed, algorithm)
+        except BadParameter as error:
+            raise ConfigError(f"simulation.attack: {error}") from error
+
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
         free = {"rounds", "workers", "checkpoint_s", "name", "engine", "paths"}
@@ -168,6 +184,9 @@ def read(
     for key in ("config", "algorithm_config", "treatment"):
         value = found.get(key) or {}
         found[key] = json.loads(value) if isinstance(value, str) else dict(value)
+    if "attack" in (found.get("simulation") or {}):
+        value = found["simulation"]["attack"]
+        found["simulation"]["attack"] = json.loads(value) if isinstance(value, str) else value
     for path, value in (changes or {}).items():
         _change(found, path, value)
     for key in ("app", "clients", "rounds"):
@@ -199,7 +218,7 @@ def read(
         values[key] = found.get(key)
     for key in ("per_round", "over_select", "minimum", "deadline_s"):
         values[key] = clients.get(key)
-    for key in ("engine", "workers", "checkpoint_s"):
+    for key in ("engine", "workers", "checkpoint_s", "attack"):
         values[key] = simulation.get(key)
     values |= {key: value for key, value in settings.items() if value is not None}
     if not values["app"].is_file():

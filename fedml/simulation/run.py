@@ -60,6 +60,7 @@ class Simulation:
         self.plan = plan
         self.algorithm = plan.create_algorithm()
         self.treatment = plan.create_treatment(self.algorithm)
+        self.liars = plan.create_liars(self.algorithm)
         self.listener = listener or Listener()
         self.clock = 0.0  # simulated seconds
         self.turn = 0
@@ -169,6 +170,7 @@ class Simulation:
             algorithm=plan.algorithm,
             algorithm_config=plan.algorithm_config,
             treatment=json.dumps(plan.treatment),
+            liars=self.liars,
             seed=plan.seed,
             clients=plan.clients,
             engine=self.engine,
@@ -233,7 +235,8 @@ class Simulation:
     @property
     def wants_each(self) -> bool:
         """Whether the server looks at updates one by one, instead of at their sum."""
-        return self.treatment != Treatment()
+        forges = self.liars is not None and self.liars.forges
+        return forges or self.treatment != Treatment()
 
     def _sent(self) -> Arrays:
         sent = self.algorithm.sent(self.model, without_ours(self.state))
@@ -272,6 +275,9 @@ class Simulation:
         now = time.monotonic()
         metrics = {f"train.{name}": value for name, value in trained.items()}
         metrics |= told or {}
+        lying = self.liars.among([one.client for one in good]) if self.liars is not None else []
+        if self.liars is not None:
+            metrics["attack.liars"] = float(len(lying))
         if number % self.plan.every == 0 or number == self.plan.rounds:
             metrics |= self._central_metrics()
         self._trained += len(good)
@@ -289,7 +295,16 @@ class Simulation:
             metrics=metrics,
         )
         self.record.add_clients(
-            number, ((one.client, one.examples, one.seconds, one.metrics) for one in good)
+            number,
+            (
+                (
+                    one.client,
+                    one.examples,
+                    one.seconds,
+                    {**one.metrics, "lies": 1.0} if one.client in lying else one.metrics,
+                )
+                for one in good
+            ),
         )
         self.listener.ended(
             Round(
@@ -414,6 +429,8 @@ class Simulation:
             algorithm=self.algorithm.name,
             algorithm_config=dict(plan.algorithm_config),
             treatment=dict(plan.treatment),
+            attack=dict(plan.attack),
+            liars=list(self.liars.clients) if self.liars is not None else [],
             config=dict(plan.config),
             rounds=plan.rounds,
             clients=plan.clients,
@@ -422,6 +439,9 @@ class Simulation:
             engine=self.engine,
             workers=plan.workers,
         )
+        if self.liars is not None:
+            who = ", ".join(map(str, self.liars.clients)) or "nobody"
+            self.listener.say(f"attack {self.liars.kind} by clients {who} of {plan.clients}")
         if found is not None:
             done = self.turn // self.algorithm.stages
             self.record.drop_after(done)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.numpy import load_file
@@ -114,9 +115,11 @@ def _each(
     files = {one.client: run.update_file(run.turn, one.client) for one in good}
     done = []
     try:
+        lies = _lies(run, files)
         for one in good:
+            given = lies.get(one.client, files[one.client])
             try:
-                this.add(one.client, files[one.client], one.weight, one.metrics)
+                this.add(one.client, given, one.weight, one.metrics)
             except BadUpdate as error:
                 one = one._replace(cause=(f"its update was refused: {error}", ""))
             done.append(one)
@@ -129,6 +132,16 @@ def _each(
     finally:
         for file in files.values():
             file.unlink(missing_ok=True)
+
+
+def _lies(run: Simulation, files: Mapping[int, Path]) -> Mapping[int, Arrays]:
+    """What is sent in the place of some clients' updates."""
+    liars = run.liars
+    if liars is None or not liars.among(list(files)) or liars.attack is None:
+        return {}
+    seen = files if liars.attack.colludes else liars.among(list(files))
+    updates = {c: run.treatment.decoded(c, files[c], run.update) for c in seen}
+    return liars.forged(run.turn, updates)
 
 
 def _summed(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Made:

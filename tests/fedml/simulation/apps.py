@@ -99,6 +99,32 @@ train = LocalSGD(batch_size=4, epochs=2)
 evaluate = Evaluation()
 """
 
+# Softmax regression on real hand-written digits, which lie beside the file.
+DIGITS = """
+from pathlib import Path
+import numpy as np
+from fedml.data import partition
+from fedml.data.dataset import Examples
+from fedml.federate.local_sgd import Evaluation, LocalSGD
+
+with np.load(Path(__file__).parent / "digits.npz") as file:
+    FILE = dict(file)
+WHOLE = Examples(x=FILE["x"], y=FILE["y"])
+
+def model(config):
+    return {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
+
+def data(client, config):
+    parts = partition.divide(WHOLE, "dirichlet", client.count, alpha=1.0, seed=0)
+    return WHOLE.take(parts[client.index])
+
+train = LocalSGD(lr=0.5, batch_size=16, epochs=2)
+evaluate = Evaluation()
+
+def central(config):
+    return FILE["test_x"], FILE["test_y"]
+"""
+
 
 def write(folder: Path, text: str) -> Path:
     """The file, in a folder of its own."""
