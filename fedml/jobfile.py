@@ -204,6 +204,12 @@ _FEDERATED: dict[str, Any] = {
     "algorithm": _text,
     "algorithm_config": _json,
     "treatment": _json,
+    "groups": {
+        "count": _whole,
+        "rounds": _whole,
+        "algorithm": _text,
+        "algorithm_config": _json,
+    },
     "rounds": _whole,
     "seed": _whole,
     "config": _json,
@@ -292,6 +298,14 @@ def read_federated(file: Path) -> tuple[dict[str, Any], Path]:
     if not (workspace / found["app"]).is_file():
         raise ConfigError(f"{file}: there is no {found['app']} in the workspace {workspace}")
     request = {k: v for k, v in found.items() if k != "workspace"}
+    if "groups" in found:
+        request["groups"] = json.dumps(groups := _groups(found))
+        if groups.get("rounds", 1) > 1:
+            raise ConfigError(
+                f"{file}: `groups.rounds` is {groups['rounds']}: on agents, groups have no rounds "
+                "of their own yet, they only add up",
+                "`groups.rounds: 1`; `fedml simulate` runs both",
+            )
     for key, default in (("name", file.stem), ("config", "{}"), ("algorithm_config", "{}")):
         request.setdefault(key, default)
     return request, workspace
@@ -305,7 +319,17 @@ def read_simulated(file: Path) -> tuple[dict[str, Any], Path]:
     """
     found = _Reader(file).read({**_FEDERATED, "simulation": _SIMULATION}, {})
     found.setdefault("name", file.stem)
+    if "groups" in found:
+        found["groups"] = _groups(found)
     return found, _workspace(file, found)
+
+
+def _groups(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `groups`, with nothing in it as JSON."""
+    groups = dict(found["groups"])
+    if "algorithm_config" in groups:
+        groups["algorithm_config"] = json.loads(groups["algorithm_config"])
+    return groups
 
 
 def _workspace(file: Path, found: Mapping[str, Any]) -> Path:

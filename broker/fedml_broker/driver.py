@@ -227,6 +227,7 @@ class Driver:
             algorithm=request.algorithm,
             algorithm_config=request.algorithm_config,
             treatment=request.treatment,
+            groups=request.groups,
             seed=request.seed,
             app_dir=str(app_dir),
             app=request.app,

@@ -67,6 +67,7 @@ class FederateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     algorithm: str = "fedavg"
     algorithm_config: str = "{}"
     treatment: str = "{}"
+    groups: str = "{}"
     config: str = "{}"
     evaluate: EvaluateBody = EvaluateBody()
     needs: NeedsBody = NeedsBody()
@@ -210,7 +211,7 @@ def _check(request: FederateRequest) -> None:
         wrong.append(f"seed must be >= 0, got {request.seed}")
     if wrong:
         raise Problem(422, "this federated run cannot be", "\n".join(wrong))
-    for name in ("config", "algorithm_config", "treatment"):
+    for name in ("config", "algorithm_config", "treatment", "groups"):
         try:
             msgspec.json.decode(getattr(request, name).encode(), type=dict)
         except msgspec.MsgspecError as error:

@@ -235,7 +235,9 @@ def _chosen(names: set[str]) -> list[str]:
         first = _FIRST.index(metric) if metric in _FIRST else len(_FIRST)
         return first, _SOURCES.index(source) if source in _SOURCES else len(_SOURCES), name
 
-    chosen = sorted((n for n in names if not n.endswith(".examples")), key=rank)
+    # Of single groups of clients there may be hundreds: `--json` has them.
+    shown = (n for n in names if not n.endswith(".examples") and not n.startswith("groups."))
+    chosen = sorted(shown, key=rank)
     if sys.stdout.isatty():
         room = shutil.get_terminal_size().columns - len(_line("", [], "", "", "", ""))
         while len(chosen) > 2 and sum(max(len(name), 8) + 2 for name in chosen) > room:

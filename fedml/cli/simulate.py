@@ -63,6 +63,7 @@ def simulate(
       fedml simulate run.yaml --resume                  # go on with the last one
       fedml simulate run.yaml --sweep lr=0.01,0.03,0.1  # a table and one report for all
       fedml simulate run.yaml --engine exact            # the bits of a deployed run
+      fedml simulate run.yaml --sweep groups.rounds=1,2,5   # rounds within groups of clients
       fedml simulate attack.yaml --sweep simulation.attack.clients=0,1,2   # some clients lie
     """
     # Before NumPy is imported: members have one thread each, and this process may be one of them.
@@ -206,7 +207,9 @@ def _shown(as_json: bool) -> Iterator[Any]:
 
 def _line(round_: Round) -> str:
     numbers = "  ".join(
-        f"{k} {v:.4f}" for k, v in sorted(round_.metrics.items()) if not k.endswith(".examples")
+        f"{k} {v:.4f}"
+        for k, v in sorted(round_.metrics.items())
+        if not k.endswith(".examples") and not k.startswith("groups.")  # too many for a line
     )
     return f"round {round_.number}/{round_.rounds}  {numbers}"
 

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 from fedml.federate import algorithm, cohort
 from fedml.federate.application import Application, ApplicationError, set_weights
+from fedml.federate.hierarchical import Groups
 from fedml.federate.layout import BadUpdate, SumBroken
-from fedml.federate.round import ServerRound, ServerVersion
+from fedml.federate.round import ServerRound, ServerVersion, check
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.rules import TooFewClients
 from fedml_protocol.cause import Cause, Fault
@@ -58,6 +59,7 @@ class Aggregator:
         self._latest: tuple[int, dict[str, Any], dict[str, Any]] | None = None
         self._number = 0
         self._treatment = Treatment()
+        self._groups: list[list[int]] = []
         self._round: ServerRound | ServerVersion
 
     def answer(self, question: Any) -> Any:
@@ -83,7 +85,16 @@ class Aggregator:
         self._opened = opened
         self._algorithm = algorithm.create(opened.algorithm, json.loads(opened.algorithm_config))
         self._treatment = Treatment.parse(opened.treatment)
-        self._treatment.check(self._algorithm)
+        groups = Groups.parse(opened.groups)
+        check(self._algorithm, self._treatment, groups, opened.clients)
+        if groups is not None:
+            if not groups.relay:
+                raise ApplicationError(
+                    "groups with rounds or an algorithm of their own are not deployed yet: on "
+                    "agents groups only add up (`groups.rounds: 1`, fedavg within); "
+                    "`fedml simulate` runs it"
+                )
+            self._groups = groups.assigned(opened.clients, opened.seed)
         config = json.loads(opened.config)
         self._application = Application(Path(opened.app_dir) / opened.app, config)
         if opened.central and self._application.evaluates:
@@ -122,6 +133,7 @@ class Aggregator:
             index=question.round - 1,
             asked=len(question.clients),
             population=self._opened.clients,
+            groups=self._groups,
         )
         return RoundBegun()
 

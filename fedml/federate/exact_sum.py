@@ -138,6 +138,11 @@ class PartialSum:
         if layout is not None:
             self._open(layout)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The weighted mean of each."""
+        return self._metrics.means()
+
     def add(
         self,
         client: int,

@@ -8,18 +8,21 @@ algorithm (`federate.treatment`) is done to the same bits in both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fedml.federate import cohort
-from fedml.federate.algorithm import Algorithm, Facts, Update
+from fedml.federate.aggregate import Fold
+from fedml.federate.algorithm import Algorithm, BadParameter, Facts, Update
 from fedml.federate.arrays import Arrays
 from fedml.federate.exact_sum import WeightedMetrics
+from fedml.federate.hierarchical import GroupedFold, Groups
 from fedml.federate.layout import Given, admit
 from fedml.federate.treatment import Treatment, without_ours
+from fedml.protect.robust import RobustFold
 
 
 class Made(NamedTuple):
@@ -29,13 +32,37 @@ class Made(NamedTuple):
         model: The next one.
         state: The server's, the treatment's part of it included.
         metrics: Of the clients' training, combined.
-        told: What the treatment has to say, e.g. the privacy that was spent.
+        told: What the treatment has to say, e.g. the privacy that was spent, and each group.
     """
 
     model: Arrays
     state: Arrays
     metrics: Mapping[str, float]
     told: Mapping[str, float]
+
+
+def check(
+    algorithm: Algorithm, treatment: Treatment, groups: Groups | None, population: int
+) -> None:
+    """Refuse what cannot go together, before anything runs.
+
+    Raises:
+        BadParameter: With the way out.
+    """
+    treatment.check(algorithm)
+    if groups is None:
+        return
+    groups.check(algorithm, population)
+    if treatment.rule is not None:
+        raise BadParameter(
+            "groups and a robust rule exclude each other: a group sends a sum, and the rule must "
+            "see each update. Leave one out; `treatment.privacy` bounds what one client can do, too"
+        )
+    if not groups.relay and treatment != Treatment():
+        raise BadParameter(
+            "groups with rounds of their own and `treatment` exclude each other: leave one out, or "
+            "let groups only add up (`groups.rounds: 1`, fedavg within)"
+        )
 
 
 class ServerRound:
@@ -52,6 +79,7 @@ class ServerRound:
         index: int,
         asked: int,
         population: int,
+        groups: Sequence[Sequence[int]] = (),
         noise: np.random.Generator | None = None,
     ) -> None:
         """Be ready for updates.
@@ -65,6 +93,7 @@ class ServerRound:
             index: Which round, from 0.
             asked: How many clients were asked.
             population: How many there are.
+            groups: That relay, each adding up its clients; without a rule only.
             noise: For the noise of privacy in a simulation, which is to be repeated; None is one
                 that nobody can repeat.
         """
@@ -73,8 +102,12 @@ class ServerRound:
         self._model, self._state = model, state
         self._asked, self._population = asked, population
         self._noise = noise
-        rng = cohort.server_generator(seed, index)
-        self._fold = treatment.fold(self.layout, state, rng)
+        self._fold: Fold | RobustFold | GroupedFold
+        if groups:
+            self._fold = GroupedFold(groups, treatment.layout(self.layout))
+        else:
+            rng = cohort.server_generator(seed, index)
+            self._fold = treatment.fold(self.layout, state, rng)
 
     def add(
         self,
@@ -117,6 +150,8 @@ class ServerRound:
             rate=min(self._asked / population, 1.0),
             noise=self._noise,
         )
+        if isinstance(self._fold, GroupedFold):
+            told |= self._fold.told()
         facts = Facts(clients=clients, population=population)
         model, state = self._algorithm.server_update(
             self._model, without_ours(self._state), combined, facts

@@ -5,7 +5,7 @@ plan.py     what is simulated        run.py       the server's part of the round
 crew.py     the worker processes     member.py    the clients' part, in each of them
 engine.py   ways to train: exact, closed_form.py, inplace.py, stacked.py
 devices.py  how fast and reliable    asynchronous.py   algorithms without rounds
-liars.py    clients that lie
+liars.py    clients that lie     grouped.py   groups with rounds of their own
 record.py   the results file         checkpoint.py, report.py, sweep.py
 
 result = fedml.simulate("run.yaml", rounds=20)

@@ -107,6 +107,7 @@ class Order(NamedTuple):
         clients: In this order.
         version: Which model and what is sent with it.
         starts: Another turn than `turn` for some clients, where there are no rounds.
+        draw: Seed and turn of the random numbers, where they are not the run's and `turn`.
         evaluate: Evaluate the model on each client before it trains.
         careful: Report client by client: the last member died over these.
         kept: The last turn that a checkpoint holds; states from then on are kept.
@@ -118,6 +119,7 @@ class Order(NamedTuple):
     clients: tuple[int, ...]
     version: int
     starts: Mapping[int, int] = _NOTHING
+    draw: tuple[int, int] | None = None
     evaluate: bool = False
     careful: bool = False
     kept: int = -1
@@ -226,7 +228,7 @@ class Member:
             local = UserTraining(self._application, self._own_module(), data)
             algorithm.require_support(self._algorithm, local, "train()")
             turn = order.starts.get(client, order.turn)
-            rng = cohort.generator(self._setup.seed, turn, client)
+            rng = cohort.generator(*(order.draw or (self._setup.seed, turn)), client)
             before = self._state_before(client, turn)
             update = self._treatment.client_update(self._algorithm, model, sent, before, local, rng)
             layout = self._algorithm.layout(model)
@@ -281,7 +283,7 @@ class Member:
                 yield Done(client, cause=_cause(error))
                 continue
             ready.append(client)
-            rngs.append(_later(self._setup.seed, order.turn, client))
+            rngs.append(_later(*(order.draw or (self._setup.seed, order.turn)), client))
             fresh[client] = self._fresh
         if not ready:
             return

@@ -18,6 +18,8 @@ from typing import Any
 from fedml import jobfile
 from fedml.errors import ConfigError
 from fedml.federate.algorithm import Algorithm, BadParameter, Kind, UnknownAlgorithm, create
+from fedml.federate.hierarchical import Groups
+from fedml.federate.round import check
 from fedml.federate.treatment import Treatment
 from fedml.simulation.devices import Devices
 from fedml.simulation.liars import Liars
@@ -35,6 +37,7 @@ class Plan:
         config: Handed to the user's functions.
         algorithm: By name, `algorithm_config` its parameters.
         treatment: What is done to updates beside the algorithm (`federate.treatment`).
+        groups: How clients are grouped (`federate.hierarchical.Groups`).
         rounds: Rounds, or versions of the model where the algorithm is asynchronous.
         seed: Of everything that is drawn.
         clients: How many there are.
@@ -61,6 +64,7 @@ class Plan:
     algorithm: str = "fedavg"
     algorithm_config: Mapping[str, Any] = field(default_factory=dict)
     treatment: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     per_round: int = 0
     over_select: float = 0.0
@@ -126,21 +130,32 @@ class Plan:
             )
         return algorithm
 
-    def create_treatment(self, algorithm: Algorithm) -> Treatment:
-        """What is done to updates, checked against the algorithm.
+    def create_treatment(self) -> Treatment:
+        """What is done to updates.
+
+        Raises:
+            ConfigError: A part of it is wrong.
+        """
+        try:
+            return Treatment.parse(json.dumps(self.treatment))
+        except (BadParameter, TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+    def create_groups(self, algorithm: Algorithm, treatment: Treatment) -> Groups | None:
+        """How clients are grouped, and the check that all of it goes together.
 
         Raises:
             ConfigError: A part of it is wrong, or cannot go with the rest.
         """
         try:
-            treatment = Treatment.parse(json.dumps(self.treatment))
-            treatment.check(algorithm)
-        except (BadParameter, TypeError, ValueError) as error:
+            groups = Groups.parse(json.dumps(self.groups))
+            check(algorithm, treatment, groups, self.clients)
+        except (BadParameter, TypeError) as error:
             raise ConfigError(str(error)) from error
-        return treatment
+        return groups
 
-    def create_liars(self, algorithm: Algorithm) -> Liars | None:
-        """Who lies and how, checked against the algorithm; None where nobody does.
+    def create_liars(self, algorithm: Algorithm, groups: Groups | None = None) -> Liars | None:
+        """Who lies and how, checked against the rest; None where nobody does.
 
         Raises:
             ConfigError: A part of it is wrong, or cannot go with the rest.
@@ -148,9 +163,16 @@ class Plan:
         if not self.attack:
             return None
         try:
-            return Liars.read(self.attack, self.clients, self.seed, algorithm)
+            liars = Liars.read(self.attack, self.clients, self.seed, algorithm)
         except BadParameter as error:
             raise ConfigError(f"simulation.attack: {error}") from error
+        if liars.forges and groups is not None and not groups.relay:
+            raise ConfigError(
+                f"simulation.attack: {liars.kind} forges updates where the server sees them, and "
+                "groups with rounds of their own send it none of a client",
+                "kind: label_flip, or let groups only add up (groups.rounds: 1)",
+            )
+        return liars
 
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
@@ -214,7 +236,7 @@ def read(
         name: str(workspace / Path(path).expanduser())
         for name, path in (simulation.get("data") or {}).items()
     }
-    for key in ("config", "algorithm", "algorithm_config", "treatment"):
+    for key in ("config", "algorithm", "algorithm_config", "treatment", "groups"):
         values[key] = found.get(key)
     for key in ("per_round", "over_select", "minimum", "deadline_s"):
         values[key] = clients.get(key)
@@ -251,6 +273,7 @@ def _change(found: dict[str, Any], path: str, value: Any) -> None:
         "config",
         "algorithm_config",
         "treatment",
+        "groups",
         "clients",
         "evaluate",
         "simulation",

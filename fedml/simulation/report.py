@@ -100,7 +100,9 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _charts(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Chart]:
-    names = {key for rows in runs.values() for row in rows for key in row}
+    # Of single groups of clients there may be hundreds; the table has them.
+    keys = {key for rows in runs.values() for row in rows for key in row}
+    names = {key for key in keys if not key.startswith("groups.")}
     for kind, title in (("accuracy", "Accuracy"), ("loss", "Loss"), ("epsilon", "Epsilon")):
         chosen = sorted(name for name in names if name.rpartition(".")[2] == kind)
         if chosen:

@@ -22,7 +22,7 @@ from fedml.errors import ConfigError
 from fedml.federate import algorithm as algorithms
 from fedml.federate.algorithm import Kind, UnsupportedByTraining
 from fedml.federate.application import Application, ApplicationError, UserTraining, set_weights
-from fedml.federate.arrays import Arrays
+from fedml.federate.arrays import Arrays, without_tags
 from fedml.federate.layout import Layout
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.privacy import NotPrivate
@@ -30,6 +30,7 @@ from fedml.simulation import asynchronous, checkpoint, engine, synchronous
 from fedml.simulation.arena import Arena, Board
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.crew import Crew
+from fedml.simulation.grouped import GROUPS
 from fedml.simulation.member import Done, Order, Setup, Task
 from fedml.simulation.plan import Plan
 from fedml.simulation.record import Record
@@ -59,8 +60,15 @@ class Simulation:
         """
         self.plan = plan
         self.algorithm = plan.create_algorithm()
-        self.treatment = plan.create_treatment(self.algorithm)
-        self.liars = plan.create_liars(self.algorithm)
+        self.treatment = plan.create_treatment()
+        self.groups = plan.create_groups(self.algorithm, self.treatment)
+        self.liars = plan.create_liars(self.algorithm, self.groups)
+        # Groups with rounds of their own; those that only relay are the server's business.
+        self.nested = self.groups if self.groups is not None and not self.groups.relay else None
+        self.members = self.groups.assigned(plan.clients, plan.seed) if self.groups else []
+        # What clients run, and how often in one turn of the server.
+        self.within = self.nested.within() if self.nested is not None else self.algorithm
+        self.passes = self.nested.rounds * self.within.stages if self.nested is not None else 1
         self.listener = listener or Listener()
         self.clock = 0.0  # simulated seconds
         self.turn = 0
@@ -132,7 +140,7 @@ class Simulation:
             self._application = Application(plan.app, plan.config)
             model = self._application.first_model(plan.seed)
             local = UserTraining(self._application, None, None)
-            algorithms.require_support(self.algorithm, local, f"train() in {plan.app.name}")
+            algorithms.require_support(self.within, local, f"train() in {plan.app.name}")
         except (ApplicationError, UnsupportedByTraining) as error:
             raise ConfigError(str(error)) from error
         torch = sys.modules.get("torch")
@@ -145,7 +153,7 @@ class Simulation:
             plan.engine,
             trainer,
             self._central_model,
-            self.algorithm,
+            self.within,
             plan.config,
             each=self.wants_each,
         )
@@ -154,7 +162,7 @@ class Simulation:
         if found is not None:
             self._take_up(found)
         sent = self._sent()
-        self.update = self.algorithm.layout(self.model)
+        self.update = self.within.layout(self.model)
         model_specs, self._sent_specs = Layout.of(self.model), Layout.of(sent)
         self.bytes_down = _bytes(model_specs) + _bytes(self._sent_specs)
         try:
@@ -164,11 +172,12 @@ class Simulation:
         self.publish(0)
         states = (self._folder or self._arena.folder) / checkpoint.STATES
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        said = self.nested or plan
         setup = Setup(
             number=0,
             config=plan.config,
-            algorithm=plan.algorithm,
-            algorithm_config=plan.algorithm_config,
+            algorithm=said.algorithm,
+            algorithm_config=said.algorithm_config,
             treatment=json.dumps(plan.treatment),
             liars=self.liars,
             seed=plan.seed,
@@ -205,7 +214,8 @@ class Simulation:
         epochs = self.plan.config.get("epochs", 1)
         passes = epochs if isinstance(epochs, int | float) and epochs > 0 else 1
         examples = sizes.get(client, 0) * passes
-        return devices.duration(client, examples, self.bytes_down, self.bytes_up)
+        once = devices.duration(client, examples, self.bytes_down, self.bytes_up)
+        return self.passes * once
 
     def _count(self) -> None:
         """How many examples every client has: devices take time by them."""
@@ -236,22 +246,32 @@ class Simulation:
     def wants_each(self) -> bool:
         """Whether the server looks at updates one by one, instead of at their sum."""
         forges = self.liars is not None and self.liars.forges
-        return forges or self.treatment != Treatment()
+        relay = self.groups is not None and self.groups.relay
+        return forges or relay or self.treatment != Treatment()
+
+    @property
+    def server_state(self) -> Arrays:
+        """What the algorithm itself keeps of `state`, beside the treatment and the groups."""
+        return without_tags(without_ours(self.state), [GROUPS])
 
     def _sent(self) -> Arrays:
-        sent = self.algorithm.sent(self.model, without_ours(self.state))
-        return self.treatment.sent(sent, self.state)
+        if self.nested is not None:  # each group sends its own; this has its form
+            return self.within.sent(self.model, self.within.start(self.model))
+        return self.treatment.sent(self.algorithm.sent(self.model, self.server_state), self.state)
 
-    def publish(self, version: int) -> None:
-        """Put the model, and what is sent with it, where members read it."""
+    def publish(
+        self, version: int, model: Arrays | None = None, sent: Arrays | None = None
+    ) -> None:
+        """Put the model, or another one, and what is sent with it, where members read it."""
         boards = self._boards.get(version)
-        sent = self._sent()
+        model = self.model if model is None else model
+        sent = self._sent() if sent is None else sent
         if boards is None:
             folder = self._arena.folder
             layouts = (("model", Layout.of(self.model)), ("sent", self._sent_specs))
             made = [Board(folder / f"{w}-{version}", x.tensors, create=True) for w, x in layouts]
             boards = self._boards[version] = (made[0], made[1])
-        boards[0].write(self.model)
+        boards[0].write(model)
         boards[1].write(sent)
 
     def update_file(self, turn: int, client: int) -> Path:
@@ -284,14 +304,15 @@ class Simulation:
         took = now - self._previous[1]
         self._previous = (self.turn, now)
         simulated = self.clock if self.plan.devices is not None else None
+        turns = self.passes * self.algorithm.stages
         self.record.add_round(
             number,
             wall_s=self._wall_before + now - self._began,
             simulated_s=simulated,
             asked=asked,
             answered=len(good),
-            bytes_down=asked * self.bytes_down,
-            bytes_up=len(good) * self.bytes_up,
+            bytes_down=asked * self.bytes_down * turns,
+            bytes_up=len(good) * self.bytes_up * turns,
             metrics=metrics,
         )
         self.record.add_clients(
@@ -381,7 +402,7 @@ class Simulation:
             engine=self.engine,
         ).save(self._folder)
         self.record.flush()
-        self.kept_turn = self.turn - 1
+        self.kept_turn = self.turn * self.passes - 1
         self._saved = now
 
     def _checkpoint(self) -> Checkpoint | None:
@@ -408,7 +429,7 @@ class Simulation:
                 "only rounds, workers and engine may differ; another --out starts anew",
             )
         if self.algorithm.kind is Kind.SYNCHRONOUS:
-            checkpoint.drop_states_after(self._folder, found.turn)
+            checkpoint.drop_states_after(self._folder, found.turn * self.passes)
         return found
 
     def _take_up(self, found: Checkpoint) -> None:
@@ -419,7 +440,7 @@ class Simulation:
             )
         self.model, self.state = found.model, found.state
         self.turn, self.clock = found.turn, found.simulated_s
-        self.kept_turn = found.turn - 1
+        self.kept_turn = found.turn * self.passes - 1
         self.crew.know(found.sizes)
 
     def _note(self, found: Checkpoint | None) -> None:
@@ -429,6 +450,7 @@ class Simulation:
             algorithm=self.algorithm.name,
             algorithm_config=dict(plan.algorithm_config),
             treatment=dict(plan.treatment),
+            groups=dict(plan.groups),
             attack=dict(plan.attack),
             liars=list(self.liars.clients) if self.liars is not None else [],
             config=dict(plan.config),

@@ -101,7 +101,7 @@ def table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     names = [
         name
         for name in sorted({name for point in points for name in point.result.metrics})
-        if not name.endswith(".examples")
+        if not name.endswith(".examples") and not name.startswith("groups.")
     ]
     rows = [
         [str(point.changes[key]) for key in keys]

@@ -9,19 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.numpy import load_file
-
 from fedml.errors import RunFailed
 from fedml.federate import cohort
-from fedml.federate.aggregate import PartialSum
-from fedml.federate.algorithm import Facts, Update
-from fedml.federate.arrays import Arrays, rounded
+from fedml.federate.algorithm import Facts
+from fedml.federate.arrays import Arrays
 from fedml.federate.layout import BadUpdate
 from fedml.federate.round import Made, ServerRound
 from fedml.protect.rules import TooFewClients
+from fedml.simulation import grouped
 from fedml.simulation.devices import online
 from fedml.simulation.member import Done, Order, Task
-from fedml.simulation.result import mean_metrics
+from fedml.simulation.sums import added_up, barren
 
 if TYPE_CHECKING:
     from fedml.simulation.run import Simulation
@@ -67,23 +65,25 @@ def _turn(
     plan = run.plan
     number = run.turn // run.algorithm.stages + 1
     evaluate = first and run.evaluates_clients and (number - 1) % plan.every == 0
-    order = Order(
-        task=Task.EACH if run.wants_each else Task.SUM,
-        turn=run.turn,
-        clients=taken.clients,
-        version=0,
-        evaluate=evaluate,
-        kept=run.kept_turn,
-    )
-    run.listener.begins(number, len(taken.clients))
-    shares = run.crew.run(order, run.heard, meanwhile)
-    done = [one for _, each in shares for one in each]
     least = min(plan.minimum, len(taken.clients))
-    good = run.settle(number, done, least=least)
-    if run.wants_each:
-        good, made = _each(run, number, taken, good, least)
+    run.listener.begins(number, len(taken.clients) * run.passes)
+    if run.nested is not None:
+        good, made = grouped.turn(run, number, taken.clients, least=least, evaluate=evaluate)
     else:
-        made = _summed(run, number, [place for place, _ in shares], good)
+        order = Order(
+            task=Task.EACH if run.wants_each else Task.SUM,
+            turn=run.turn,
+            clients=taken.clients,
+            version=0,
+            evaluate=evaluate,
+            kept=run.kept_turn,
+        )
+        shares = run.crew.run(order, run.heard, meanwhile)
+        good = run.settle(number, [one for _, each in shares for one in each], least=least)
+        if run.wants_each:
+            good, made = _each(run, number, taken, good, least)
+        else:
+            made = _summed(run, number, [place for place, _ in shares], good)
     run.model, run.state = made.model, made.state
     run.turn += 1
     run.clock = taken.ends
@@ -108,10 +108,11 @@ def _each(
         index=run.turn,
         asked=taken.asked,
         population=run.plan.clients,
+        groups=run.members,
         noise=cohort.server_generator(run.plan.seed, run.turn),
     )
     if run.treatment.rule is None and not math.fsum(one.weight for one in good) > 0:
-        raise _barren(number, len(good))
+        raise barren(number, len(good))
     files = {one.client: run.update_file(run.turn, one.client) for one in good}
     done = []
     try:
@@ -146,38 +147,10 @@ def _lies(run: Simulation, files: Mapping[int, Path]) -> Mapping[int, Arrays]:
 
 def _summed(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Made:
     """The next model of what the members added up."""
-    combined = _combined(run, number, places, good)
+    combined = added_up(run, number, places, good)
     facts = Facts(clients=len(good), population=max(run.plan.clients, len(good)))
     model, state = run.algorithm.server_update(run.model, run.state, combined, facts)
     return Made(model, state, combined.metrics, {})
-
-
-def _barren(number: int, clients: int) -> RunFailed:
-    return RunFailed(
-        f"round {number}: none of its {clients} clients has an example to learn from",
-        "give clients data, or choose more of them in clients.per_round",
-    )
-
-
-def _combined(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Update:
-    """The mean of what all members added up."""
-    weight = math.fsum(one.weight for one in good)
-    if not weight > 0:
-        raise _barren(number, len(good))
-    metrics = mean_metrics([(one.weight, one.metrics) for one in good])
-    if run.engine == "exact":
-        whole = PartialSum(run.update)
-        for place in places:
-            whole.merge(PartialSum.from_arrays(load_file(run.crew.sum_file(place))))
-        return Update(arrays=whole.result().arrays, weight=weight, metrics=metrics)
-    boards = [run.crew.sum_of(place) for place in places]
-    arrays: Arrays = {}
-    for name, spec in run.update.tensors.items():
-        total = boards[0][name] if len(boards) == 1 else boards[0][name] + boards[1][name]
-        for board in boards[2:]:
-            total += board[name]
-        arrays[name] = rounded(total / weight, spec.dtype)
-    return Update(arrays=arrays, weight=weight, metrics=metrics)
 
 
 def _cohort(run: Simulation, index: int) -> _Cohort:

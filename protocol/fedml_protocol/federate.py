@@ -109,7 +109,11 @@ class WorkerFrame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRun:
-    """broker -> aggregator: the first question. `app_dir` empty: no user code on this side."""
+    """broker -> aggregator: the first question. `app_dir` empty: no user code on this side.
+
+    Attributes:
+        groups: JSON, how clients are grouped (`fedml.federate.hierarchical.Groups`); empty is not.
+    """
 
     algorithm: str
     seed: int
@@ -120,6 +124,7 @@ class OpenRun:
     central: bool = False
     clients: int = 1
     treatment: str = ""
+    groups: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

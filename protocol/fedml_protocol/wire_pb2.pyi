@@ -523,7 +523,7 @@ class WorkerFrame(_message.Message):
     def __init__(self, worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., stage_order: _Optional[_Union[StageOrder, _Mapping]] = ..., stage_done: _Optional[_Union[StageDone, _Mapping]] = ..., stage_cancel: _Optional[_Union[StageCancel, _Mapping]] = ...) -> None: ...
 
 class OpenRun(_message.Message):
-    __slots__ = ("app_dir", "app", "config", "algorithm", "algorithm_config", "seed", "central", "clients", "treatment")
+    __slots__ = ("app_dir", "app", "config", "algorithm", "algorithm_config", "seed", "central", "clients", "treatment", "groups")
     APP_DIR_FIELD_NUMBER: _ClassVar[int]
     APP_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -533,6 +533,7 @@ class OpenRun(_message.Message):
     CENTRAL_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
     TREATMENT_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     app_dir: str
     app: str
     config: str
@@ -542,7 +543,8 @@ class OpenRun(_message.Message):
     central: bool
     clients: int
     treatment: str
-    def __init__(self, app_dir: _Optional[str] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., seed: _Optional[int] = ..., central: _Optional[bool] = ..., clients: _Optional[int] = ..., treatment: _Optional[str] = ...) -> None: ...
+    groups: str
+    def __init__(self, app_dir: _Optional[str] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., seed: _Optional[int] = ..., central: _Optional[bool] = ..., clients: _Optional[int] = ..., treatment: _Optional[str] = ..., groups: _Optional[str] = ...) -> None: ...
 
 class MakeModel(_message.Message):
     __slots__ = ("out_dir",)

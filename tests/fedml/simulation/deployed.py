@@ -33,8 +33,16 @@ from fedml_protocol.federate import (
 Models = list[dict[str, Any]]
 
 
-def run(app: Path, folder: Path, plan: Mapping[str, Any]) -> Models:
-    """Run a plan (the keys of a run file) and return every model, the first one included."""
+def run(
+    app: Path,
+    folder: Path,
+    plan: Mapping[str, Any],
+    told: list[dict[str, float]] | None = None,
+) -> Models:
+    """Run a plan (the keys of a run file) and return every model, the first one included.
+
+    What the aggregator tells of each round is appended to `told`.
+    """
     clients, seed = plan["clients"]["count"], plan.get("seed", 0)
     said = {
         "algorithm": plan.get("algorithm", "fedavg"),
@@ -45,7 +53,14 @@ def run(app: Path, folder: Path, plan: Mapping[str, Any]) -> Models:
     }
     aggregator = Aggregator()
     aggregator.answer(
-        OpenRun(app_dir=str(app.parent), app=app.name, clients=clients, central=True, **said)
+        OpenRun(
+            app_dir=str(app.parent),
+            app=app.name,
+            clients=clients,
+            central=True,
+            groups=json.dumps(plan.get("groups", {})),
+            **said,
+        )
     )
     workers = [_worker(folder / f"client-{k}", app) for k in range(clients)]
     made = aggregator.answer(MakeModel(out_dir=str(_new(folder / "out-0"))))
@@ -99,6 +114,8 @@ def run(app: Path, folder: Path, plan: Mapping[str, Any]) -> Models:
             assert added.refusal is None, added.refusal
         made = aggregator.answer(FinishRound(out_dir=str(_new(folder / f"out-{number}"))))
         models.append(load_file(made.model_path))
+        if told is not None:
+            told.append(dict(made.metrics))
     return models
 
 
