@@ -25,7 +25,7 @@ def data() -> None:
 @home_option
 @json_option
 def list_data(home: Path, as_json: bool) -> None:
-    """List the data sets: what each is, its licence, and whether it is here."""
+    """List the data sets, and which are here. Licences differ: look before you use one."""
     from fedml import data as sets
 
     found = [sets.describe(name, home=home) for name in sets.names()]
@@ -53,7 +53,7 @@ def list_data(home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def show(name: str, home: Path, as_json: bool) -> None:
-    """Show one data set: source, licence, size, and the commands that bring it."""
+    """Show one data set, and what brings it. Source, licence and size too."""
     from fedml import data as sets
 
     with _our_errors():
@@ -90,8 +90,9 @@ def fetch(names: tuple[str, ...], home: Path, as_json: bool) -> None:
     from fedml import data as sets
 
     with _our_errors():
-        for name in names:
-            if sets.describe(name, home=home).present:
+        found = [sets.describe(name, home=home) for name in names]  # a wrong name before all else
+        for name, about in zip(names, found, strict=True):
+            if about.present:
                 click.echo(f"{name} is here already", err=True)
                 continue
             with transfer(name, at_once=True) as told:

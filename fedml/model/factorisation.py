@@ -8,16 +8,14 @@ from torch import Tensor, nn
 class MatrixFactorisation(nn.Module):
     """``mean + user's bias + item's bias + user's taste . item's traits``.
 
-    In a federated run the rows of one user never leave his device: only ``items``, ``item_bias``
-    and ``mean`` are shared (`PRIVATE` names the rest).
+    A federated run sends the whole of it, users' rows included. `examples/movielens` shares what is
+    known of items only, and works out each user's taste where the ratings are.
 
     Args:
         users: How many.
         items: How many.
         width: Numbers that describe a taste.
     """
-
-    PRIVATE = ("users.weight", "user_bias.weight")
 
     def __init__(self, users: int = 943, items: int = 1682, width: int = 16) -> None:
         super().__init__()

@@ -192,7 +192,7 @@ async def test_a_small_message_waits_for_no_acknowledgement_of_the_one_before(
     assert client is not None
     opened = client.socket()
     assert isinstance(opened, ssl.SSLSocket)
-    # With Nagle's algorithm it would, for 40 ms, and a round of two agents take three times as long.
+    # With Nagle's algorithm it would, for 40 ms: a round of two agents took three times as long.
     assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 

@@ -18,6 +18,7 @@ import yaml
 import fedml
 from fedml import api, data
 from fedml.errors import RunFailed
+from fedml.simulation import ClientFailed
 from tests.place import Place
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -78,14 +79,19 @@ def test_the_example_learns_in_a_simulation(
     assert gained > better, f"{metric} {learned:.3f}, guessed {guessed:.3f}"
 
 
-def test_each_example_says_what_it_reaches_and_what_brings_its_data() -> None:
-    for folder, name in {(run[0], run[1]) for run in RUNS} - {("text", "20news")}:
+def test_each_example_says_what_brings_its_data_and_what_it_reaches_as_the_page_does() -> None:
+    page = (EXAMPLES.parent / "docs" / "simulate.md").read_text()
+    rows = re.findall(r"^\| \[`(\w+)`\]\(\.\./(\S+)\) \| `([\w-]+)`[^|]* \|(.*)\|$", page, re.M)
+    assert {row[0] for row in rows} == {path.parent.name for path in EXAMPLES.glob("*/run.yaml")}
+    for folder, file, name, cells in rows:
         said = yaml.safe_load((EXAMPLES / folder / "run.yaml").read_text())
-        docstring = (EXAMPLES / folder / said["app"]).read_text().split('"""')[1]
-        brings = data.describe(name).how_to_get
-        assert any(way.partition(" --home")[0] in docstring for way in brings), folder
+        assert file == f"examples/{folder}/{said['app']}"
+        docstring = (EXAMPLES.parent / file).read_text().split('"""')[1]
+        ways = [way.partition(" --home")[0] for way in data.describe(name).how_to_get]
+        assert any(way in docstring for way in ways), folder
         assert f"fedml simulate examples/{folder}/run.yaml" in docstring
-        assert re.search(r"\d\d\.\d %|0\.\d+ stars", docstring), folder
+        for number in re.findall(r"\d+\.\d+", "|".join(cells.split("|")[1:3])):
+            assert number in docstring, f"{folder}: {number}"
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +159,12 @@ def test_a_set_that_is_missing_is_named_with_the_command_for_that_machine(
         missing = f"{where}{name} is not on this machine; run: fedml data fetch {name} --home"
         assert any(f"{missing} {home}, or: pip install" in said for home in homes), said
         assert "Traceback" not in said
+
+
+def test_a_set_that_is_missing_in_a_simulation_is_said_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDML_HOME", str(tmp_path))
+    with pytest.raises(ClientFailed, match=f"run: fedml data fetch heart --home {tmp_path}") as one:
+        fedml.simulate(EXAMPLES / "heart" / "run.yaml")
+    assert one.value.traceback == ""

@@ -46,13 +46,24 @@ def test_an_unknown_name_gets_the_nearest_one(tmp_path: Path) -> None:
         assert "try: heart" in said
 
 
+def test_a_wrong_name_is_said_before_anything_is_downloaded(tmp_path: Path) -> None:
+    assert "'hart'" in _fedml(tmp_path, "fetch", "heart", "hart", code=8).stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = _fedml(tmp_path / "file", "fetch", "heart", code=8).stderr
+    assert f"cannot keep data below {tmp_path}/file: " in said
+
+
 def test_a_download_that_fails_says_why_and_what_else_would_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     said = _fedml(tmp_path, "fetch", "cora", code=8).stderr
-    assert "could not download graphdatascience" in said
+    assert "could not download graphdatascience: No matching distribution" in said
     assert "try: check the network" in said
     assert "pip install --no-deps graphdatascience==" in said
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The warm worker as the agent sees it: a real process and its socket."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -230,3 +231,24 @@ def test_an_agent_that_was_restarted_is_heard_while_a_stage_runs(warm: Warm) -> 
     with closing(warm.connect()) as agent:
         agent.say(StageCancel(task=order.task, epoch=order.epoch))
         assert agent.ask(warm.order(2)).cause is None
+
+
+def test_of_a_data_set_only_what_the_client_took_stays_in_memory(
+    warm: Warm, data_home: Path, real: Callable[[str], object]
+) -> None:
+    real("mnist-5k")
+    loading = APP.replace(
+        "    return np.ones(5)\n",
+        "    import weakref\n"
+        "    from fedml import data as sets\n"
+        '    train = sets.load("mnist-5k", home=config["home"]).train\n'
+        "    global whole\n"
+        "    whole = weakref.ref(train.x)\n"
+        "    return train.take(np.arange(5))\n",
+    ).replace('"sum": float(model["w"].sum())', '"kept": whole() is not None')
+    (warm.folder / "package" / "app.py").write_text(loading)
+    with closing(warm.connect()) as agent:
+        done = agent.ask(warm.order(config=json.dumps({"home": str(data_home)}), evaluate=True))
+    assert done.cause is None
+    assert done.weight == 5
+    assert done.metrics["eval.kept"] == 0

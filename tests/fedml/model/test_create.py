@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by name: published sizes, seeds, and errors that help."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +166,25 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         model.create("unet", width=8)(torch.rand(1, 1, 24, 30))
     with pytest.raises(ValueError, match="takes 128"):
         model.create("transformer")(torch.zeros(1, 129, dtype=torch.int64))
+
+
+def test_the_page_lists_every_family_with_its_sizes_and_other_spellings() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([\d,]+) \|$", page, re.M)
+    shown = {name: (sizes.strip(), int(count.replace(",", ""))) for name, sizes, count in rows}
+    with torch.device("meta"):  # sizes only
+        made = {
+            name: (
+                ", ".join(f"`{size}={value}`" for size, value in model.sizes(name).items()),
+                parameter_count(model.create(name)),
+            )
+            for name in model.names()
+        }
+    assert shown == made
+    also = page[page.index("Also understood") :].partition("\n\n")[0]
+    for spelling, name in model._ALIASES.items():
+        assert re.search(rf"`{spelling}`[^)]*\(`{name}`\)", also), spelling
+    assert set(re.findall(r"`(\w+)`", also)) == {*model._ALIASES, *model._ALIASES.values()}
 
 
 def test_torch_is_imported_only_when_a_model_is_built() -> None:
