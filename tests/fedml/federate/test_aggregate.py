@@ -192,8 +192,9 @@ def test_the_grid_of_values_holds_each_of_them(values: np.ndarray) -> None:
 def test_equal_updates_average_to_that_update(given_round, k, exponent) -> None:
     update = {name: array + 0 for name, array in given_round[0][0].items()}
     mean = weighted_mean([update] * k, [2.0**exponent * 3] * k)
-    if update["a"].dtype == np.float64:  # the product and the division round in float64 as well
-        np.testing.assert_array_max_ulp(mean["a"], update["a"], 1)
+    if update["a"].dtype == np.float64:
+        # Product, sum and division each round in float64 as well: less than 3 units in all.
+        np.testing.assert_array_max_ulp(mean["a"], update["a"], 2)
     else:
         assert same_bits(mean, update)
 
