@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Robust rules, privacy and compression on agents: the run file asks, the machines do it."""
+"""Robust rules, privacy, compression and groups on agents: the run file asks, machines do it."""
 
 import json
 from collections.abc import Iterator
@@ -93,3 +93,24 @@ def test_a_treatment_that_cannot_be_is_said_before_anything_runs(place: Place) -
     assert end["state"] == "FAILED"
     assert "exclude each other" in end["cause"]["message"]
     assert list(place.tasks(end["id"])) == []
+
+
+def test_groups_add_up_to_the_model_of_the_flat_run_and_tell_of_each(place: Place) -> None:
+    flat = _run(place, APP, {}, rounds=3)
+    grouped = _run(place, APP, {}, rounds=3, groups=json.dumps({"count": 2}))
+    assert [row["model"] for row in grouped] == [row["model"] for row in flat]
+    for row in grouped[1:4]:
+        there = [row["metrics"][f"groups.{g}.clients"] for g in (0, 1)]
+        assert sorted(there) == [1, 2]
+
+
+def test_groups_that_cannot_be_are_said_before_anything_runs(place: Place) -> None:
+    for groups, text in (
+        ({"count": 4}, "3 clients make no 4 groups"),
+        ({"count": 2, "rounds": 2}, "not deployed yet"),
+    ):
+        end = place.end(place.federate(APP, groups=json.dumps(groups)))
+        assert end["state"] == "FAILED"
+        assert text in end["cause"]["message"]
+        assert end["cause"]["traceback"] == ""
+        assert list(place.tasks(end["id"])) == []

@@ -18,7 +18,8 @@ from fedml.federate.aggregate import combine
 from fedml.federate.algorithm import Facts, create
 from fedml.federate.application import Application, ApplicationError, Client, UserTraining
 from fedml.federate.hierarchical import Group, assign
-from fedml.simulation import ClientFailed, Listener, Simulation, simulate
+from fedml.simulation import ClientFailed, Listener, Round, Simulation, simulate
+from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.plan import read
 from tests.fedml.simulation import apps, deployed
 
@@ -191,6 +192,36 @@ def test_a_resumed_run_keeps_what_groups_and_their_members_keep(
     asked["groups"]["rounds"] = 3
     with pytest.raises(ConfigError, match="another configuration"):
         simulate(asked, debug=True, out=out, resume=True)
+
+
+def test_a_run_that_is_killed_twice_goes_on_with_what_members_kept_at_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {"count": 2, "rounds": 2, "algorithm": "scaffold"}
+    asked = plan(tmp_path, groups, rounds=9, simulation={"checkpoint_s": 1e9})
+    whole = simulate(asked, debug=True)
+    out = tmp_path / "out"
+
+    def killed(*, resume: bool, kept: int | None, at: int) -> None:
+        class Killed(Listener):
+            def ended(self, round_: Round) -> None:
+                if round_.number == kept:
+                    run.save(force=True)
+                if round_.number == at:
+                    # What is killed writes no other one.
+                    monkeypatch.setattr(Checkpoint, "save", lambda *_: None)
+                    raise KeyboardInterrupt
+
+        run = Simulation(read(asked), folder=out, resume=resume, debug=True, listener=Killed())
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        monkeypatch.undo()
+
+    killed(resume=False, kept=2, at=5)
+    killed(resume=True, kept=None, at=6)
+    rest = simulate(asked, debug=True, out=out, resume=True)
+    assert rest.history[-1]["round"] == 9
+    assert same_bits(whole.model, rest.model)
 
 
 def test_a_group_of_which_nobody_takes_part_sits_the_round_out(tmp_path: Path) -> None:
