@@ -139,8 +139,7 @@ class Aggregator:
 
     def _add(self, question: AddUpdate) -> UpdateAdded:
         client, path, weight = question.client, question.path, question.weight
-        metrics = {n: v for n, v in question.metrics.items() if not n.startswith("eval.")}
-        stepped = False
+        metrics, stepped = question.metrics, False
         try:
             if isinstance(self._round, ServerVersion):
                 late = question.staleness

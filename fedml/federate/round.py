@@ -189,7 +189,7 @@ class ServerVersion:
     def add(
         self,
         client: int,
-        given: str | Path,
+        given: Arrays | str | Path,
         weight: float,
         metrics: Mapping[str, float],
         *,
@@ -199,21 +199,26 @@ class ServerVersion:
 
         Args:
             client: Whose it is.
-            given: The file that it sent.
+            given: The file that it sent, or the arrays that such a file stands for.
             weight: How much it counts.
-            metrics: Of its training.
+            metrics: Those under ``eval.`` are left out.
             staleness: Versions that were made since the client got its own.
 
         Raises:
             BadUpdate: It must not be added; all is as it was.
         """
-        admit(client, self._treatment.incoming(client, given, self._layout), weight, self._layout)
-        arrays = self._treatment.decoded(client, given, self._layout)
-        update = Update(arrays=arrays, weight=weight, metrics=metrics)
+        if isinstance(given, dict):
+            arrays = given
+        else:
+            sent = self._treatment.incoming(client, given, self._layout)
+            admit(client, sent, weight, self._layout).close()
+            arrays = self._treatment.decoded(client, given, self._layout)
+        trained = {name: v for name, v in metrics.items() if not name.startswith("eval.")}
+        update = Update(arrays=arrays, weight=weight, metrics=trained)
         facts = Facts(clients=1, population=self._population, staleness=staleness)
         before = self._model
         self._model, self._state = self._algorithm.server_update(before, self._state, update, facts)
-        self._metrics.add(metrics, weight)
+        self._metrics.add(trained, weight)
         return self._model is not before
 
     def finish(self) -> Made:

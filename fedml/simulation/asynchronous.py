@@ -14,14 +14,15 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedml.errors import RunFailed
 from fedml.federate import cohort
-from fedml.federate.algorithm import Facts, Update
+from fedml.federate.arrays import Arrays
+from fedml.federate.round import ServerVersion
 from fedml.simulation.devices import online
 from fedml.simulation.member import Done, Order, Task
-from fedml.simulation.result import mean_metrics
 
 if TYPE_CHECKING:
     from fedml.simulation.run import Simulation
@@ -58,6 +59,7 @@ class _Walk:
         self._starts = run.turn * 1_000_003
         self._since: list[Done] = []
         self._asked = 0
+        self._server = self._new_server()
 
     def walk(self) -> None:
         """Answer after answer, in the order of the simulated clock."""
@@ -130,28 +132,34 @@ class _Walk:
         """The server hears of one answer; whether that made a new model."""
         run = self._run
         path = run.update_file(started.start, started.client)
-        arrays = run.treatment.decoded(started.client, path, run.update)
+        given: Arrays | Path = path
         if run.liars is not None:
-            arrays = run.liars.forged(started.start, {started.client: arrays}).get(
-                started.client, arrays
-            )
-        update = Update(arrays=arrays, weight=done.weight, metrics=done.metrics)
-        path.unlink()
+            own = {started.client: run.treatment.decoded(started.client, path, run.update)}
+            given = run.liars.forged(started.start, own).get(started.client, path)
         staleness = self._version - started.version
-        facts = Facts(clients=1, population=run.plan.clients, staleness=staleness)
-        before = run.model
-        run.model, run.state = run.algorithm.server_update(run.model, run.state, update, facts)
+        stepped = self._server.add(
+            started.client, given, done.weight, done.metrics, staleness=staleness
+        )
+        path.unlink()
         run.listener.done(1)
         self._since.append(done)
-        if run.model is before:
+        if not stepped:
             return False
+        made = self._server.finish()
+        run.model, run.state = made.model, made.state
         self._version += 1
         run.turn = self._version
+        self._server = self._new_server()
         self._publish()
-        trained = mean_metrics([(one.weight, one.metrics) for one in self._since])
-        run.ended(self._version, self._since, self._asked, trained)
+        run.ended(self._version, self._since, self._asked, made.metrics)
         self._since, self._asked = [], 0
         return True
+
+    def _new_server(self) -> ServerVersion:
+        run = self._run
+        return ServerVersion(
+            run.algorithm, run.treatment, run.model, run.state, population=run.plan.clients
+        )
 
     def _publish(self) -> None:
         """The newest model into the first place that nobody needs any more."""
