@@ -11,7 +11,7 @@ of this package: a provider names a file in somebody else's package and its SHA-
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from fedml.data import (
     bible,
@@ -100,11 +100,20 @@ def fetch(name: str, *, home: Path | None = None, told: Told | None = None) -> N
     _bytes_of(_provider(name), home_folder(home), fetch=True, told=told)
 
 
-def load(name: str, *, home: Path | None = None, fetch: bool = False) -> Dataset[Any]:
+@overload
+def load(name: str, *, home: Path | None = None, fetch: bool = False) -> Dataset[Any]: ...
+@overload
+def load(name: object) -> tuple[list[Any], int]: ...
+def load(
+    name: object, *, home: Path | None = None, fetch: bool = False
+) -> Dataset[Any] | tuple[list[Any], int]:
     """Read a data set from an installed package or from an archive fetched before.
 
+    With the arguments of a FedML script, it is the list of eight and the number of classes
+    (`fedml.data.eight`).
+
     Args:
-        name: One of `names`.
+        name: One of `names`, or what `fedml.init` returns.
         home: Where fetched archives are kept; ``$FEDML_HOME`` or ``~/.fedml`` unless given.
         fetch: Download what is missing instead of raising.
 
@@ -114,6 +123,10 @@ def load(name: str, *, home: Path | None = None, fetch: bool = False) -> Dataset
         FetchFailed: Fetching was asked for and failed.
         DamagedData: The bytes found are not the pinned ones.
     """
+    if not isinstance(name, str):
+        from fedml.data import eight  # brings torch
+
+        return eight.load(name)
     provider = _provider(name)
     return provider.read(_bytes_of(provider, home_folder(home), fetch=fetch))
 

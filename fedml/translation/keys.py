@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every key of FedML's federated configurations: what it becomes here, or why it has no effect.
 
-The table of docs/fedml.md is written from this one (`python -m fedml.translation.keys`).
+`table` is the one in docs/fedml.md.
 """
 
 from __future__ import annotations
@@ -27,19 +27,27 @@ class Unused:
 
     Attributes:
         reason: Why.
+        by_name: Only where data set and model are said by name; a script reads it for itself.
     """
 
     reason: str
+    by_name: bool = False
 
 
 _HOSTED = Unused("nothing here leaves your machines: rounds and metrics are in the results file")
 _WIRE = Unused("machines speak to the broker that `fedml login` names; there is one wire")
-_GPU = Unused("training by name runs on CPUs")
-_CACHE = Unused("data sets are read out of packages; `fedml data list` shows where they are")
-_MODEL_FILE = Unused("a model starts from its seed; `fedml run download` brings the last one")
+_GPU = Unused("training by name runs on CPUs", by_name=True)
+_CACHE = Unused(
+    "data sets are read out of packages; `fedml data list` shows where they are", by_name=True
+)
+_MODEL_FILE = Unused(
+    "a model starts from its seed; `fedml run download` brings the last one", by_name=True
+)
 _GROUPS = Unused("clients are not grouped: a round's mean is over all of them")
 _FHE = Unused("updates are not encrypted under each other: there is no homomorphic encryption")
-_OWN_CODE = Unused("training by name has no such setting; a script finds it in `args`")
+_OWN_CODE = Unused(
+    "training by name has no such setting; a script finds it in `args`", by_name=True
+)
 
 KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
     "common_args": {
@@ -74,8 +82,8 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
         "model": Used("`config.model`"),
         "model_file_cache_folder": _MODEL_FILE,
         "global_model_file_path": _MODEL_FILE,
-        "input_dim": Unused("the data set says how large the model is"),
-        "output_dim": Unused("the data set says how large the model is"),
+        "input_dim": Unused("the data set says how large the model is", by_name=True),
+        "output_dim": Unused("the data set says how large the model is", by_name=True),
         "hidden_size": _OWN_CODE,
     },
     "train_args": {
@@ -220,7 +228,3 @@ def table() -> Iterator[str]:
         for key, meaning in keys.items():
             text = meaning.becomes if isinstance(meaning, Used) else f"*warned:* {meaning.reason}"
             yield f"| `{section}` | `{key}` | {text} |"
-
-
-if __name__ == "__main__":
-    print(*table(), sep="\n")  # noqa: T201 - what it is run for
