@@ -110,9 +110,10 @@ class FedMLRunner:
         run = _translated(parts.args, own=self.client_trainer is not None, deployed=False)
         aggregator = self.server_aggregator
         each = aggregator is not None and script.sees_each(aggregator)
-        if each and run.get("treatment"):
+        if each and (run.get("treatment") or run.get("groups")):
             raise ConfigError(
-                "the ServerAggregator and `defense_args` or `dp_args` both want to combine updates",
+                "the ServerAggregator and `defense_args`, `dp_args` or groups both want to combine "
+                "updates",
                 "switch one of them off",
             )
         file = _running_script() or Path(__file__)

@@ -11,8 +11,6 @@ an unknown defence) is refused where real machines take part, and named where al
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +26,16 @@ from fedml.data.errors import DataError, DatasetMissing
 from fedml.data.stand_in import is_here, nearest
 from fedml.errors import ConfigError, DataUnavailable
 from fedml.federate.application import ApplicationError
-from fedml.translation.algorithms import Flat, algorithm_of, number, treatment_of, whole
+from fedml.translation.algorithms import (
+    Flat,
+    algorithm_of,
+    attack_of,
+    groups_of,
+    listed,
+    number,
+    treatment_of,
+    whole,
+)
 from fedml.translation.keys import BY_NAME, SWITCHES, Unused
 
 Sections = Mapping[str, Mapping[str, Any]]
@@ -225,7 +232,10 @@ def translate(
     treatment = treatment_of(flat, notes, run, taking_part, deployed=deployed)
     if treatment:
         run["treatment"] = treatment
-    attack = _attack(flat, notes, clients["count"], deployed=deployed)
+    groups = groups_of(flat, notes, deployed=deployed)
+    if groups:
+        run["groups"] = groups
+    attack = attack_of(flat, notes, clients["count"], deployed=deployed)
     if attack:
         run["simulation"] = {"attack": attack}
     _without_effect(sections, flat, notes, deployed=deployed, by_name=by_name)
@@ -233,7 +243,7 @@ def translate(
 
 
 def _clients(flat: Flat, notes: Notes, *, deployed: bool) -> dict[str, int]:
-    ids = _listed(flat.get("client_id_list"))
+    ids = listed(flat.get("client_id_list"))
     total = whole(flat, "client_num_in_total", len(ids) or None)
     per_round = whole(flat, "client_num_per_round", total)
     if deployed and ids and len(ids) != total:
@@ -248,16 +258,6 @@ def _clients(flat: Flat, notes: Notes, *, deployed: bool) -> dict[str, int]:
         )
         per_round = total
     return {"count": total, "per_round": per_round}
-
-
-def _listed(value: Any) -> list[Any]:
-    """`client_id_list`: a list, or its text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value.replace("'", '"'))
-        except ValueError:
-            return []
-    return value if isinstance(value, list) else []
 
 
 def _training(flat: Flat, notes: Notes, algorithm: str, *, needed: bool) -> dict[str, Any]:
@@ -349,30 +349,10 @@ def _optimizer(flat: Flat, notes: Notes, algorithm: str) -> dict[str, Any]:
 _PLAIN_SGD = ("fedsgd", "mime", "mimelite", "qfedavg", "scaffold", "fednova")
 
 
-def _attack(flat: Flat, notes: Notes, clients: int, *, deployed: bool) -> dict[str, Any]:
-    if not flat.get("enable_attack"):
-        return {}
-    kind = str(flat.get("attack_type", "byzantine"))
-    if deployed:
-        notes.instead("`enable_attack`: real machines are not made to lie; `fedml simulate` does")
-        return {}
-    if kind != "byzantine":
-        notes.instead(f"`attack_type`: there is no {kind} here, only byzantine: nobody attacks")
-        return {}
-    mode = str(flat.get("attack_mode", "random"))
-    if mode not in ("random", "zero", "flip"):
-        raise ConfigError(f"`attack_mode`: {mode} is none of random, zero, flip", _PAGE)
-    share = number(flat, "ratio_of_poisoned_client", 0.0)
-    liars = whole(flat, "byzantine_client_num", max(1, math.floor(share * clients)))
-    return {"kind": mode, "clients": liars}
-
-
 def _without_effect(
     sections: Sections, flat: Flat, notes: Notes, *, deployed: bool, by_name: bool
 ) -> None:
     """Name every key that asks for something and has no effect, those of one reason together."""
-    if flat.get("scenario") == "hierarchical":
-        notes.instead("`scenario`: hierarchical groups are not formed: one mean over all clients")
     for switch, what in (("enable_sa", "secure aggregation"), ("enable_fhe", "encryption")):
         if not flat.get(switch):
             continue

@@ -43,7 +43,6 @@ _CACHE = Unused(
 _MODEL_FILE = Unused(
     "a model starts from its seed; `fedml run download` brings the last one", by_name=True
 )
-_GROUPS = Unused("clients are not grouped: a round's mean is over all of them")
 _FHE = Unused("updates are not encrypted under each other: there is no homomorphic encryption")
 _OWN_CODE = Unused(
     "training by name has no such setting; a script finds it in `args`", by_name=True
@@ -53,7 +52,7 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
     "common_args": {
         "training_type": Used("the command decides: `fedml simulate` or `fedml federate`"),
         "random_seed": Used("`seed`"),
-        "scenario": Used("`horizontal`; `hierarchical` is trained without its groups, with a word"),
+        "scenario": Used("`hierarchical`: `groups`, as `HierarchicalFL` has them"),
         "using_mlops": _HOSTED,
         "config_version": Used("read, and the same in every version"),
         "name": Used("`name`"),
@@ -111,9 +110,9 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
         "feddyn_alpha": Used("`algorithm_config.alpha`"),
         "fa_task": Unused("a statistic is not a model: analytics have a command of their own"),
         "server_checkpoint_interval": Unused("`simulation.checkpoint_s` says how often, in time"),
-        "group_method": _GROUPS,
-        "group_num": _GROUPS,
-        "group_comm_round": _GROUPS,
+        "group_num": Used("`groups.count`, where groups are asked for"),
+        "group_comm_round": Used("`groups.rounds`, in simulations"),
+        "group_method": Used("clients are grouped at random, with a word for another way"),
     },
     "validation_args": {
         "frequency_of_the_test": Used("`evaluate.every`"),
@@ -148,12 +147,12 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
     },
     "attack_args": {
         "enable_attack": Used("whether there is an attack"),
-        "attack_type": Used("`byzantine` alone"),
+        "attack_type": Used("`simulation.attack`: byzantine, label_flipping, lazy_worker"),
         "attack_mode": Used("`simulation.attack.kind`: random, zero, flip"),
         "byzantine_client_num": Used("`simulation.attack.clients`; `treatment.robust.byzantine`"),
         "ratio_of_poisoned_client": Used("`simulation.attack.clients`, as a part of all"),
-        "original_class_list": Unused("labels are not flipped: of attacks there is `byzantine`"),
-        "target_class_list": Unused("labels are not flipped: of attacks there is `byzantine`"),
+        "original_class_list": Used("`simulation.attack.from`"),
+        "target_class_list": Used("`simulation.attack.to`"),
     },
     "defense_args": {
         "enable_defense": Used("whether there is a defence"),

@@ -94,8 +94,10 @@ def test_the_most_common_file_becomes_a_run() -> None:
 TYPICAL_ON_CLOTHES = _config(data_args={"dataset": "fashionmnist"})
 
 
-@pytest.mark.parametrize("backend", ["sp", "MPI", "NCCL", "MQTT_S3"])
-@pytest.mark.parametrize("training_type", ["simulation", "cross_silo"])
+@pytest.mark.parametrize(
+    ("training_type", "backend"),
+    [("simulation", "sp"), ("simulation", "MPI"), ("cross_silo", "MQTT_S3")],
+)
 def test_the_most_common_file_trains_offline_on_what_is_at_hand(
     tmp_path: Path, backend: str, training_type: str
 ) -> None:
@@ -280,8 +282,15 @@ def test_a_data_set_of_which_nothing_near_is_here_says_how_to_get_it() -> None:
         ({"model_args": {"model": "mobilenet"}}, "resnet20"),
         ({"train_args": {"client_optimizer": "lamb"}}, "lamb is none of"),
         ({"train_args": {"federated_optimizer": "HierarchicalFL"}}, "not grouped"),
+        (
+            {
+                "train_args": {"group_num": 2, "group_method": "sorted"},
+                "common_args": {"scenario": "hierarchical"},
+            },
+            "groups are random, not sorted",
+        ),
         ({"train_args": {"client_num_per_round": 200}}, "200 of 100 clients cannot be"),
-        ({"common_args": {"scenario": "hierarchical"}}, "hierarchical groups are not formed"),
+        ({"common_args": {"scenario": "hierarchical"}}, "not grouped"),
         ({"defense_args": {"enable_defense": True, "defense_type": "crfl"}}, "no crfl here"),
         ({"dp_args": {"enable_dp": True, "dp_solution_type": "ldp"}}, "no ldp here"),
         ({"attack_args": {"enable_attack": True, "attack_type": "dlg"}}, "no dlg here"),
@@ -340,6 +349,25 @@ def test_an_attack_is_for_simulations_alone() -> None:
     deployed = _translated(sections, deployed=True)
     assert "simulation" not in deployed.run
     assert "not made to lie" in _said(deployed, Kind.INSTEAD)
+
+
+def test_false_labels_and_lazy_workers_are_attacks_too() -> None:
+    flip = {"enable_attack": True, "attack_type": "label_flipping", "original_class_list": "[1]",
+            "target_class_list": [7], "ratio_of_poisoned_client": 0.2}  # fmt: skip
+    found = _translated(_config(attack_args=flip)).run["simulation"]["attack"]
+    assert found == {"kind": "label_flip", "clients": 20, "from": 1, "to": 7}
+    lazy = {"enable_attack": True, "attack_type": "lazy_worker", "byzantine_client_num": 4}
+    found = _translated(_config(attack_args=lazy)).run["simulation"]["attack"]
+    assert found == {"kind": "zero", "clients": 4}
+
+
+def test_hierarchical_learning_becomes_groups() -> None:
+    asked = {"federated_optimizer": "HierarchicalFL", "group_num": 4, "group_comm_round": 3}
+    sections = _config(train_args=asked)
+    assert _translated(sections).run["groups"] == {"count": 4, "rounds": 3}
+    deployed = _translated(sections, deployed=True)
+    assert deployed.run["groups"] == {"count": 4, "rounds": 1}
+    assert "on agents a group has one round" in _said(deployed, Kind.INSTEAD)
 
 
 @pytest.mark.parametrize(
