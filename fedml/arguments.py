@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedml.errors import ConfigError
+from fedml.translation import flatten, read
 
 # Two spellings of one thing: a script may read either.
 _ALSO = (("learning_rate", "lr"), ("weight_decay", "wd"))
@@ -32,9 +33,7 @@ class Arguments:
 
     def __init__(self, sections: Mapping[str, Mapping[str, Any]], **command_line: Any) -> None:
         self.sections = {name: dict(section) for name, section in sections.items()}
-        # `train_args` last: `fhe_args` has a `batch_size`, too.
-        for name in sorted(self.sections, key=lambda name: name == "train_args"):
-            vars(self).update(self.sections[name])
+        vars(self).update(flatten(self.sections))
         for one, other in _ALSO:
             for have, lack in ((one, other), (other, one)):
                 if have in vars(self) and lack not in vars(self):
@@ -82,13 +81,11 @@ def load_arguments(
     """
     if _given:
         return _given[-1]
-    from fedml import translation
-
     said, _ = _parser().parse_known_args(command_line)
     if said.yaml_config_file is None:
         raise ConfigError("no configuration is named", "--cf fedml_config.yaml")
     file = Path(said.yaml_config_file)
-    args = Arguments(translation.read(file), **vars(said))
+    args = Arguments(read(file), **vars(said))
     for name, value in (("training_type", training_type), ("backend", comm_backend)):
         if value is not None and name not in vars(args):
             setattr(args, name, value)

@@ -92,15 +92,6 @@ class Translation:
     notes: tuple[Note, ...]
 
 
-def is_fedml(sections: Any) -> bool:
-    """Whether what a YAML file says is a federated configuration of FedML."""
-    return (
-        isinstance(sections, Mapping)
-        and "app" not in sections
-        and any(name in sections for name in ("common_args", "train_args"))
-    )
-
-
 def read(file: Path) -> dict[str, dict[str, Any]]:
     """The sections of a configuration.
 
@@ -134,12 +125,12 @@ def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
         DataUnavailable: Neither its data set nor anything near it is here.
     """
     if isinstance(source, Mapping):
-        if not is_fedml(source):
+        if not jobfile.has_fedml_sections(source):
             return source
         sections, called = source, "the configuration"
     else:
         called = str(source)
-        if not _looks_like_fedml(Path(source)):
+        if not jobfile.is_fedml(Path(source)):
             return source
         sections = read(Path(source))
     try:
@@ -159,23 +150,14 @@ def tell(notes: Iterable[Note], called: str) -> None:
         warnings.warn(f"{called}: {note.text}", Differs, stacklevel=3)
 
 
-def _looks_like_fedml(file: Path) -> bool:
-    try:
-        return is_fedml(yaml.load(file.read_text(), jobfile.Loader))  # noqa: S506 - a safe one
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # whoever reads it as a run file says what is wrong
-
-
 def flatten(sections: Sections) -> dict[str, Any]:
-    """All keys in one mapping, as FedML has them; what a section's switch turns off is left out.
+    """All keys in one mapping, as FedML has them.
 
     `train_args` come last: `fhe_args` has a `batch_size` too.
     """
     flat: dict[str, Any] = {}
     for name in sorted(sections, key=lambda name: name == "train_args"):
-        switch = SWITCHES.get(name)
-        if switch is None or sections[name].get(switch):
-            flat |= sections[name]
+        flat |= sections[name]
     return flat
 
 

@@ -256,9 +256,12 @@ def _eight() -> list[Any]:
 
 def test_parameters_need_no_torch_and_count_by_examples() -> None:
     model = {"w": np.zeros(2)}
-    runner = FedMLRunner(_args(), None, _eight(), model, _Adds(model, None))
-    result = runner.run()
+    trainer = _Adds(model, None)
+    eight = _eight()
+    eight[3] = None  # nothing to test on
+    result = FedMLRunner(_args(), None, eight, model, trainer).run()
     assert result is not None
+    np.testing.assert_array_equal(trainer.model["w"], result.model["w"])
     # Each round adds the mean of 1, 2 and 3, counted 1, 1 and 4.
     np.testing.assert_allclose(result.model["w"], 2 * (1 + 2 + 4 * 3) / 6)
 
