@@ -8,10 +8,12 @@ Nothing here touches the network unless told to (`fetch`, or ``fetch=True``), an
 of this package: a provider names a file in somebody else's package and its SHA-256 (`packages`).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from fedml.data import (
     bible,
@@ -29,6 +31,11 @@ from fedml.data.dataset import Dataset
 from fedml.data.errors import DatasetMissing, UnknownDataset
 from fedml.data.packages import Told, bring, find, home_folder
 from fedml.data.provider import Provider
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from fedml.arguments import Arguments
 
 __all__ = ["About", "Dataset", "describe", "fetch", "load", "names"]
 
@@ -103,9 +110,9 @@ def fetch(name: str, *, home: Path | None = None, told: Told | None = None) -> N
 @overload
 def load(name: str, *, home: Path | None = None, fetch: bool = False) -> Dataset[Any]: ...
 @overload
-def load(name: object) -> tuple[list[Any], int]: ...
+def load(name: Arguments | Namespace) -> tuple[list[Any], int]: ...
 def load(
-    name: object, *, home: Path | None = None, fetch: bool = False
+    name: str | Arguments | Namespace, *, home: Path | None = None, fetch: bool = False
 ) -> Dataset[Any] | tuple[list[Any], int]:
     """Read a data set from an installed package or from an archive fetched before.
 

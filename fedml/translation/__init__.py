@@ -106,9 +106,13 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{file} is not YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise ConfigError(f"{file}: a mapping of sections is expected")
+    return _sections(found, str(file))
+
+
+def _sections(found: Mapping[Any, Any], called: str) -> dict[str, dict[str, Any]]:
     for name, section in found.items():
         if section is not None and not isinstance(section, Mapping):
-            raise ConfigError(f"{file}: the section `{name}` must be a mapping", _PAGE)
+            raise ConfigError(f"{called}: the section `{name}` must be a mapping", _PAGE)
     return {str(name): dict(section or {}) for name, section in found.items()}
 
 
@@ -127,7 +131,8 @@ def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
     if isinstance(source, Mapping):
         if not jobfile.has_fedml_sections(source):
             return source
-        sections, called = source, "the configuration"
+        called = "the configuration"
+        sections = _sections(source, called)
     else:
         called = str(source)
         if not jobfile.is_fedml(Path(source)):

@@ -441,6 +441,14 @@ def test_a_run_file_of_ours_is_left_as_it_is(tmp_path: Path) -> None:
     assert translation.accept(mapping) is mapping
 
 
+def test_a_section_that_is_no_mapping_is_named_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fedml_config\.yaml: the section `train_args` must be"):
+        translation.accept(_file(tmp_path, {**TYPICAL, "train_args": [1]}))
+    file = _file(tmp_path, {**TYPICAL_ON_CLOTHES, "environment_args": None})
+    with pytest.warns(translation.Differs):
+        assert translation.accept(file, strict=True)["algorithm"] == "fedavg"
+
+
 def test_a_translation_is_a_run_file_that_is_accepted(tmp_path: Path) -> None:
     found = _translated(TYPICAL_ON_CLOTHES, deployed=True).run
     file = tmp_path / "run.yaml"
