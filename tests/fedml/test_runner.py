@@ -180,6 +180,14 @@ def test_a_one_line_script_simulates(tmp_path: Path) -> None:
     assert _run(file).stdout == "3\n"
 
 
+def test_the_script_of_the_page_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fedml.md").read_text()
+    text = page.partition("```python\n")[2].partition("```")[0]
+    file = _script(tmp_path, "None", "None")
+    file.write_text(text)
+    assert "round 3/3  central.accuracy" in _run(file).stderr
+
+
 def test_a_client_process_is_told_that_agents_are_the_clients(tmp_path: Path) -> None:
     config = _with(common_args={"training_type": "cross_silo"})
     file = _script(tmp_path, "None", "None", config)
@@ -187,6 +195,7 @@ def test_a_client_process_is_told_that_agents_are_the_clients(tmp_path: Path) ->
     assert "agents are the clients here" in done.stderr
 
 
+@pytest.mark.timeout(180)  # three runs, each of which imports torch on every machine
 def test_a_script_of_a_server_trains_on_machines(tmp_path: Path) -> None:
     config = _with(
         common_args={"training_type": "cross_silo"},
@@ -203,6 +212,10 @@ def test_a_script_of_a_server_trains_on_machines(tmp_path: Path) -> None:
         _run(file, "--rank", "0", "--role", "server", FEDML_HOME=home)
         run = place.client.call("GET", "/v1/runs?limit=1")["runs"][0]["id"]
         found = place.client.call("GET", f"/v1/runs/{run}")["rounds"]
+        # Without a trainer the built-in one serves every algorithm, there as here.
+        config["train_args"] |= {"federated_optimizer": "FedProx", "fedprox_mu": 0.1}
+        _run(_script(folder, "None", "None", config), FEDML_HOME=home)
+        assert place.client.call("GET", "/v1/runs?limit=1")["runs"][0]["state"] == "FINISHED"
         file.write_text("import fedml\nprint(fedml.run_cross_silo_server().state)\n")
         assert _run(file, FEDML_HOME=home).stdout == "FINISHED\n"
     rounds = [r for r in found if r["model"]]
