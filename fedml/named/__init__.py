@@ -144,8 +144,9 @@ def of_arguments(args: Any, classes: int | None = None) -> Any:
 def _module(build: str, wanted: Mapping[str, Any], *, exact: bool) -> Any:
     import torch
 
-    # Of the state that the run was seeded with, which `create` would set aside.
-    seed = int(torch.randint(2**31, ()))
+    # Of what the run was seeded with, which `create` would set aside. Not torch's own state: where
+    # the import above was the first, nobody has seeded that.
+    seed = int(np.random.randint(2**31))
     made = models.create(build, seed=seed, **wanted)
     # FedML's `lr`: a sigmoid before the cross-entropy, which costs it some points.
     return torch.nn.Sequential(made, torch.nn.Sigmoid()) if exact else made

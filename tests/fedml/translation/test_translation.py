@@ -142,7 +142,7 @@ def test_the_command_warns_on_stderr_and_prints_the_result(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", algorithms.OPTIMIZERS)
 def test_every_optimizer_that_is_supported_trains(name: str) -> None:
     sections = _config(
-        data_args={"dataset": "fashionmnist"},
+        data_args={"dataset": "fashionmnist", "partition_method": "homo"},
         train_args={
             "federated_optimizer": name,
             "comm_round": 2,
@@ -156,6 +156,20 @@ def test_every_optimizer_that_is_supported_trains(name: str) -> None:
         result = simulate(sections)
     assert result.rounds == 2
     assert result.metrics["central.loss"] < 0.97 * result.history[0]["central.loss"]
+
+
+def test_two_processes_begin_with_the_same_model(tmp_path: Path) -> None:
+    """Where torch is imported for the model, it is imported after the run has been seeded."""
+    sections = _config(data_args={"dataset": "fashionmnist"}, model_args={"model": "mlp"})
+    losses = set()
+    for number in range(2):
+        done = subprocess.run(
+            command("fedml", "simulate", str(_file(tmp_path, sections)), "--rounds", "1",
+                    "--out", str(tmp_path / str(number)), "--json"),
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        losses.add(json.loads(done.stdout.splitlines()[-1])["end"]["metrics"]["central.loss"])
+    assert len(losses) == 1
 
 
 @pytest.mark.parametrize(
