@@ -2,6 +2,7 @@
 """The library that people and task code import.
 
 `import fedml` costs next to nothing: what stands in `__all__` is imported when it is first used.
+The names that FedML's scripts use are among it (docs/fedml.md).
 """
 
 import importlib
@@ -10,12 +11,21 @@ from typing import Any
 # Name -> where it comes from: a module, or `module:name`.
 _LAZY = {
     "Device": "fedml.devices:Device",
+    "FedMLRunner": "fedml.runner:FedMLRunner",
     "Run": "fedml.runs:Run",
     "api": "fedml.api",
+    "arguments": "fedml.arguments",
+    "core": "fedml.core",
     "data": "fedml.data",
+    "device": "fedml.device",
     "federate": "fedml.federate",
+    "init": "fedml.arguments:init",
+    "load_arguments": "fedml.arguments:load_arguments",
     "model": "fedml.model",
     "protect": "fedml.protect",
+    "run_cross_silo_client": "fedml.runner:run_cross_silo_client",
+    "run_cross_silo_server": "fedml.runner:run_cross_silo_server",
+    "run_simulation": "fedml.runner:run_simulation",
     "simulate": "fedml.simulation:simulate",
 }
 

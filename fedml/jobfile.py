@@ -332,6 +332,24 @@ def _groups(found: Mapping[str, Any]) -> dict[str, Any]:
     return groups
 
 
+def is_fedml(file: Path) -> bool:
+    """Whether a file is a federated configuration of FedML's, for `fedml.translation`.
+
+    What cannot be read is not: whoever reads it as a run file says what is wrong.
+    """
+    try:
+        return has_fedml_sections(yaml.load(file.read_text(), Loader))  # noqa: S506 - a safe one
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+
+
+def has_fedml_sections(found: Any) -> bool:
+    """Whether a mapping has the sections of a federated configuration of FedML's."""
+    if not isinstance(found, Mapping) or "app" in found:
+        return False
+    return "common_args" in found or "train_args" in found
+
+
 def _workspace(file: Path, found: Mapping[str, Any]) -> Path:
     folder = (file.parent / (found.get("workspace") or ".")).resolve()
     if not folder.is_dir():

@@ -45,13 +45,12 @@ def federate(client: Client, file: Path, *, strict: bool = False, told: Told = _
         strict: Refuse a configuration where something else would be done than it asks for.
         told: Hears how far the upload is, bytes.
     """
-    from fedml import translation  # brings NumPy, which a job file does not need
+    if jobfile.is_fedml(file):
+        from fedml import translation  # brings NumPy, which a run file does not need
 
-    run = translation.accept(file, deployed=True, strict=strict)
-    if run is file:
-        request, workspace = jobfile.read_federated(file)
+        request, workspace = _as_file(translation.accept(file, deployed=True, strict=strict))
     else:
-        request, workspace = _as_file(run)
+        request, workspace = jobfile.read_federated(file)
     request["package"] = _upload(client, workspace, told)
     return client.submit("federate", request)
 

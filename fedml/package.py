@@ -39,14 +39,14 @@ def build(workspace: Path, into: Path) -> int:
 
 
 def _pack(workspace: Path, into: Path) -> int:
-    files = sorted(_files(workspace, workspace, []))
+    members = files(workspace)
     # Times and owners are left out: they would change the hash of unchanged files.
     with (
         into.open("wb") as raw,
         gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0, compresslevel=1) as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
-        for file in files:
+        for file in members:
             info = archive.gettarinfo(file, str(file.relative_to(workspace)))
             info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
             info.mode = 0o755 if info.mode & 0o100 else 0o644
@@ -55,7 +55,16 @@ def _pack(workspace: Path, into: Path) -> int:
                     archive.addfile(info, data)
             else:
                 archive.addfile(info)
-    return len(files)
+    return len(members)
+
+
+def files(workspace: Path) -> list[Path]:
+    """What would be packed, sorted.
+
+    Raises:
+        ConfigError: A link leads out of the workspace.
+    """
+    return sorted(_files(workspace, workspace, []))
 
 
 def _files(folder: Path, root: Path, above: _Ignored) -> Iterator[Path]:

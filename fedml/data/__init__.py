@@ -11,13 +11,15 @@ What `load` has read it keeps, for a simulation asks once for every client. So i
 read-only; `take` copies.
 """
 
+from __future__ import annotations
+
 import shlex
 from collections import OrderedDict
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from fedml.data import (
     bible,
@@ -35,6 +37,11 @@ from fedml.data.dataset import Dataset, seal
 from fedml.data.errors import DatasetMissing, UnknownDataset
 from fedml.data.packages import DEFAULT_HOME, Told, bring, find, home_folder
 from fedml.data.provider import Provider
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from fedml.arguments import Arguments
 
 __all__ = ["About", "Dataset", "describe", "fetch", "forget", "load", "names"]
 
@@ -111,14 +118,23 @@ def fetch(name: str, *, home: Path | str | None = None, told: Told | None = None
     _bytes_of(_provider(name), home_folder(home), fetch=True, told=told)
 
 
-def load(name: str, *, home: Path | str | None = None, fetch: bool = False) -> Dataset[Any]:
+@overload
+def load(name: str, *, home: Path | str | None = None, fetch: bool = False) -> Dataset[Any]: ...
+@overload
+def load(name: Arguments | Namespace) -> tuple[list[Any], int]: ...
+def load(
+    name: str | Arguments | Namespace, *, home: Path | str | None = None, fetch: bool = False
+) -> Dataset[Any] | tuple[list[Any], int]:
     """A data set out of an installed package or an archive fetched before.
 
     The last four that were read stay in memory and are given again, so that asking for one in
     every client's `data` costs nothing. Their arrays cannot be written to; copy, or `take` rows.
 
+    With the arguments of a FedML script, it is the list of eight and the number of classes
+    (`fedml.data.eight`).
+
     Args:
-        name: One of `names`.
+        name: One of `names`, or what `fedml.init` returns.
         home: Where fetched archives are kept; ``$FEDML_HOME`` or ``~/.fedml`` unless given.
         fetch: Download what is missing instead of raising.
 
@@ -128,6 +144,10 @@ def load(name: str, *, home: Path | str | None = None, fetch: bool = False) -> D
         FetchFailed: Fetching was asked for and failed.
         DamagedData: The bytes found are not the pinned ones.
     """
+    if not isinstance(name, str):
+        from fedml.data import eight  # brings torch
+
+        return eight.load(name)
     provider = _provider(name)
     folder = home_folder(home)
     key = (name, folder)

@@ -114,6 +114,11 @@ _NEXT = {
 }
 
 
+def is_here(name: str) -> bool:
+    """Whether a data set of ours is on this machine."""
+    return data.describe(name).present
+
+
 def nearest(name: str, present: Callable[[str], bool]) -> tuple[str, str, bool]:
     """What to use for a data set's name on a machine that may not have it.
 

@@ -75,13 +75,22 @@ class Application:
             ApplicationError: It is not there, or lacks a function. What the file itself raises
                 while it is imported is not caught: its traceback is the user's.
         """
+        self._take(_import(path), path, config)
+
+    @classmethod
+    def of(cls, functions: object, path: Path, config: Mapping[str, Any]) -> Application:
+        """One whose functions are attributes of an object; ``path`` is for errors."""
+        made = cls.__new__(cls)
+        made._take(functions, path, config)
+        return made
+
+    def _take(self, functions: object, path: Path, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
-        module = _import(path)
-        self._model = _function(module, path, "model", required=True)
-        self._data = _function(module, path, "data", required=True)
-        self._train = _function(module, path, "train", required=True)
-        self._evaluate = _function(module, path, "evaluate")
-        self._central = _function(module, path, "central")
+        self._model = _function(functions, path, "model", required=True)
+        self._data = _function(functions, path, "data", required=True)
+        self._train = _function(functions, path, "train", required=True)
+        self._evaluate = _function(functions, path, "evaluate")
+        self._central = _function(functions, path, "central")
 
     @property
     def evaluates(self) -> bool:
@@ -269,9 +278,9 @@ def _import(path: Path) -> ModuleType:
 
 
 def _function(
-    module: ModuleType, path: Path, name: str, *, required: bool = False
+    functions: object, path: Path, name: str, *, required: bool = False
 ) -> Callable[..., Any] | None:
-    found = getattr(module, name, None)
+    found = getattr(functions, name, None)
     if callable(found):
         function: Callable[..., Any] = found
         return function

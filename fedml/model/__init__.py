@@ -87,13 +87,15 @@ def sizes(name: str) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in parameters} | dict(family.implied)
 
 
-def create(name: str, *, seed: int = 0, **sizes: Any) -> nn.Module:
+def create(name: Any, output_dim: int | None = None, *, seed: int = 0, **sizes: Any) -> nn.Module:
     """Build a model and initialise it from ``seed`` alone.
 
-    torch's own random state is left as it was.
+    torch's own random state is left as it was. With the arguments of a FedML script, it is the
+    model that they name for the data set that they name, initialised as `fedml.init` seeded.
 
     Args:
-        name: One of `names`, or a common other spelling.
+        name: One of `names`, or a common other spelling; or what `fedml.init` returns.
+        output_dim: With a script's arguments: its classes.
         seed: Of the initial weights.
         **sizes: What differs from the published model; see `sizes`.
 
@@ -102,6 +104,11 @@ def create(name: str, *, seed: int = 0, **sizes: Any) -> nn.Module:
         TypeError: The family has no such size; the ones that it has are in the message.
         ValueError: The sizes do not fit together.
     """
+    if not isinstance(name, str):
+        from fedml import named
+
+        of_script: nn.Module = named.of_arguments(name, output_dim)
+        return of_script
     family = _find(name)
     build = _builder(family)
     known = inspect.signature(build).parameters

@@ -14,16 +14,21 @@ that they need to know stands in `config`::
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fedml import data as sets
+from fedml import model as models
 from fedml.data import partition
 from fedml.data.bible import ALPHABET, characters
 from fedml.data.dataset import Dataset, Examples
+from fedml.data.errors import DataError
+from fedml.data.stand_in import is_here, nearest
 from fedml.data.text import bag_of_words
 from fedml.federate.application import ApplicationError, Client
 
@@ -104,19 +109,47 @@ MODELS: Mapping[str, Family] = {
 def model(config: Mapping[str, Any]) -> Any:
     """The model; softmax regression as plain arrays, unless its training needs torch."""
     shape, family = SHAPES[config["dataset"]], MODELS[config["model"]]
-    if family.build == "linear":
-        if config.get("exact"):
-            return _sigmoid_linear(shape)
-        if not config.get("torch"):
-            zeros = {"w": (shape.inputs, shape.classes), "b": (shape.classes,)}
-            return {name: np.zeros(size, np.float32) for name, size in zeros.items()}
+    exact = bool(config.get("exact"))
+    if family.build == "linear" and not exact and not config.get("torch"):
+        zeros = {"w": (shape.inputs, shape.classes), "b": (shape.classes,)}
+        return {name: np.zeros(size, np.float32) for name, size in zeros.items()}
+    return _module(family.build, sizes(family.build, shape), exact=exact)
+
+
+def of_arguments(args: Any, classes: int | None = None) -> Any:
+    """The torch module that a FedML script's arguments name.
+
+    Raises:
+        ApplicationError: No model by name fits its data.
+    """
+    flat, name = vars(args), str(args.model).lower()
+    dataset = str(flat.get("dataset"))
+    with suppress(DataError):  # it may be the script's own
+        dataset, _, _ = nearest(dataset, is_here)
+    if dataset in SHAPES:
+        family = check(dataset, name)
+        wanted = sizes(family.build, SHAPES[dataset])
+    else:  # the script's own data, which it may say the size of
+        family = MODELS.get(name) or Family(name)
+        wanted = {"inputs": int(flat["input_dim"])} if flat.get("input_dim") else {}
+    if classes is not None:
+        known = ("outputs", "classes", "symbols")
+        wanted |= {size: classes for size in known if size in models.sizes(family.build)}
+    if family.note:
+        warnings.warn(f"`model`: {name}: {family.note}", stacklevel=3)
+    exact = family.build == "linear" and flat.get("fedml_compat") == "exact"
+    return _module(family.build, wanted, exact=exact)
+
+
+def _module(build: str, wanted: Mapping[str, Any], *, exact: bool) -> Any:
     import torch
 
-    from fedml import model as models
-
-    # The state that the run was seeded with, which `create` would set aside.
-    seed = int(torch.randint(2**31, ()))
-    return models.create(family.build, seed=seed, **sizes(family.build, shape))
+    # Of what the run was seeded with, which `create` would set aside. Not torch's own state: where
+    # the import above was the first, nobody has seeded that.
+    seed = int(np.random.randint(2**31))
+    made = models.create(build, seed=seed, **wanted)
+    # FedML's `lr`: a sigmoid before the cross-entropy, which costs it some points.
+    return torch.nn.Sequential(made, torch.nn.Sigmoid()) if exact else made
 
 
 def sizes(build: str, shape: Shape) -> dict[str, Any]:
@@ -196,13 +229,6 @@ _CONVERTED: Mapping[str, Any] = {
     "king-james": lambda part: characters(part, _TEXT),
     "watch": lambda part: part.windows(_WINDOW, _STEP),
 }
-
-
-def _sigmoid_linear(shape: Shape) -> Any:
-    """FedML's `lr`: a sigmoid before the cross-entropy, which costs it some points."""
-    from torch import nn
-
-    return nn.Sequential(nn.Flatten(), nn.Linear(shape.inputs, shape.classes), nn.Sigmoid())
 
 
 def check(dataset: str, name: str) -> Family:

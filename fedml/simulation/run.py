@@ -48,6 +48,7 @@ class Simulation:
         resume: bool = False,
         debug: bool = False,
         listener: Listener | None = None,
+        application: Application | None = None,
     ) -> None:
         """Make ready to run.
 
@@ -57,6 +58,7 @@ class Simulation:
             resume: Go on from the checkpoint in ``folder``.
             debug: One member, in this process: breakpoints and profilers work.
             listener: Hears how it goes.
+            application: In the place of the plan's file; with it, all is in this process.
         """
         self.plan = plan
         self.algorithm = plan.create_algorithm()
@@ -82,7 +84,8 @@ class Simulation:
         self.bytes_up = 0
         self._folder = folder
         self._resume = resume
-        self._debug = debug
+        self._debug = debug or application is not None
+        self._given = application
         self._application: Application
         self._central: Any = None
         self._central_model: Any = None
@@ -137,7 +140,7 @@ class Simulation:
         """Everything that the first round needs."""
         plan = self.plan
         try:
-            self._application = Application(plan.app, plan.config)
+            self._application = self._given or Application(plan.app, plan.config)
             model = self._application.first_model(plan.seed)
             local = UserTraining(self._application, None, None)
             algorithms.require_support(self.within, local, f"train() in {plan.app.name}")

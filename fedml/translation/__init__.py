@@ -11,10 +11,8 @@ an unknown defence) is refused where real machines take part, and named where al
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,18 +21,28 @@ from typing import Any
 import yaml
 
 import fedml.named
-from fedml import data, jobfile
+from fedml import jobfile
 from fedml.data.errors import DataError, DatasetMissing
-from fedml.data.stand_in import nearest
+from fedml.data.stand_in import is_here, nearest
 from fedml.errors import ConfigError, DataUnavailable
 from fedml.federate.application import ApplicationError
-from fedml.translation.algorithms import Flat, algorithm_of, number, treatment_of, whole
+from fedml.translation.algorithms import (
+    Flat,
+    algorithm_of,
+    attack_of,
+    groups_of,
+    listed,
+    number,
+    treatment_of,
+    whole,
+)
 from fedml.translation.keys import BY_NAME, SWITCHES, Unused
 
 Sections = Mapping[str, Mapping[str, Any]]
 
 _PAGE = "docs/fedml.md has every key"
 _WORKSPACE = Path(fedml.named.__file__).parent
+SGD, OPTIMIZER = "sgd.py", "optimizer.py"  # the user files in there
 
 
 class Differs(UserWarning):
@@ -84,15 +92,6 @@ class Translation:
     notes: tuple[Note, ...]
 
 
-def is_fedml(sections: Any) -> bool:
-    """Whether what a YAML file says is a federated configuration of FedML."""
-    return (
-        isinstance(sections, Mapping)
-        and "app" not in sections
-        and any(name in sections for name in ("common_args", "train_args"))
-    )
-
-
 def read(file: Path) -> dict[str, dict[str, Any]]:
     """The sections of a configuration.
 
@@ -107,9 +106,13 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{file} is not YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise ConfigError(f"{file}: a mapping of sections is expected")
+    return _sections(found, str(file))
+
+
+def _sections(found: Mapping[Any, Any], called: str) -> dict[str, dict[str, Any]]:
     for name, section in found.items():
         if section is not None and not isinstance(section, Mapping):
-            raise ConfigError(f"{file}: the section `{name}` must be a mapping", _PAGE)
+            raise ConfigError(f"{called}: the section `{name}` must be a mapping", _PAGE)
     return {str(name): dict(section or {}) for name, section in found.items()}
 
 
@@ -126,12 +129,13 @@ def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
         DataUnavailable: Neither its data set nor anything near it is here.
     """
     if isinstance(source, Mapping):
-        if not is_fedml(source):
+        if not jobfile.has_fedml_sections(source):
             return source
-        sections, called = source, "the configuration"
+        called = "the configuration"
+        sections = _sections(source, called)
     else:
         called = str(source)
-        if not _looks_like_fedml(Path(source)):
+        if not jobfile.is_fedml(Path(source)):
             return source
         sections = read(Path(source))
     try:
@@ -141,28 +145,24 @@ def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
     other = [note.text for note in translation.notes if note.kind is Kind.INSTEAD]
     if strict and other:
         raise ConfigError(f"{called}: {'; '.join(other)}", "leave out --strict to run it so")
-    for note in translation.notes:
-        warnings.warn(f"{called}: {note.text}", Differs, stacklevel=2)
+    tell(translation.notes, called)
     return {"name": Path(called).stem if called == str(source) else "fedml", **translation.run}
 
 
-def _looks_like_fedml(file: Path) -> bool:
-    try:
-        return is_fedml(yaml.load(file.read_text(), jobfile.Loader))  # noqa: S506 - a safe one
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # whoever reads it as a run file says what is wrong
+def tell(notes: Iterable[Note], called: str) -> None:
+    """Warn of each."""
+    for note in notes:
+        warnings.warn(f"{called}: {note.text}", Differs, stacklevel=3)
 
 
 def flatten(sections: Sections) -> dict[str, Any]:
-    """All keys in one mapping, as FedML has them; what a section's switch turns off is left out.
+    """All keys in one mapping, as FedML has them.
 
     `train_args` come last: `fhe_args` has a `batch_size` too.
     """
     flat: dict[str, Any] = {}
     for name in sorted(sections, key=lambda name: name == "train_args"):
-        switch = SWITCHES.get(name)
-        if switch is None or sections[name].get(switch):
-            flat |= sections[name]
+        flat |= sections[name]
     return flat
 
 
@@ -170,6 +170,7 @@ def translate(
     sections: Sections,
     *,
     deployed: bool = False,
+    by_name: bool = True,
     present: Callable[[str], bool] | None = None,
 ) -> Translation:
     """A run of ours for a configuration; pure but for the question which data sets are here.
@@ -177,6 +178,7 @@ def translate(
     Args:
         sections: By name, as `read` gives them.
         deployed: It is for real machines.
+        by_name: Data set and model are those it names; False where a script brings its own.
         present: Whether a data set of ours is on this machine.
 
     Raises:
@@ -186,12 +188,14 @@ def translate(
     flat, notes = Flat(flatten(sections)), Notes()
     algorithm, parameters = algorithm_of(flat, notes, deployed=deployed)
     clients = _clients(flat, notes, deployed=deployed)
-    config = _config(flat, notes, algorithm, present or _is_here, deployed=deployed)
+    config = _training(flat, notes, algorithm, needed=by_name)
+    if by_name:
+        config |= _named(flat, notes, present or is_here, deployed=deployed)
     every = whole(flat, "frequency_of_the_test", 1)
     rounds = whole(flat, "comm_round")
     run: dict[str, Any] = {
         "workspace": str(_WORKSPACE),
-        "app": "optimizer.py" if "client_optimizer" in config else "sgd.py",
+        "app": OPTIMIZER if "client_optimizer" in config else SGD,
         "algorithm": algorithm,
         "rounds": rounds,
         "seed": whole(flat, "random_seed", 0),
@@ -215,15 +219,18 @@ def translate(
     treatment = treatment_of(flat, notes, run, taking_part, deployed=deployed)
     if treatment:
         run["treatment"] = treatment
-    attack = _attack(flat, notes, clients["count"], deployed=deployed)
+    groups = groups_of(flat, notes, deployed=deployed)
+    if groups:
+        run["groups"] = groups
+    attack = attack_of(flat, notes, clients["count"], deployed=deployed)
     if attack:
         run["simulation"] = {"attack": attack}
-    _without_effect(sections, flat, notes, deployed=deployed)
+    _without_effect(sections, flat, notes, deployed=deployed, by_name=by_name)
     return Translation(run, tuple(notes.said))
 
 
 def _clients(flat: Flat, notes: Notes, *, deployed: bool) -> dict[str, int]:
-    ids = _listed(flat.get("client_id_list"))
+    ids = listed(flat.get("client_id_list"))
     total = whole(flat, "client_num_in_total", len(ids) or None)
     per_round = whole(flat, "client_num_per_round", total)
     if deployed and ids and len(ids) != total:
@@ -240,19 +247,24 @@ def _clients(flat: Flat, notes: Notes, *, deployed: bool) -> dict[str, int]:
     return {"count": total, "per_round": per_round}
 
 
-def _listed(value: Any) -> list[Any]:
-    """`client_id_list`: a list, or its text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value.replace("'", '"'))
-        except ValueError:
-            return []
-    return value if isinstance(value, list) else []
+def _training(flat: Flat, notes: Notes, algorithm: str, *, needed: bool) -> dict[str, Any]:
+    """How clients train; without `needed`, a script may do it without a learning rate of ours."""
+    batch = whole(flat, "batch_size", 32)
+    config: dict[str, Any] = {
+        "batch_size": batch if batch > 0 else 2**30,
+        "epochs": whole(flat, "epochs", 1),
+        "weight_decay": number(flat, "weight_decay", flat.get("wd", 0.0)),
+        "momentum": number(flat, "momentum", 0.0),
+    }
+    if needed or "learning_rate" in flat or "lr" in flat:
+        config["lr"] = number(flat, "learning_rate", flat.get("lr"))
+    return config | _optimizer(flat, notes, algorithm)
 
 
-def _config(
-    flat: Flat, notes: Notes, algorithm: str, present: Callable[[str], bool], *, deployed: bool
+def _named(
+    flat: Flat, notes: Notes, present: Callable[[str], bool], *, deployed: bool
 ) -> dict[str, Any]:
+    """What `fedml.named` is told."""
     named, model = str(flat.need("dataset")), str(flat.need("model")).lower()
     try:
         dataset, note, differs = _dataset(named, present, deployed=deployed)
@@ -266,28 +278,27 @@ def _config(
         (notes.instead if differs else notes.no_effect)(f"`dataset`: {note}")
     if family.note:
         notes.instead(f"`model`: {model}: {family.note}")
-    method = str(flat.get("partition_method", "hetero"))
-    if method not in ("hetero", "homo", "uniform"):
-        notes.instead(f"`partition_method`: {method} is not known here; hetero is used")
-        method = "hetero"
-    batch = whole(flat, "batch_size", 32)
     config: dict[str, Any] = {
         "dataset": dataset,
         "model": model,
-        "partition": method,
+        "partition": method_of(flat, notes),
         "alpha": number(flat, "partition_alpha", 0.5),
         "partition_seed": whole(flat, "random_seed", 0),
-        "lr": number(flat, "learning_rate", flat.get("lr")),
-        "batch_size": batch if batch > 0 else 2**30,
-        "epochs": whole(flat, "epochs", 1),
-        "weight_decay": number(flat, "weight_decay", flat.get("wd", 0.0)),
-        "momentum": number(flat, "momentum", 0.0),
     }
+    if str(flat.get("federated_optimizer")).lower() == "mime":
+        config["torch"] = True  # it needs gradients at an anchor
     if flat.get("fedml_compat") == "exact" and model == "lr":
         config["exact"] = True
-    if algorithm == "mime":
-        config["torch"] = True  # it needs gradients at an anchor
-    return config | _optimizer(flat, notes, algorithm)
+    return config
+
+
+def method_of(flat: Flat, notes: Notes) -> str:
+    """The way that data is divided."""
+    method = str(flat.get("partition_method", "hetero"))
+    if method in ("hetero", "homo", "uniform"):
+        return method
+    notes.instead(f"`partition_method`: {method} is not known here; hetero is used")
+    return "hetero"
 
 
 def _dataset(
@@ -325,28 +336,10 @@ def _optimizer(flat: Flat, notes: Notes, algorithm: str) -> dict[str, Any]:
 _PLAIN_SGD = ("fedsgd", "mime", "mimelite", "qfedavg", "scaffold", "fednova")
 
 
-def _attack(flat: Flat, notes: Notes, clients: int, *, deployed: bool) -> dict[str, Any]:
-    if not flat.get("enable_attack"):
-        return {}
-    kind = str(flat.get("attack_type", "byzantine"))
-    if deployed:
-        notes.instead("`enable_attack`: real machines are not made to lie; `fedml simulate` does")
-        return {}
-    if kind != "byzantine":
-        notes.instead(f"`attack_type`: there is no {kind} here, only byzantine: nobody attacks")
-        return {}
-    mode = str(flat.get("attack_mode", "random"))
-    if mode not in ("random", "zero", "flip"):
-        raise ConfigError(f"`attack_mode`: {mode} is none of random, zero, flip", _PAGE)
-    share = number(flat, "ratio_of_poisoned_client", 0.0)
-    liars = whole(flat, "byzantine_client_num", max(1, math.floor(share * clients)))
-    return {"kind": mode, "clients": liars}
-
-
-def _without_effect(sections: Sections, flat: Flat, notes: Notes, *, deployed: bool) -> None:
+def _without_effect(
+    sections: Sections, flat: Flat, notes: Notes, *, deployed: bool, by_name: bool
+) -> None:
     """Name every key that asks for something and has no effect, those of one reason together."""
-    if flat.get("scenario") == "hierarchical":
-        notes.instead("`scenario`: hierarchical groups are not formed: one mean over all clients")
     for switch, what in (("enable_sa", "secure aggregation"), ("enable_fhe", "encryption")):
         if not flat.get(switch):
             continue
@@ -368,16 +361,14 @@ def _without_effect(sections: Sections, flat: Flat, notes: Notes, *, deployed: b
             if value in (None, "", False) or value == {} or value == []:
                 continue  # it asks for nothing
             meaning = BY_NAME.get(key)
+            if meaning is None and not by_name:
+                continue  # the script's own
             if meaning is None:
                 near = difflib.get_close_matches(key, BY_NAME, n=1, cutoff=0.8)
                 hint = f"; did you mean `{near[0]}`?" if near else ""
                 notes.no_effect(f"`{key}` has no effect: training by name does not know it{hint}")
-            elif isinstance(meaning, Unused):
+            elif isinstance(meaning, Unused) and (by_name or not meaning.by_name):
                 reasons.setdefault(meaning.reason, []).append(key)
     for reason, keys in reasons.items():
         have = "has" if len(keys) == 1 else "have"
         notes.no_effect(f"{', '.join(f'`{key}`' for key in keys)} {have} no effect: {reason}")
-
-
-def _is_here(name: str) -> bool:
-    return data.describe(name).present

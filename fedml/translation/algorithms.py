@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import UserDict
 from collections.abc import Mapping
@@ -92,10 +93,9 @@ OPTIMIZERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 # FedOpt is four algorithms, by the server's optimiser.
 _SERVERS = {"sgd": "fedavgm", "adam": "fedadam", "adagrad": "fedadagrad", "yogi": "fedyogi"}
 
-_GROUPED = "clients are not grouped: one mean over all of them, each round"
 _MASKED = "updates are not masked; in a simulation their mean is the same"
 # Those that do something else than the algorithm they become.
-_DIFFERS = {"HierarchicalFL": _GROUPED, "FedSeg": "the loss is the plain cross-entropy"}
+_DIFFERS = {"FedSeg": "the loss is the plain cross-entropy"}
 _SECURE = ("SA", "LSA", "turbo_aggregate")
 
 
@@ -151,6 +151,64 @@ def _server(flat: Flat, notes: Notes) -> str:
         notes.instead(f"`server_optimizer`: {asked} is none of {', '.join(_SERVERS)}; adam is used")
         return "fedadam"
     return _SERVERS[asked]
+
+
+def groups_of(flat: Flat, notes: Notes, *, deployed: bool) -> dict[str, int]:
+    """Clients in groups; nothing where none are asked for."""
+    hierarchical = str(flat.get("federated_optimizer")).lower() == "hierarchicalfl"
+    if not hierarchical and flat.get("scenario") != "hierarchical":
+        return {}
+    if "group_num" not in flat:
+        notes.instead("`group_num` is not there: clients are not grouped, one mean is over all")
+        return {}
+    if str(flat.get("group_method", "random")) != "random":
+        notes.instead(f"`group_method`: groups are random, not {flat['group_method']}")
+    groups = {"count": whole(flat, "group_num"), "rounds": whole(flat, "group_comm_round", 1)}
+    if deployed and groups["rounds"] > 1:
+        notes.instead("`group_comm_round`: on agents a group has one round in a round of the whole")
+        groups["rounds"] = 1
+    return groups
+
+
+# FedML's `attack_type` -> ours, where it is not the `attack_mode` that says.
+_ATTACKS = {"byzantine": None, "label_flipping": "label_flip", "lazy_worker": "zero"}
+
+
+def attack_of(flat: Flat, notes: Notes, clients: int, *, deployed: bool) -> dict[str, Any]:
+    """How some clients of a simulation lie; nothing where none do."""
+    if not flat.get("enable_attack"):
+        return {}
+    asked = str(flat.get("attack_type", "byzantine"))
+    if deployed:
+        notes.instead("`enable_attack`: real machines are not made to lie; `fedml simulate` does")
+        return {}
+    if asked not in _ATTACKS:
+        known = ", ".join(_ATTACKS)
+        notes.instead(f"`attack_type`: there is no {asked} here, only {known}: nobody attacks")
+        return {}
+    kind = _ATTACKS[asked] or str(flat.get("attack_mode", "random"))
+    if asked == "byzantine" and kind not in ("random", "zero", "flip"):
+        raise ConfigError(f"`attack_mode`: {kind} is none of random, zero, flip")
+    share = number(flat, "ratio_of_poisoned_client", 0.0)
+    liars = whole(flat, "byzantine_client_num", max(1, math.floor(share * clients)))
+    attack: dict[str, Any] = {"kind": kind, "clients": liars}
+    if kind == "label_flip":
+        for ours, theirs in (("from", "original_class_list"), ("to", "target_class_list")):
+            classes = listed(flat.need(theirs))
+            if len(classes) != 1:
+                notes.instead(f"`{theirs}`: one class is flipped, the first of {classes}")
+            attack[ours] = int(classes[0])
+    return attack
+
+
+def listed(value: Any) -> list[Any]:
+    """A list, or its text; anything else is an empty one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value.replace("'", '"'))
+        except ValueError:
+            return []
+    return value if isinstance(value, list) else []
 
 
 # `defense_type` -> our rule and {our parameter: FedML's key}.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every key of FedML's federated configurations: what it becomes here, or why it has no effect.
 
-The table of docs/fedml.md is written from this one (`python -m fedml.translation.keys`).
+`table` is the one in docs/fedml.md.
 """
 
 from __future__ import annotations
@@ -27,25 +27,32 @@ class Unused:
 
     Attributes:
         reason: Why.
+        by_name: Only where data set and model are said by name; a script reads it for itself.
     """
 
     reason: str
+    by_name: bool = False
 
 
 _HOSTED = Unused("nothing here leaves your machines: rounds and metrics are in the results file")
 _WIRE = Unused("machines speak to the broker that `fedml login` names; there is one wire")
-_GPU = Unused("training by name runs on CPUs")
-_CACHE = Unused("data sets are read out of packages; `fedml data list` shows where they are")
-_MODEL_FILE = Unused("a model starts from its seed; `fedml run download` brings the last one")
-_GROUPS = Unused("clients are not grouped: a round's mean is over all of them")
+_GPU = Unused("training by name runs on CPUs", by_name=True)
+_CACHE = Unused(
+    "data sets are read out of packages; `fedml data list` shows where they are", by_name=True
+)
+_MODEL_FILE = Unused(
+    "a model starts from its seed; `fedml run download` brings the last one", by_name=True
+)
 _FHE = Unused("updates are not encrypted under each other: there is no homomorphic encryption")
-_OWN_CODE = Unused("training by name has no such setting; a script finds it in `args`")
+_OWN_CODE = Unused(
+    "training by name has no such setting; a script finds it in `args`", by_name=True
+)
 
 KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
     "common_args": {
         "training_type": Used("the command decides: `fedml simulate` or `fedml federate`"),
         "random_seed": Used("`seed`"),
-        "scenario": Used("`horizontal`; `hierarchical` is trained without its groups, with a word"),
+        "scenario": Used("`hierarchical`: `groups`, as `HierarchicalFL` has them"),
         "using_mlops": _HOSTED,
         "config_version": Used("read, and the same in every version"),
         "name": Used("`name`"),
@@ -74,8 +81,8 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
         "model": Used("`config.model`"),
         "model_file_cache_folder": _MODEL_FILE,
         "global_model_file_path": _MODEL_FILE,
-        "input_dim": Unused("the data set says how large the model is"),
-        "output_dim": Unused("the data set says how large the model is"),
+        "input_dim": Unused("the data set says how large the model is", by_name=True),
+        "output_dim": Unused("the data set says how large the model is", by_name=True),
         "hidden_size": _OWN_CODE,
     },
     "train_args": {
@@ -103,9 +110,9 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
         "feddyn_alpha": Used("`algorithm_config.alpha`"),
         "fa_task": Unused("a statistic is not a model: analytics have a command of their own"),
         "server_checkpoint_interval": Unused("`simulation.checkpoint_s` says how often, in time"),
-        "group_method": _GROUPS,
-        "group_num": _GROUPS,
-        "group_comm_round": _GROUPS,
+        "group_num": Used("`groups.count`, where groups are asked for"),
+        "group_comm_round": Used("`groups.rounds`, in simulations"),
+        "group_method": Used("clients are grouped at random, with a word for another way"),
     },
     "validation_args": {
         "frequency_of_the_test": Used("`evaluate.every`"),
@@ -140,12 +147,12 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
     },
     "attack_args": {
         "enable_attack": Used("whether there is an attack"),
-        "attack_type": Used("`byzantine` alone"),
+        "attack_type": Used("`simulation.attack`: byzantine, label_flipping, lazy_worker"),
         "attack_mode": Used("`simulation.attack.kind`: random, zero, flip"),
         "byzantine_client_num": Used("`simulation.attack.clients`; `treatment.robust.byzantine`"),
         "ratio_of_poisoned_client": Used("`simulation.attack.clients`, as a part of all"),
-        "original_class_list": Unused("labels are not flipped: of attacks there is `byzantine`"),
-        "target_class_list": Unused("labels are not flipped: of attacks there is `byzantine`"),
+        "original_class_list": Used("`simulation.attack.from`"),
+        "target_class_list": Used("`simulation.attack.to`"),
     },
     "defense_args": {
         "enable_defense": Used("whether there is a defence"),
@@ -220,7 +227,3 @@ def table() -> Iterator[str]:
         for key, meaning in keys.items():
             text = meaning.becomes if isinstance(meaning, Used) else f"*warned:* {meaning.reason}"
             yield f"| `{section}` | `{key}` | {text} |"
-
-
-if __name__ == "__main__":
-    print(*table(), sep="\n")  # noqa: T201 - what it is run for

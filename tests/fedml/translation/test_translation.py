@@ -94,8 +94,10 @@ def test_the_most_common_file_becomes_a_run() -> None:
 TYPICAL_ON_CLOTHES = _config(data_args={"dataset": "fashionmnist"})
 
 
-@pytest.mark.parametrize("backend", ["sp", "MPI", "NCCL", "MQTT_S3"])
-@pytest.mark.parametrize("training_type", ["simulation", "cross_silo"])
+@pytest.mark.parametrize(
+    ("training_type", "backend"),
+    [("simulation", "sp"), ("simulation", "MPI"), ("cross_silo", "MQTT_S3")],
+)
 def test_the_most_common_file_trains_offline_on_what_is_at_hand(
     tmp_path: Path, backend: str, training_type: str
 ) -> None:
@@ -140,7 +142,7 @@ def test_the_command_warns_on_stderr_and_prints_the_result(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", algorithms.OPTIMIZERS)
 def test_every_optimizer_that_is_supported_trains(name: str) -> None:
     sections = _config(
-        data_args={"dataset": "fashionmnist"},
+        data_args={"dataset": "fashionmnist", "partition_method": "homo"},
         train_args={
             "federated_optimizer": name,
             "comm_round": 2,
@@ -154,6 +156,20 @@ def test_every_optimizer_that_is_supported_trains(name: str) -> None:
         result = simulate(sections)
     assert result.rounds == 2
     assert result.metrics["central.loss"] < 0.97 * result.history[0]["central.loss"]
+
+
+def test_two_processes_begin_with_the_same_model(tmp_path: Path) -> None:
+    """Where torch is imported for the model, it is imported after the run has been seeded."""
+    sections = _config(data_args={"dataset": "fashionmnist"}, model_args={"model": "mlp"})
+    losses = set()
+    for number in range(2):
+        done = subprocess.run(
+            command("fedml", "simulate", str(_file(tmp_path, sections)), "--rounds", "1",
+                    "--out", str(tmp_path / str(number)), "--json"),
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        losses.add(json.loads(done.stdout.splitlines()[-1])["end"]["metrics"]["central.loss"])
+    assert len(losses) == 1
 
 
 @pytest.mark.parametrize(
@@ -280,8 +296,15 @@ def test_a_data_set_of_which_nothing_near_is_here_says_how_to_get_it() -> None:
         ({"model_args": {"model": "mobilenet"}}, "resnet20"),
         ({"train_args": {"client_optimizer": "lamb"}}, "lamb is none of"),
         ({"train_args": {"federated_optimizer": "HierarchicalFL"}}, "not grouped"),
+        (
+            {
+                "train_args": {"group_num": 2, "group_method": "sorted"},
+                "common_args": {"scenario": "hierarchical"},
+            },
+            "groups are random, not sorted",
+        ),
         ({"train_args": {"client_num_per_round": 200}}, "200 of 100 clients cannot be"),
-        ({"common_args": {"scenario": "hierarchical"}}, "hierarchical groups are not formed"),
+        ({"common_args": {"scenario": "hierarchical"}}, "not grouped"),
         ({"defense_args": {"enable_defense": True, "defense_type": "crfl"}}, "no crfl here"),
         ({"dp_args": {"enable_dp": True, "dp_solution_type": "ldp"}}, "no ldp here"),
         ({"attack_args": {"enable_attack": True, "attack_type": "dlg"}}, "no dlg here"),
@@ -340,6 +363,25 @@ def test_an_attack_is_for_simulations_alone() -> None:
     deployed = _translated(sections, deployed=True)
     assert "simulation" not in deployed.run
     assert "not made to lie" in _said(deployed, Kind.INSTEAD)
+
+
+def test_false_labels_and_lazy_workers_are_attacks_too() -> None:
+    flip = {"enable_attack": True, "attack_type": "label_flipping", "original_class_list": "[1]",
+            "target_class_list": [7], "ratio_of_poisoned_client": 0.2}  # fmt: skip
+    found = _translated(_config(attack_args=flip)).run["simulation"]["attack"]
+    assert found == {"kind": "label_flip", "clients": 20, "from": 1, "to": 7}
+    lazy = {"enable_attack": True, "attack_type": "lazy_worker", "byzantine_client_num": 4}
+    found = _translated(_config(attack_args=lazy)).run["simulation"]["attack"]
+    assert found == {"kind": "zero", "clients": 4}
+
+
+def test_hierarchical_learning_becomes_groups() -> None:
+    asked = {"federated_optimizer": "HierarchicalFL", "group_num": 4, "group_comm_round": 3}
+    sections = _config(train_args=asked)
+    assert _translated(sections).run["groups"] == {"count": 4, "rounds": 3}
+    deployed = _translated(sections, deployed=True)
+    assert deployed.run["groups"] == {"count": 4, "rounds": 1}
+    assert "on agents a group has one round" in _said(deployed, Kind.INSTEAD)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +453,14 @@ def test_a_run_file_of_ours_is_left_as_it_is(tmp_path: Path) -> None:
     assert translation.accept(file) is file
     mapping = {"app": "task.py", "rounds": 1}
     assert translation.accept(mapping) is mapping
+
+
+def test_a_section_that_is_no_mapping_is_named_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fedml_config\.yaml: the section `train_args` must be"):
+        translation.accept(_file(tmp_path, {**TYPICAL, "train_args": [1]}))
+    file = _file(tmp_path, {**TYPICAL_ON_CLOTHES, "environment_args": None})
+    with pytest.warns(translation.Differs):
+        assert translation.accept(file, strict=True)["algorithm"] == "fedavg"
 
 
 def test_a_translation_is_a_run_file_that_is_accepted(tmp_path: Path) -> None:
