@@ -118,8 +118,13 @@ class Application:
 
     def new_model(self, seed: int) -> Any:
         """A model as the user's code makes it."""
+        knew_torch = "torch" in sys.modules
         seed_everything(seed)
         made = (self._model or _nothing)(self.config)
+        if not knew_torch and "torch" in sys.modules:
+            # It was imported within: what was drawn of it came before there was a seed.
+            seed_everything(seed)
+            made = (self._model or _nothing)(self.config)
         if made is None:
             raise ApplicationError("model() returned nothing; return a torch module or a dict")
         return made
