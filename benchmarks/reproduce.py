@@ -8,7 +8,7 @@
 
 Run it from the repository's root. Each number is kept in `published/measured.json` as soon as it
 is there, and is not measured again; simulations go on from their last checkpoint. So a run that
-was broken off goes on. Delete the folder to begin anew. Seeds count from 1.
+was broken off goes on. Delete the file to begin anew. Seeds count from 1.
 
 The claims are data: `benchmarks/published/claims.py`.
 """
