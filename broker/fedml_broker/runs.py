@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -52,6 +53,12 @@ class RunFailed(Exception):
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause.message)
         self.cause = cause
+
+    @classmethod
+    def too_few(cls, what: str, minimum: int, left: int, first: Cause) -> "RunFailed":
+        """Too many clients have failed; the first of them says why."""
+        message = f"{what} needs {minimum} updates and can get {left}: {first.message}"
+        return cls(replace(first, message=message))
 
 
 class RunStopped(Exception):
