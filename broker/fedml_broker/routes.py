@@ -21,6 +21,7 @@ from fedml_broker.api import (
     TokenRequest,
     UserRequest,
 )
+from fedml_broker.audit import SignInRefused
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
 from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
@@ -78,6 +79,7 @@ def table(api: Api) -> Sequence[Route]:
         Route("GET", "/v1/users", ADMIN, api.list_users),
         Route("POST", "/v1/users", ADMIN, api.create_user, UserRequest),
         Route("POST", "/v1/users/{user}/tokens", ADMIN, api.create_token, TokenRequest),
+        Route("GET", "/v1/audit", ADMIN, api.list_audit),
         Route("GET", "/v1/whoami", MEMBER, api.whoami),
         Route("GET", "/v1/status", MEMBER, api.status),
     )
@@ -102,17 +104,25 @@ def application(api: Api) -> web.Application:
 
 def _endpoint(api: Api, route: Route) -> Any:
     async def endpoint(request: web.Request) -> web.StreamResponse:
-        caller = None if route.who == ANYBODY else await api.caller(request)
-        _admit(route.who, caller)
-        body: Any = None
-        if route.body is not None:
-            body = msgspec.json.decode(await request.read() or b"{}", type=route.body)
-        answer = await route.handler(Call(request, body, caller))
-        if isinstance(answer, web.StreamResponse):
-            return answer
-        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+        try:
+            return await _answer(api, route, request)
+        except SignInRefused as refused:
+            await api.refused(request, refused)
+            raise
 
     return endpoint
+
+
+async def _answer(api: Api, route: Route, request: web.Request) -> web.StreamResponse:
+    caller = None if route.who == ANYBODY else await api.caller(request)
+    _admit(route.who, caller)
+    body: Any = None
+    if route.body is not None:
+        body = msgspec.json.decode(await request.read() or b"{}", type=route.body)
+    answer = await route.handler(Call(request, body, caller))
+    if isinstance(answer, web.StreamResponse):
+        return answer
+    return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
 def _admit(who: str, caller: User | Address | None) -> None:
