@@ -24,7 +24,11 @@ from fedml_protocol.errors import BadKey, MalformedMessage
 from fedml_protocol.ids import check_id
 from fedml_protocol.keys import SECRET_BYTES, LoginKey, Scope, parse_login_key
 
-ROLES = ("admin", "member")
+# Ascending: each may do what those before it may.
+#   viewer   sees everything of the tenant, changes nothing
+#   member   runs things, and stops them
+#   admin    manages users, keys and machines, and deletes
+ROLES = ("viewer", "member", "admin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,10 @@ class User:
     name: str
     tenant: str
     role: str
+
+    def may(self, role: str) -> bool:
+        """Whether his role is at least this one."""
+        return ROLES.index(self.role) >= ROLES.index(role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +76,7 @@ class Accounts:
         """
         _check_name(name, "user")
         _check_name(tenant, "tenant")
-        if role not in ROLES:
-            raise Problem(422, "no such role", f"{role!r} is none of {', '.join(ROLES)}")
+        _check_role(role)
         row = {"name": name, "tenant": tenant, "role": role, "created_at": time.time()}
 
         def insert(tx: Connection) -> None:
@@ -80,6 +87,40 @@ class Accounts:
             await self._store.write(insert)
         except sa.exc.IntegrityError as error:
             raise Problem(409, "this user exists", f"there is a user {name!r} already") from error
+
+    async def set_role(self, name: str, role: str, *, by: str, of: str | None = None) -> None:
+        """Give a user another role. It counts from his next request on.
+
+        Args:
+            by: Who does it, as the audit names him.
+            of: The tenant that the user must belong to; None: any.
+
+        Raises:
+            Problem: 404 no such user, 409 nobody could grant roles any more, 422 no such role.
+        """
+        _check_role(role)
+
+        def change(tx: Connection) -> None:
+            row = tx.execute(sa.select(users).where(users.c.name == name)).first()
+            if row is None or (of is not None and row.tenant != of):
+                raise _unknown(name)
+            if row.role == role:
+                return
+            if row.role == "admin" and _admins(tx, row.tenant) == [name]:
+                raise Problem(
+                    409,
+                    "a tenant needs an admin",
+                    f"{name} is the only one of {row.tenant!r}",
+                    hint="make another user an admin first",
+                )
+            tx.execute(users.update().where(users.c.name == name).values(role=role))
+            audit.note(tx, row.tenant, by, "user.role", name, role=role, before=row.role)
+
+        await self._store.write(change)
+
+    async def admins(self, tenant: str) -> list[str]:
+        """The admins of a tenant, by name."""
+        return await self._store.read(lambda tx: _admins(tx, tenant))
 
     async def create_token(
         self, user: str, days: float | None = None, *, by: str, of: str | None = None
@@ -106,9 +147,7 @@ class Accounts:
         def insert(tx: Connection) -> None:
             found = tx.execute(sa.select(users.c.tenant).where(users.c.name == user)).scalar()
             if found is None or (of is not None and found != of):
-                raise Problem(
-                    404, "no such user", f"{user!r} is unknown", hint="`fedml-broker users create`"
-                )
+                raise _unknown(user)
             tx.execute(tokens.insert().values(row))
             audit.note(tx, found, by, "token.create", user, good_until=_moment(ends))
 
@@ -280,6 +319,20 @@ def check_labels(labels: Mapping[str, str]) -> None:
         _check_name(name, "label")
         if not 0 < len(value) <= 80 or any(c.isspace() or not c.isprintable() for c in value):
             raise Problem(422, "a label's value is one short word", f"{name}={value!r}")
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise Problem(422, "no such role", f"{role!r} is none of {', '.join(ROLES)}")
+
+
+def _unknown(user: str) -> Problem:
+    return Problem(404, "no such user", f"{user!r} is unknown", hint="`fedml-broker users create`")
+
+
+def _admins(tx: Connection, tenant: str) -> list[str]:
+    query = sa.select(users.c.name).where(users.c.tenant == tenant, users.c.role == "admin")
+    return list(tx.execute(query.order_by(users.c.name)).scalars())
 
 
 def _check_name(name: str, what: str) -> None:

@@ -79,6 +79,12 @@ class UserRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenant: str = ""
 
 
+class RoleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The role that a user is to have: viewer, member or admin."""
+
+    role: str
+
+
 class TokenRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A token to be made; no `days`: it never expires."""
 
@@ -168,6 +174,15 @@ class Api:
         """Somebody was not let in."""
         await self._broker.refusals.note(refused, request.remote or "")
 
+    async def who_grants(self, user: User, role: str) -> str:
+        """Whom a user asks for a role, and what they type."""
+        admins = await self._broker.accounts.admins(user.tenant)
+        names = ", ".join(admins[:3]) or "none is left: ask those who run the broker"
+        return (
+            f"an admin of {user.tenant!r} can grant it ({names}): "
+            f"`fedml-broker users role {user.name} {role}`"
+        )
+
     # ------------------------------------------------------------------ open to all
 
     async def health(self, call: Call) -> Any:
@@ -237,12 +252,10 @@ class Api:
 
     async def head_blob(self, call: Call) -> Any:
         """Whether a blob is here, or how much of an upload."""
-        _signed_in(call)
         return await self._broker.blobs.head(call.http, call.part("sha256"), call.owner)
 
     async def get_blob(self, call: Call) -> Any:
         """A blob, or a range of it."""
-        _signed_in(call)
         return await self._broker.blobs.get(call.http, call.part("sha256"))
 
     async def expect_blob(self, request: web.Request) -> None:
@@ -251,7 +264,6 @@ class Api:
 
     async def put_blob(self, call: Call) -> Any:
         """Upload a blob, whole or in parts."""
-        _signed_in(call)
         return await self._broker.blobs.put(call.http, call.part("sha256"), call.owner)
 
     # ------------------------------------------------------------------ runs
@@ -431,11 +443,17 @@ class Api:
         await self._broker.accounts.create_user(body.name, body.role, tenant, by=by)
         return {"name": body.name, "role": body.role, "tenant": tenant}
 
+    async def set_role(self, call: Call) -> Any:
+        """Another role for a user."""
+        name, role = call.part("user"), call.body.role
+        by, of = audit.user(call.user.name), _only_of(call.user)
+        await self._broker.accounts.set_role(name, role, by=by, of=of)
+        return {"name": name, "role": role}
+
     async def create_token(self, call: Call) -> Any:
         """A new token of a user; shown this once."""
         name = call.part("user")
-        of = None if call.user.tenant == DEFAULT_TENANT else call.user.tenant
-        by = audit.user(call.user.name)
+        by, of = audit.user(call.user.name), _only_of(call.user)
         return {"key": await self._broker.accounts.create_token(name, call.body.days, by=by, of=of)}
 
     async def list_audit(self, call: Call) -> Any:
@@ -496,11 +514,6 @@ async def _run_once(submission: Awaitable[str]) -> dict[str, str]:
         return {"run": known.run}
 
 
-def _signed_in(call: Call) -> None:
-    if call.caller is None:
-        raise Problem(401, "not signed in", "a token or a device's certificate is needed")
-
-
 def _tenant(user: User, named: str) -> str:
     """For whom something is made: the admins of the first tenant may name another one.
 
@@ -514,6 +527,11 @@ def _tenant(user: User, named: str) -> str:
             f"you are of {user.tenant!r}; other tenants belong to the admins of {DEFAULT_TENANT!r}",
         )
     return named or user.tenant
+
+
+def _only_of(user: User) -> str | None:
+    """Whose users he manages: those of his tenant, or of the first tenant everybody's (None)."""
+    return None if user.tenant == DEFAULT_TENANT else user.tenant
 
 
 def _number(text: str) -> int:

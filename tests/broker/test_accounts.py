@@ -99,6 +99,37 @@ async def test_users_that_cannot_be(accounts: Accounts, name: str, role: str, st
     assert [u["name"] for u in await accounts.list_users("default")] == ["bob"]
 
 
+async def test_a_tenant_keeps_an_admin(accounts: Accounts) -> None:
+    await accounts.create_user("ann", "admin", tenant="acme", by=CLI)
+    await accounts.create_user("bob", "viewer", tenant="acme", by=CLI)
+    await accounts.create_user("eve", "admin", by=CLI)  # of another tenant: she does not count
+    with pytest.raises(Problem, match="needs an admin") as told:
+        await accounts.set_role("ann", "member", by=CLI)
+    assert told.value.status == 409
+    await accounts.set_role("ann", "admin", by=CLI)
+    await accounts.set_role("bob", "admin", by=CLI)
+    await accounts.set_role("ann", "member", by=CLI)
+    assert await accounts.admins("acme") == ["bob"]
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "role", "status"),
+    [
+        ("nobody", None, "admin", 404),
+        ("ann", "evil", "admin", 404),
+        ("ann", None, "root", 422),
+    ],
+)
+async def test_roles_that_cannot_be_given(
+    accounts: Accounts, name: str, of: str | None, role: str, status: int
+) -> None:
+    await accounts.create_user("ann", "viewer", tenant="acme", by=CLI)
+    with pytest.raises(Problem) as told:
+        await accounts.set_role(name, role, by=CLI, of=of)
+    assert told.value.status == status
+    assert await accounts.admins("acme") == []
+
+
 async def test_nobody_gets_a_token_who_is_not_there(accounts: Accounts) -> None:
     with pytest.raises(Problem) as told:
         await accounts.create_token("ann", by=CLI)

@@ -187,7 +187,7 @@ def test_only_an_admin_may_remove(place: Place) -> None:
     token = _broker(place, "users", "token", "lee").stdout
     lee = Client(session.login(place.folder / "lee", token))
     assert lee.call("GET", f"/v1/runs/{run}")["id"] == run
-    with pytest.raises(BrokerRefused, match="only an admin may do this"):
+    with pytest.raises(BrokerRefused, match="needs the role admin"):
         lee.call("DELETE", f"/v1/runs/{run}")
 
 
@@ -222,6 +222,18 @@ def test_a_home_without_a_broker_says_so(tmp_path: Path) -> None:
     assert done.returncode == 5
     assert "there is no broker in" in done.stderr
     assert "try: `fedml-broker up`" in done.stderr
+
+
+def test_users_have_roles(place: Place) -> None:
+    said = _broker(place, "users", "create", "visitor", "--role", "viewer").stderr
+    assert "visitor is a viewer" in said
+    _broker(place, "users", "role", "visitor", "member")
+    roles = {user["name"]: user["role"] for user in _json(place, "users", "list")}
+    assert roles["visitor"] == "member"
+    told = _broker(place, "users", "role", "admin", "viewer", code=6)
+    assert "a tenant needs an admin" in told.stderr
+    both = ("users", "create", "both", "--admin", "--role", "viewer")
+    assert "two different roles" in _broker(place, *both, code=2).stderr
 
 
 def test_the_audit_tells_who_did_what_and_is_verified(place: Place) -> None:
