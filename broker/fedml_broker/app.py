@@ -25,8 +25,10 @@ import sqlalchemy as sa
 from aiohttp import web
 from sqlalchemy import Connection
 
+from fedml_broker import audit
 from fedml_broker.accounts import Accounts
 from fedml_broker.api import Api
+from fedml_broker.audit import Refusals
 from fedml_broker.blobs import Blobs
 from fedml_broker.devices import Devices
 from fedml_broker.dispatch import Dispatcher, Timing
@@ -44,7 +46,7 @@ from fedml_broker.reports import Reports
 from fedml_broker.routes import application
 from fedml_broker.runs import Runs
 from fedml_broker.store import Store
-from fedml_broker.tables import blob_refs, settings
+from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 
@@ -99,6 +101,7 @@ class Broker:
         self.blobs = Blobs(config.home / "blobs", reserve_bytes=config.disk_reserve_bytes)
         self.observer = Observer(store, config.home / "logs")
         self.runs = Runs(store)
+        self.refusals = Refusals(store)
         # These need ports, which are known once they are open.
         self.post: Post
         self.orders: Orders
@@ -138,6 +141,7 @@ class Broker:
             self.post = await self._open_post()
             self._wire()
             stack.callback(self.blobs.close)
+            await self.store.write(self._note_identity)
             await self.devices.load()
             await self.dispatcher.load()
             await self._enter_post(stack)
@@ -268,6 +272,24 @@ class Broker:
         query = sa.select(settings.c.value).where(settings.c.name == name)
         return await self.store.read(lambda tx: tx.execute(query).scalar())
 
+    def _note_identity(self, tx: Connection) -> None:
+        """Have the audit name a CA or signing keys that this store has not seen before.
+
+        Compared at each start, because they are made before there is a store to tell.
+        """
+        kept = tx.execute(sa.select(settings.c.value).where(settings.c.name == "identity")).scalar()
+        known = kept or {"ca": "", "signing": []}
+        ca, signing = self.identity.ca_sha256.hex(), list(self.identity.verify_keys_raw)
+        if ca != known["ca"]:
+            audit.note(tx, DEFAULT_TENANT, audit.BROKER, "ca.new", ca)
+        for key in signing:
+            if key not in known["signing"]:
+                audit.note(tx, DEFAULT_TENANT, audit.BROKER, "signing-key.new", key)
+        if {"ca": ca, "signing": signing} != kept:
+            tx.execute(settings.delete().where(settings.c.name == "identity"))
+            value = {"ca": ca, "signing": signing}
+            tx.execute(settings.insert().values(name="identity", value=value))
+
     async def _keep_setting(self, name: str, value: Any) -> None:
         def put(tx: Connection) -> None:
             tx.execute(settings.delete().where(settings.c.name == name))
@@ -283,6 +305,7 @@ class Broker:
             await asyncio.sleep(60)
             try:
                 await self.devices.seen()
+                await self.refusals.flush()
                 if self.identity.renew():
                     log.info("the broker's own certificate was renewed")
             except (Problem, OSError) as error:

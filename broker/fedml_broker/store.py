@@ -65,8 +65,8 @@ class Store:
         """
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         engine = sqlalchemy.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-        event.listen(engine, "connect", _configure)
-        event.listen(engine, "begin", lambda tx: tx.exec_driver_sql("BEGIN"))
+        event.listen(engine, "connect", configure)
+        event.listen(engine, "begin", _begin)
         _upgrade(engine)
         return cls(engine, path)
 
@@ -98,7 +98,7 @@ class Store:
         self._engine.dispose()
 
     def _serve(self) -> None:
-        with self._engine.connect() as connection:
+        with self._engine.connect().execution_options(writes=True) as connection:
             while pieces := self._next_group():
                 if pieces[-1] is None:
                     self._commit(connection, pieces[:-1])
@@ -187,7 +187,8 @@ def _first(error: BaseException) -> sqlite3.Error:
     return found
 
 
-def _configure(connection: sqlite3.Connection, _: object) -> None:
+def configure(connection: sqlite3.Connection, _: object) -> None:
+    """How every connection that may write is set up."""
     # SQLAlchemy's own BEGIN (see `open`) replaces the driver's guesses about transactions.
     connection.isolation_level = None
     for pragma in (
@@ -198,6 +199,12 @@ def _configure(connection: sqlite3.Connection, _: object) -> None:
         "wal_autocheckpoint=2000",
     ):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(tx: Connection) -> None:
+    # At once as a writer: had we only read so far and a command (`backup`) wrote, SQLite would
+    # refuse our first write instead of letting us wait for our turn.
+    tx.exec_driver_sql("BEGIN IMMEDIATE" if tx.get_execution_options().get("writes") else "BEGIN")
 
 
 def _upgrade(engine: Engine, to: str = "head") -> None:

@@ -188,7 +188,9 @@ def test_what_has_changed_at_the_broker_is_written_down_at_hello(
     broker.login(home)
     moved = {"mqtt_host": "mqtt.example", "mqtt_port": 1, "heartbeat_s": 60.0, "verify_keys": {}}
     answer = json.dumps(moved).encode()
-    broker.server.on("POST", "/v1/agent/hello", lambda asked: asked.answer(200, answer))
+    broker.server.on(
+        "POST", "/v1/agent/hello", lambda asked: asked.read() and asked.answer(200, answer)
+    )
     https = Https.of(home, broker.server.url)
     told = login.hello(home, https, {"cpus": 4}, "1.1")
     assert (told.mqtt_host, told.mqtt_port, told.heartbeat_s) == ("mqtt.example", 1, 60.0)

@@ -18,7 +18,7 @@ from fedml_broker.cli.client import CommandFailed
 _BROUGHT = ("aiohttp", "alembic", "msgspec", "mqtt5", "numpy", "safetensors", "sqlalchemy")
 
 # Verb -> module. A command is imported when it is used.
-_VERBS = ("up", "status", "keys", "devices", "runs", "users", "backup", "doctor")
+_VERBS = ("up", "status", "keys", "devices", "runs", "users", "audit", "backup", "doctor")
 
 
 class _Verbs(click.Group):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedml-broker users create|list|token`."""
+"""`fedml-broker users create|role|list|token`."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import click
 from fedml_broker.cli.client import Client, home_option, json_option
 from fedml_broker.cli.tables import Columns, print_list, when
 
+_ROLES = ("viewer", "member", "admin")
 _COLUMNS: Columns = {
     "USER": lambda user: user["name"],
     "ROLE": lambda user: user["role"],
@@ -23,20 +24,45 @@ def users() -> None:
 
 @users.command()
 @click.argument("name")
-@click.option("--admin", is_flag=True, help="May manage keys, machines and users.")
+@click.option(
+    "--role",
+    type=click.Choice(_ROLES),
+    default="member",
+    show_default=True,
+    help="viewer: sees everything, changes nothing; member: runs things; admin: manages.",
+)
+@click.option("--admin", is_flag=True, help="The same as --role admin.")
 @click.option("--tenant", default="", help="To whom they belong, if not to your own tenant.")
 @home_option
-def create(name: str, admin: bool, tenant: str, home: Path) -> None:
+def create(name: str, role: str, admin: bool, tenant: str, home: Path) -> None:
     """Add a user. What `fedml login` takes is printed by `users token NAME`.
 
     \b
     Examples:
       fedml-broker users create alice
+      fedml-broker users create visitor --role viewer
       fedml-broker users create bob --admin --tenant acme    # a tenant begins with its first user
     """
-    role = "admin" if admin else "member"
+    if admin and role == "viewer":
+        raise click.UsageError("--admin and --role viewer are two different roles")
+    role = "admin" if admin else role
     Client(home).call("POST", "/v1/users", {"name": name, "role": role, "tenant": tenant})
     click.echo(f"{name} is a {role}; next: `fedml-broker users token {name}`", err=True)
+
+
+@users.command("role")
+@click.argument("name")
+@click.argument("role", type=click.Choice(_ROLES))
+@home_option
+def change_role(name: str, role: str, home: Path) -> None:
+    """Give user NAME another ROLE: viewer, member or admin. It counts at once.
+
+    \b
+    Examples:
+      fedml-broker users role alice admin
+    """
+    Client(home).call("PUT", f"/v1/users/{name}/role", {"role": role})
+    click.echo(f"{name} is a {role} now", err=True)
 
 
 @users.command("list")
