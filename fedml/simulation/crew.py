@@ -22,11 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fedml
 from fedml.errors import RunFailed
 from fedml.federate.application import Application
+from fedml.federate.arrays import Arrays
+from fedml.federate.layout import Layout
 from fedml.simulation.arena import Arena, Board, Place
 from fedml.simulation.member import Done, Member, Order, Setup, hear, in_doubles, say
 
@@ -34,6 +36,42 @@ _MEMBER = "from fedml.simulation.member import main; main()"
 _GRACE_S = 2.0
 
 Report = Callable[[Sequence[Done]], None]
+
+
+class Hand(Protocol):
+    """A member as the crew knows it, wherever it lives.
+
+    Attributes:
+        number: No two of a run have the same.
+        told: Clients whose data it knows where to find.
+        talk: What to wait at for news, if it is a connection.
+    """
+
+    number: int
+    told: set[int]
+    talk: Connection | None
+
+    @property
+    def sum(self) -> Mapping[str, Any]:
+        """What it has summed up; empty if it writes a file."""
+
+    def start(self, setup: Setup) -> None:
+        """Tell it what it needs."""
+
+    def ready(self) -> None:
+        """Wait until it has made ready."""
+
+    def begin(self, order: Order) -> None:
+        """Tell it an order."""
+
+    def hear(self) -> tuple[list[Done], bool]:
+        """Wait for news: who is done, and whether that is all; `EOFError` if it is dead."""
+
+    def close(self) -> None:
+        """End it."""
+
+    def wait(self) -> str:
+        """Wait until it has ended; says how."""
 
 
 class Crew:
@@ -53,7 +91,9 @@ class Crew:
         self._room = arena.room // (2 * max(count, 1))
         self._sizes: dict[int, int] = {}
         self._places: dict[int, Place] = {}
-        self.members: list[_Child | _Inside] = [_Child(app) for _ in range(count)]
+        self._folder = arena.folder
+        self._boards: dict[int, tuple[Board, Board]] = {}
+        self.members: list[Hand] = [self._hired() for _ in range(count)]
 
     def start(self, setup: Setup, inside: Application | None = None) -> None:
         """Tell each member what it needs, and wait until all are ready.
@@ -73,6 +113,19 @@ class Crew:
             member.start(self._next())
         for member in self.members:
             member.ready()
+
+    def publish(self, version: int, model: Arrays, sent: Arrays) -> None:
+        """Put a model, and what is sent with it, where members read it."""
+        boards = self._boards.get(version)
+        if boards is None:
+            pairs = (("model", model), ("sent", sent))
+            made = [
+                Board(self._folder / f"{name}-{version}", Layout.of(arrays).tensors, create=True)
+                for name, arrays in pairs
+            ]
+            boards = self._boards[version] = (made[0], made[1])
+        boards[0].write(model)
+        boards[1].write(sent)
 
     def dismiss(self) -> None:
         """End one process that is not needed after all."""
@@ -160,6 +213,9 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _hired(self) -> Hand:
+        return _Child(self._app)
+
     def _next(self) -> Setup:
         self._made += 1
         return dataclasses.replace(self._setup, number=self._made, room=self._room)
@@ -206,7 +262,7 @@ class Crew:
                 f"it was at client {left[0] if left else share[0]}",
                 "memory? `--workers 1` needs least",
             )
-        self.members[place] = _Child(self._app)
+        self.members[place] = self._hired()
         self.members[place].start(self._next())
         self.members[place].ready()
 

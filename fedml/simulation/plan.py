@@ -49,7 +49,8 @@ class Plan:
         on_clients: Evaluate on the clients' data.
         on_central: Evaluate on central data.
         engine: One of `ENGINES`.
-        workers: Processes.
+        workers: Processes; 0 with `ray`, as many as its cluster has CPUs.
+        ray: Address of a Ray cluster that has them; ``local`` starts one, empty needs none.
         checkpoint_s: Seconds between checkpoints.
         paths: Where data sets are, by name: what a machine's owner lists under ``[data]``.
         attack: How some clients lie (`simulation.liars`).
@@ -75,6 +76,7 @@ class Plan:
     on_central: bool = True
     engine: str = "auto"
     workers: int = 0
+    ray: str = ""
     checkpoint_s: float = 30.0
     paths: Mapping[str, str] = field(default_factory=dict)
     attack: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +113,7 @@ class Plan:
             raise ConfigError("; ".join(wrong))
         object.__setattr__(self, "per_round", per_round)
         object.__setattr__(self, "minimum", self.minimum or per_round)
-        object.__setattr__(self, "workers", self.workers or _cores())
+        object.__setattr__(self, "workers", self.workers or (0 if self.ray else _cores()))
 
     def create_algorithm(self) -> Algorithm:
         """The algorithm, its parameters checked.
@@ -176,7 +178,7 @@ class Plan:
 
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
-        free = {"rounds", "workers", "checkpoint_s", "name", "engine", "paths"}
+        free = {"rounds", "workers", "ray", "checkpoint_s", "name", "engine", "paths"}
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         kept["app"] = self.app.name  # a workspace may be moved, and its code mended
         return json.dumps(kept, sort_keys=True, default=str)

@@ -27,12 +27,13 @@ from fedml.federate.layout import Layout
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.privacy import NotPrivate
 from fedml.simulation import asynchronous, checkpoint, engine, synchronous
-from fedml.simulation.arena import Arena, Board
+from fedml.simulation.arena import Arena
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.crew import Crew
 from fedml.simulation.grouped import GROUPS
 from fedml.simulation.member import Done, Order, Setup, Task
 from fedml.simulation.plan import Plan
+from fedml.simulation.ray_crew import RayCrew
 from fedml.simulation.record import Record
 from fedml.simulation.result import ClientFailed, Listener, Result, Round, mean_metrics
 
@@ -89,7 +90,6 @@ class Simulation:
         self._application: Application
         self._central: Any = None
         self._central_model: Any = None
-        self._boards: dict[int, tuple[Board, Board]] = {}
         self._sent_specs: Layout
         self._arena: Arena
         self._saved = 0.0
@@ -113,9 +113,7 @@ class Simulation:
         found = self._checkpoint()
         with ExitStack() as stack:
             self._arena = stack.enter_context(Arena())
-            plan = self.plan
-            count = 0 if self._debug else plan.workers
-            self.crew = stack.enter_context(Crew(plan.app, count, self._arena))
+            self.crew = stack.enter_context(self._hire())
             self._open(found, stack)
             self.record = Record(self._folder)
             stack.callback(self.record.close)
@@ -135,6 +133,15 @@ class Simulation:
                 # Ctrl-C and failures too: what is done is kept.
                 self.save(force=True)
             return self._result()
+
+    def _hire(self) -> Crew:
+        """The crew: processes here, or actors of Ray's."""
+        plan = self.plan
+        if not plan.ray:
+            return Crew(plan.app, 0 if self._debug else plan.workers, self._arena)
+        if self._debug:
+            raise ConfigError("--debug is one process, and --ray is several machines")
+        return RayCrew(plan.app, plan.workers, self._arena, plan.ray)
 
     def _open(self, found: Checkpoint | None, stack: ExitStack) -> None:
         """Everything that the first round needs."""
@@ -190,18 +197,20 @@ class Simulation:
             paths=plan.paths,
             states=str(states),
             room=0,
-            memory=total // (2 * plan.workers),
+            memory=total // (2 * max(plan.workers, 1)),
             model=model_specs.tensors,
             sent=self._sent_specs.tensors,
             update=self.update.tensors,
         )
         # A round of a linear model is over before another process has woken up.
-        inside = self._debug or (self.engine == "closed_form" and _blas_is_single())
+        quick = self.engine == "closed_form" and _blas_is_single() and not plan.ray
+        inside = self._debug or quick
         if inside and not self._debug:
             self.crew.dismiss()
         self.crew.start(setup, self._application if inside else None)
         members = len(self.crew.members)
-        processes = f"{members} process{'es' if members > 1 else ''}"
+        one, more = ("Ray actor", "s") if plan.ray else ("process", "es")
+        processes = f"{members} {one}{more if members > 1 else ''}"
         self.listener.say(f"engine {self.engine} on {processes}: {why}")
         if self.plan.on_central and self._application.evaluates:
             self._central = self._application.central()
@@ -266,16 +275,11 @@ class Simulation:
         self, version: int, model: Arrays | None = None, sent: Arrays | None = None
     ) -> None:
         """Put the model, or another one, and what is sent with it, where members read it."""
-        boards = self._boards.get(version)
-        model = self.model if model is None else model
-        sent = self._sent() if sent is None else sent
-        if boards is None:
-            folder = self._arena.folder
-            layouts = (("model", Layout.of(self.model)), ("sent", self._sent_specs))
-            made = [Board(folder / f"{w}-{version}", x.tensors, create=True) for w, x in layouts]
-            boards = self._boards[version] = (made[0], made[1])
-        boards[0].write(model)
-        boards[1].write(sent)
+        self.crew.publish(
+            version,
+            self.model if model is None else model,
+            self._sent() if sent is None else sent,
+        )
 
     def update_file(self, turn: int, client: int) -> Path:
         """Where an update of `Task.EACH` is."""
@@ -462,7 +466,7 @@ class Simulation:
             per_round=plan.per_round,
             seed=plan.seed,
             engine=self.engine,
-            workers=plan.workers,
+            workers=len(self.crew.members),
         )
         if self.liars is not None:
             who = ", ".join(map(str, self.liars.clients)) or "nobody"
@@ -542,7 +546,8 @@ def simulate(
         changes: Keys of the run file to set otherwise, such as ``{"lr": 0.1}`` for
             ``config.lr``, or ``{"clients.per_round": 5}``.
         on_round: Called after each round.
-        **settings: ``rounds``, ``engine``, ``workers``, ``checkpoint_s``, ``seed``.
+        **settings: ``rounds``, ``engine``, ``workers``, ``checkpoint_s``, ``seed``; ``ray``:
+            the address of a Ray cluster, or ``"local"``.
 
     Raises:
         ConfigError: The run cannot be; the text says why and the hint what to change.
@@ -552,7 +557,7 @@ def simulate(
     from fedml.simulation.plan import read
     from fedml.simulation.report import write
 
-    known = {"rounds", "engine", "workers", "checkpoint_s", "seed"}
+    known = {"rounds", "engine", "workers", "checkpoint_s", "seed", "ray"}
     unknown = settings.keys() - known
     if unknown:
         raise TypeError(f"simulate() has no setting {min(unknown)!r}; it has {sorted(known)}")
