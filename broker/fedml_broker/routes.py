@@ -60,6 +60,7 @@ def table(api: Api) -> Sequence[Route]:
         Route("GET", "/v1/blobs/{sha256}", SIGNED_IN, api.get_blob),
         Route("PUT", "/v1/blobs/{sha256}", SIGNED_IN, api.put_blob),
         Route("POST", "/v1/launch", MEMBER, api.launch, LaunchRequest),
+        Route("POST", "/v1/launch/match", MEMBER, api.match_launch, LaunchRequest),
         Route("POST", "/v1/federate", MEMBER, api.federate, FederateRequest),
         Route("GET", "/v1/runs", MEMBER, api.list_runs),
         Route("GET", "/v1/runs/{run}", MEMBER, api.show_run),
