@@ -272,6 +272,10 @@ class Api:
         """Queue a job."""
         return await _run_once(self._broker.launcher.submit(call.user, call.body))
 
+    async def match_launch(self, call: Call) -> Any:
+        """Where a job would run, machine by machine. Nothing is started."""
+        return self._broker.launcher.look(call.user, call.body)
+
     async def federate(self, call: Call) -> Any:
         """Start a federated run."""
         return await _run_once(self._broker.federation.submit(call.user, call.body))

@@ -84,6 +84,7 @@ def table(api: Api) -> Sequence[Route]:
         Route("GET", "/v1/blobs/{sha256}", VIEWER_OR_DEVICE, api.get_blob),
         Route("PUT", "/v1/blobs/{sha256}", MEMBER_OR_DEVICE, api.put_blob),
         Route("POST", "/v1/launch", MEMBER, api.launch, LaunchRequest),
+        Route("POST", "/v1/launch/match", MEMBER, api.match_launch, LaunchRequest),
         Route("POST", "/v1/federate", MEMBER, api.federate, FederateRequest),
         Route("GET", "/v1/runs", VIEWER, api.list_runs),
         Route("GET", "/v1/runs/{run}", VIEWER, api.show_run),

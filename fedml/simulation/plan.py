@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedml import jobfile
+from fedml import runfile
 from fedml.errors import ConfigError
 from fedml.federate.algorithm import Algorithm, BadParameter, Kind, UnknownAlgorithm, create
 from fedml.federate.hierarchical import Groups
@@ -204,7 +204,7 @@ def read(
     if isinstance(source, Mapping):
         found, workspace = _read_mapping(source)
     else:
-        found, workspace = jobfile.read_simulated(Path(source))
+        found, workspace = runfile.read_simulated(Path(source))
     for key in ("config", "algorithm_config", "treatment"):
         value = found.get(key) or {}
         found[key] = json.loads(value) if isinstance(value, str) else dict(value)
@@ -257,7 +257,7 @@ def _read_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
         file = Path(folder) / "simulation.yaml"
         file.write_text(json.dumps(whole, default=_native))
         try:
-            return jobfile.read_simulated(file)
+            return runfile.read_simulated(file)
         except ConfigError as error:
             text = str(error).replace(f"{file}, line 1", "the run").replace(str(file), "the run")
             raise ConfigError(text, error.hint) from None

@@ -155,3 +155,12 @@ def test_only_kinds_that_the_owner_allows_and_this_agent_can_do_are_offered() ->
     assert kinds(Policy()) == ["launch", "federate"]
     assert kinds(Policy(kinds=("federate", "deploy"))) == ["federate"]
     assert kinds(Policy(kinds=())) == []
+
+
+def test_a_task_that_names_a_model_gets_no_other_even_where_that_is_smaller() -> None:
+    small = Device("GPU-1", "Tesla T4", 16 * 2**30, ())
+    large = Device("GPU-2", "NVIDIA A100 80GB PCIe", 80 * 2**30, ())
+    room = Room((small, large), slots=4)
+    assert room.take("t-1", Needs(gpus=1, gpu_model="A100-80G")) == ("GPU-2",)
+    assert room.free_devices(Needs(gpus=1, gpu_model="A100-80G")) == []
+    assert room.take("t-2", Needs(gpus=1)) == ("GPU-1",)

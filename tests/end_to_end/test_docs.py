@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from fedml.jobfile import read_federated, read_job
+from fedml.jobfile import read_job
+from fedml.runfile import read_federated
 from tests.place import Place
 
 ROOT = Path(__file__).parents[2]
