@@ -183,6 +183,17 @@ class Api:
             f"`fedml-broker users role {user.name} {role}`"
         )
 
+    async def metrics(self, call: Call) -> Any:
+        """The numbers of this process, as Prometheus scrapes them."""
+        if isinstance(call.caller, User) and call.user.tenant != DEFAULT_TENANT:
+            raise Problem(
+                403,
+                "only those who run the broker",
+                f"the numbers are of all tenants, and you are of {call.user.tenant!r}",
+                f"ask an admin of {DEFAULT_TENANT!r}",
+            )
+        return self._broker.metrics.page()
+
     # ------------------------------------------------------------------ open to all
 
     async def health(self, call: Call) -> Any:

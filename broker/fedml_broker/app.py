@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +37,7 @@ from fedml_broker.federate import Federation
 from fedml_broker.fleet import Fleet
 from fedml_broker.identity import Identity, common_name
 from fedml_broker.launch import Launcher
+from fedml_broker.metrics import Metrics
 from fedml_broker.mqtt import Post
 from fedml_broker.mqtt.endpoint import Endpoint, Refusal
 from fedml_broker.mqtt.external import ExternalPost
@@ -102,6 +104,9 @@ class Broker:
         self.observer = Observer(store, config.home / "logs")
         self.runs = Runs(store)
         self.refusals = Refusals(store)
+        self.metrics = Metrics(self)
+        store.on_commit = self.metrics.committed
+        self.blobs.on_bytes = self.metrics.blob
         # These need ports, which are known once they are open.
         self.post: Post
         self.orders: Orders
@@ -147,7 +152,7 @@ class Broker:
             await self._enter_post(stack)
             await self.blobs.sweep(self._referenced)
             runner = web.AppRunner(
-                application(Api(self)),
+                application(Api(self), self.metrics.middleware),
                 access_log=None,
                 shutdown_timeout=1.0,
                 read_bufsize=_READ_BYTES,
@@ -174,10 +179,12 @@ class Broker:
         """Everything that needs the addresses."""
         timing = self.config.timing
         self.orders = Orders(self.store, self.identity, self.post)
+        self.orders.on_sent = partial(self.metrics.message, "out")
         self.devices = Devices(self.store, self.fleet, self.identity)
         self.accounts = Accounts(self.store, url=self.url, ca_sha256=self.identity.ca_sha256)
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
+        self.dispatcher.on_ended = self.metrics.ended
         self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)
         self.federation = Federation(
             self.store,
@@ -187,9 +194,15 @@ class Broker:
             self.blobs,
             self.config.home,
         )
+        self.federation.on_round = self.metrics.round
+        self.federation.on_answer = self.metrics.asked
         self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}
         self.reports = Reports(self.fleet, self.dispatcher)
-        self.post.subscribe(topics.ALL_UP, self.reports.take)
+        self.post.subscribe(topics.ALL_UP, self._take)
+
+    async def _take(self, topic: str, payload: bytes) -> None:
+        self.metrics.message("in")
+        await self.reports.take(topic, payload)
 
     # ------------------------------------------------------------------ what routes ask for
 

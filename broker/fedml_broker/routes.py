@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every URL of the broker, who may ask it, and the OpenAPI document made from the same table."""
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
 from fedml_broker.api import (
@@ -32,11 +34,15 @@ from fedml_protocol.topics import Address
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask a URL: users from a role upwards, devices, both, or anybody."""
+    """Who may ask a URL: users from a role upwards, devices, both, or anybody.
+
+    `loopback`: also who asks from this very machine, without saying who he is.
+    """
 
     role: str | None = None
     device: bool = False
     anybody: bool = False
+    loopback: bool = False
 
 
 ANYBODY = Access(anybody=True)
@@ -44,8 +50,11 @@ DEVICE = Access(device=True)
 VIEWER = Access(role="viewer")
 MEMBER = Access(role="member")
 ADMIN = Access(role="admin")
+SCRAPER = Access(role="viewer", loopback=True)
 VIEWER_OR_DEVICE = Access(role="viewer", device=True)
 MEMBER_OR_DEVICE = Access(role="member", device=True)
+
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 # Bodies are small; blobs and logs are read by their handlers, which have their own limits.
 _MAX_BODY = 4 * 1024 * 1024
@@ -107,14 +116,15 @@ def table(api: Api) -> Sequence[Route]:
         Route("GET", "/v1/audit", ADMIN, api.list_audit),
         Route("GET", "/v1/whoami", VIEWER, api.whoami),
         Route("GET", "/v1/status", VIEWER, api.status),
+        Route("GET", "/metrics", SCRAPER, api.metrics),
     )
     document = openapi(routes)
     return routes
 
 
-def application(api: Api) -> web.Application:
+def application(api: Api, *around: Middleware) -> web.Application:
     """The aiohttp application that serves the table."""
-    app = web.Application(middlewares=[as_problems], client_max_size=_MAX_BODY)
+    app = web.Application(middlewares=[*around, as_problems], client_max_size=_MAX_BODY)
     routes = table(api)
     for route in routes:
         # An upload decides for itself whether it wants the body that the client announces.
@@ -136,7 +146,7 @@ def _endpoint(api: Api, route: Route) -> Any:
 
 async def _answer(api: Api, route: Route, request: web.Request) -> web.StreamResponse:
     caller = None if route.who.anybody else await api.caller(request)
-    await _admit(api, route.who, caller)
+    await _admit(api, route.who, caller, request)
     body: Any = None
     if route.body is not None:
         body = msgspec.json.decode(await request.read() or b"{}", type=route.body)
@@ -146,7 +156,9 @@ async def _answer(api: Api, route: Route, request: web.Request) -> web.StreamRes
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
-async def _admit(api: Api, who: Access, caller: User | Address | None) -> None:
+async def _admit(
+    api: Api, who: Access, caller: User | Address | None, request: web.Request
+) -> None:
     """Refuse whoever may not ask.
 
     Raises:
@@ -154,6 +166,8 @@ async def _admit(api: Api, who: Access, caller: User | Address | None) -> None:
     """
     match caller:
         case _ if who.anybody:
+            return
+        case None if who.loopback and _from_here(request):
             return
         case None:
             raise Problem(
@@ -170,6 +184,15 @@ async def _admit(api: Api, who: Access, caller: User | Address | None) -> None:
                 f"{caller.name} is a {caller.role} of {caller.tenant!r}",
                 await api.who_grants(caller, who.role),
             )
+
+
+def _from_here(request: web.Request) -> bool:
+    """Whether it comes from this machine, and no proxy on it has passed it on for somebody else."""
+    forwarded = any(name in request.headers for name in _FORWARDED)
+    try:
+        return not forwarded and ipaddress.ip_address(request.remote or "").is_loopback
+    except ValueError:
+        return False
 
 
 def openapi(routes: Sequence[Route]) -> dict[str, Any]:
@@ -221,7 +244,8 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
 def _security(who: Access) -> list[dict[str, list[str]]]:
     """Any one of these is enough; nothing: anybody."""
     ways = {"token": who.role is not None, "certificate": who.device}
-    return [{name: []} for name, enough in ways.items() if enough]
+    enough: list[dict[str, list[str]]] = [{name: []} for name, takes in ways.items() if takes]
+    return [*enough, {}] if who.loopback else enough
 
 
 _PROBLEM = {

@@ -13,6 +13,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, cast
@@ -52,6 +53,8 @@ class Store:
         self.path = path
         self._engine = engine
         self._queue: queue.SimpleQueue[_Piece[Any] | None] = queue.SimpleQueue()
+        # Called in the writer's thread with the pieces of a commit and the seconds that it took.
+        self.on_commit: Callable[[int, float], None] = lambda pieces, seconds: None
         self._readers = asyncio.Semaphore(4)
         self._writer = threading.Thread(target=self._serve, name="store.writer", daemon=True)
         self._writer.start()
@@ -117,6 +120,7 @@ class Store:
     def _commit(self, connection: Connection, pieces: list[Any]) -> None:
         if not pieces:
             return
+        begun = time.perf_counter()
         try:
             with connection.begin():
                 for piece in pieces:
@@ -129,6 +133,7 @@ class Store:
         except sqlalchemy.exc.PendingRollbackError as error:
             for piece in pieces:
                 piece.fail(StoreUnavailable(str(error)))
+        self.on_commit(len(pieces), time.perf_counter() - begun)
         for piece in pieces:
             piece.tell()
 

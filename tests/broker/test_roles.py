@@ -60,6 +60,7 @@ LEAST = {
     "GET /v1/audit": ("admin", False),
     "GET /v1/whoami": ("viewer", False),
     "GET /v1/status": ("viewer", False),
+    "GET /metrics": ("viewer", False),  # and, from the broker's own machine, anybody
 }
 DOCUMENT = openapi(table(Api(cast(Broker, None))))
 ROUTES = {
@@ -157,6 +158,8 @@ def _may(who: str, route: str) -> bool:
     if least == "anybody":
         return True
     kind = who.removeprefix("foreign ")
+    if route == "GET /metrics" and kind == "nobody":
+        return True
     if kind == "device":
         return devices
     return kind in ROLES and least in ROLES and ROLES.index(kind) >= ROLES.index(least)

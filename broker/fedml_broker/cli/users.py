@@ -7,6 +7,7 @@ import click
 
 from fedml_broker.cli.client import Client, home_option, json_option
 from fedml_broker.cli.tables import Columns, print_list, when
+from fedml_protocol.keys import Scope, parse_login_key
 
 _ROLES = ("viewer", "member", "admin")
 _COLUMNS: Columns = {
@@ -77,8 +78,16 @@ def list_users(home: Path, as_json: bool) -> None:
 @users.command()
 @click.argument("name")
 @click.option("--days", default=0.0, help="How long it is good for; 0: for ever.")
+@click.option("--bearer", is_flag=True, help="As other HTTP clients take it, such as Prometheus.")
 @home_option
-def token(name: str, days: float, home: Path) -> None:
-    """Print a new token of user NAME, this once, as the string that `fedml login` takes."""
+def token(name: str, days: float, bearer: bool, home: Path) -> None:
+    """Print a new token of user NAME, this once, as the string that `fedml login` takes.
+
+    \b
+    Examples:
+      fedml-broker users token alice --days 90
+      fedml-broker users token scraper --bearer > /etc/prometheus/fedml-token
+    """
     found = Client(home).call("POST", f"/v1/users/{name}/tokens", {"days": days or None})
-    click.echo(found["key"])
+    key = found["key"]
+    click.echo(parse_login_key(key, Scope.USER).secret.hex() if bearer else key)
