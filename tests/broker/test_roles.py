@@ -38,6 +38,7 @@ LEAST = {
     "GET /v1/blobs/{sha256}": ("viewer", True),
     "PUT /v1/blobs/{sha256}": ("member", True),
     "POST /v1/launch": ("member", False),
+    "POST /v1/launch/match": ("member", False),
     "POST /v1/federate": ("member", False),
     "GET /v1/runs": ("viewer", False),
     "GET /v1/runs/{run}": ("viewer", False),

@@ -252,6 +252,13 @@ def test_administration_as_the_page_says(place: Place, env: dict[str, str], tmp_
     backup = block("docs/broker.md", "fedml-broker backup").replace("/backup/", f"{tmp_path}/")
     _bash(backup, tmp_path, env)
     assert len(list(tmp_path.glob("fedml-*.tar.gz"))) == 1
+    audit = block("docs/broker.md", "fedml-broker audit list")
+    anchor = _bash("fedml-broker audit head", tmp_path, env).strip()
+    told = _bash(audit.replace("HASH", anchor), tmp_path, env)
+    assert "backup.create" in told
+    assert told.endswith("is the anchor: nothing up to it was changed or is missing\n")
+    _bash(block("docs/prometheus.md", "users create scraper"), tmp_path, env)
+    assert re.fullmatch("[0-9a-f]{48}\n", (tmp_path / "fedml-token").read_text())
     name = place.agent("ward-9", run=False).name
     script = block("docs/broker.md", "fedml-broker devices revoke").replace("ward-3", name)
     # A machine is revoked or removed; the page shows both.

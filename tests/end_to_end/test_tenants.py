@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two tenants on one broker: neither sees, uses or administers what is the other's."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,17 @@ def test_each_tenants_admins_read_their_own_audit(tenants: Tenants) -> None:
     assert {e["actor"] for e in told(tenants.acme, "&user=bob")} == {"user/bob"}
     newest = acme[0]["n"]
     assert told(tenants.acme, f"&before={newest}")[0]["n"] == acme[1]["n"]
+
+
+def test_whom_the_broker_turns_away_is_in_the_audit_of_the_tenant(tenants: Tenants) -> None:
+    key = tenants.acme.call("POST", "/v1/keys", {})
+    tenants.acme.call("DELETE", f"/v1/keys/{key['id']}")
+    tenants.place.login_key = key["key"]
+    with pytest.raises(subprocess.CalledProcessError):
+        tenants.place.agent("late", run=False)
+    for client, wanted in ((tenants.acme, [key["id"]]), (tenants.place.client, [])):
+        found = client.call("GET", "/v1/audit?action=sign-in")["entries"]
+        assert [e["object"] for e in found if "revoked" in e["details"]["why"]] == wanted
 
 
 def test_nobody_is_let_in_without_a_token(tenants: Tenants) -> None:

@@ -2,7 +2,6 @@
 """`fedml-broker backup FILE`."""
 
 import contextlib
-import getpass
 import os
 import sqlite3
 import tarfile
@@ -42,6 +41,7 @@ def backup(file: Path, blobs: bool, home: Path) -> None:
         raise CommandFailed(f"{file} exists already", "choose another name, or delete it")
     part = file.with_name(f".{file.name}.part")
     try:
+        part.unlink(missing_ok=True)  # of a backup that was killed
         _archive(home, part, blobs)
         with _writing(store) as tx:
             _note(tx, file, part.stat().st_size, blobs)
@@ -61,7 +61,7 @@ def _archive(home: Path, part: Path, blobs: bool) -> None:
             contextlib.closing(sqlite3.connect(copy)) as target,
         ):
             source.backup(target)
-        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(number, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz") as archive:
             archive.add(copy, "broker/broker.db")
             for name in ("identity", "admin.key", "logs", *(("blobs",) if blobs else ())):
@@ -74,7 +74,7 @@ def _note(tx: Connection, file: Path, size: int, blobs: bool) -> None:
         click.echo("the store is older than the audit: this backup is not noted there", err=True)
         return
     facts: dict[str, audit.Detail] = {"bytes": size, "blobs": blobs}
-    facts["account"] = getpass.getuser()
+    facts["uid"] = os.getuid()  # containers have users without a name
     thing = str(file.absolute())
     audit.note(tx, tables.DEFAULT_TENANT, audit.CLI, "backup.create", thing, **facts)
 

@@ -18,6 +18,10 @@ _COLUMNS: Columns = {
 }
 
 
+def _named(role: str) -> str:
+    return f"an {role}" if role == "admin" else f"a {role}"
+
+
 @click.group()
 def users() -> None:
     """People who launch runs, and their tokens."""
@@ -48,7 +52,7 @@ def create(name: str, role: str, admin: bool, tenant: str, home: Path) -> None:
         raise click.UsageError("--admin and --role viewer are two different roles")
     role = "admin" if admin else role
     Client(home).call("POST", "/v1/users", {"name": name, "role": role, "tenant": tenant})
-    click.echo(f"{name} is a {role}; next: `fedml-broker users token {name}`", err=True)
+    click.echo(f"{name} is {_named(role)}; next: `fedml-broker users token {name}`", err=True)
 
 
 @users.command("role")
@@ -63,7 +67,7 @@ def change_role(name: str, role: str, home: Path) -> None:
       fedml-broker users role alice admin
     """
     Client(home).call("PUT", f"/v1/users/{name}/role", {"role": role})
-    click.echo(f"{name} is a {role} now", err=True)
+    click.echo(f"{name} is {_named(role)} now", err=True)
 
 
 @users.command("list")
