@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ from fedml.simulation.states import States
 LOCAL = "local"
 _START_S = 300.0  # to ship the user's folder, to import torch, and for a node to have room
 _REPORT_S = 0.2
+_REACH_S = 5.0
 _GRACE_S = 2.0
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -300,12 +302,28 @@ def _installed() -> Any:
         ) from error
 
 
+def _reach(address: str) -> None:
+    """See that somebody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--ray {address}: not HOST:PORT", "`ray start --head` says the address")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {error}",
+            "`ray start --head` starts one, and says its address",
+        ) from error
+
+
 def _connect(ray: Any, address: str, count: int, folder: Path) -> None:
     if ray.is_initialized():
         raise ConfigError(
             "this process is connected to Ray already, without the files that actors need",
             "`ray.shutdown()` first; the simulation connects by itself",
         )
+    if address not in (LOCAL, "auto"):
+        _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked to be counted
     # Ray would warn of what later releases do in any case: leave accelerators as they are.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -175,6 +175,14 @@ def test_a_stopped_simulation_ends_the_ray_that_it_started(
     assert (tmp_path / "out" / "checkpoint.safetensors").exists()
 
 
+@marked
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:10001/", "somewhere"])
+def test_an_address_where_no_cluster_is_is_refused_at_once(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        simulate(plan(tmp_path), ray=address)
+    assert "ray start --head" in refused.value.hint
+
+
 def test_without_ray_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
