@@ -168,6 +168,7 @@ environment_variables: {FEDML_ENV_MY_OWN_ARGS_A: mine}
         ("{device_type: GPU}", {"gpus": 1}, False, []),
         ("{device_type: gpu, minimum_num_gpus: 0}", {"gpus": 1}, False, []),
         ("{device_type: CPU}", {"gpus": 0}, False, []),
+        ("{device_type: , resource_type: , minimum_num_gpus: 0}", {"gpus": 0}, False, []),
         ("{minimum_num_gpus: 0, resource_type: T4}", {"gpus": 0}, False, ["resource_type"]),
         (
             "{device_type: CPU, minimum_num_gpus: 1, resource_type: T4}",
@@ -290,7 +291,7 @@ def test_switches_that_are_off_are_not_spoken_of(tmp_path: Path) -> None:
     read_job(
         _job(
             tmp_path,
-            "job: echo\ncontainerize: false\njob_subtype: general_training\n"
+            "job: echo\ncontainerize: false\njob_type:\njob_subtype: general_training\n"
             "computing: {allow_cross_cloud_resources: false}\n",
         )
     )
