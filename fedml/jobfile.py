@@ -42,10 +42,12 @@ _NO_GANGS = "a job runs on one machine; several at once are not there yet"
 
 
 def _one_of(known: tuple[str, ...], other: Mapping[str, str]) -> Callable[..., str]:
-    """A word in any case; what is said of those that are known and cannot be."""
+    """A word in any case, or nothing; what is said of those that are known and cannot be."""
 
     def kind(loader: yaml.SafeLoader, node: yaml.Node) -> str:
         word = text(loader, node)
+        if not word:
+            return ""
         for refused, reason in other.items():
             if word.lower() == refused.lower():
                 raise Unfit(f"is {word!r}, and cannot be launched: {reason}")
@@ -62,7 +64,7 @@ def _unless(honoured: str, reason: str) -> Callable[..., str]:
 
     def kind(loader: yaml.SafeLoader, node: yaml.Node) -> str:
         word = text(loader, node)
-        if not re.fullmatch(honoured, word, re.IGNORECASE):
+        if word and not re.fullmatch(honoured, word, re.IGNORECASE):
             raise NoEffect(reason)
         return word
 
@@ -389,9 +391,9 @@ def _computing(resources: Mapping[str, Any]) -> dict[str, Any]:
 
 def _needs(file: Path, computing: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """What is asked of a machine, and whether the job can do without its GPUs."""
-    kind, gpus = computing.get("device_type"), computing.get("minimum_num_gpus")
+    kind, gpus = computing.get("device_type", ""), computing.get("minimum_num_gpus")
     asked = [k for k in ("resource_type", "gpu_memory") if computing.get(k)]
-    if kind == "CPU" or (gpus == 0 and kind is None):
+    if kind == "CPU" or (gpus == 0 and not kind):
         if kind == "CPU" and gpus:
             asked.insert(0, "minimum_num_gpus")
         for key in asked:

@@ -147,6 +147,9 @@ class Launcher:
                 package=package,
             )
             tasks.insert(tx, [task])
+            if needs.gpus < request.needs.gpus:
+                wished = {"gpus": request.needs.gpus, "model": request.needs.gpu_model}
+                add_event(tx, run, "without_gpus", wished)
 
         await self._store.write(commit)
         uploaded(self._blobs, package, user)
@@ -239,7 +242,7 @@ def possible(
         "no machine can ever run this",
         f"{asked} of {len(candidates)} that were looked at:\n{looked_at}",
         hint="ask for less, or let a machine join that has it"
-        + ("; `--any-resource` takes whatever there is" if needs.gpu_model else ""),
+        + ("; `--any-resource` does without" if kind == "launch" and needs.gpus else ""),
     )
 
 

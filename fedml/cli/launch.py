@@ -127,7 +127,7 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
         raise BrokerRefused(
             f"no machine can ever run this: it asks for {_asked(found['needs'])}",
             "ask for less, or let a machine join that has it"
-            + ("; `--any-resource` takes whatever there is" if found["needs"]["gpus"] else ""),
+            + ("; `--any-resource` does without" if found["needs"]["gpus"] else ""),
         )
     if not as_json:
         names = [m["name"] for m in machines if m["device"] == taken]

@@ -126,8 +126,11 @@ def test_the_job_file_of_the_page_is_one(tmp_path: Path) -> None:
 
 
 def test_launching_and_looking_as_the_page_says(env: dict[str, str], tmp_path: Path) -> None:
-    # The file is the one that `fedml launch init` writes.
-    assert _bash(block("docs/launch.md", "--detach"), tmp_path, env).startswith("hello from ")
+    said = _bash(block("docs/launch.md", "--detach"), tmp_path, env)
+    assert said.startswith("hello from ")  # what `fedml launch init` has written
+    said = _bash(block("docs/launch.md", "--dry-run "), tmp_path, env)
+    assert said.startswith("MACHINE")
+    assert "hello from " in said
     (tmp_path / "job.yaml").write_text("job: echo hello\n")
     _bash(block("docs/launch.md", "fedml device list"), tmp_path, env)
     shown = subprocess.run(

@@ -100,6 +100,7 @@ def test_expert_mode_runs_without_the_gpu_that_nobody_has_because_it_is_hybrid(
         "in work\n--cf config/fedml_config.yaml --rank 0 --role client\n"
         "common_args:\n  training_type: cross_silo\ndata: ~/fedml_data\n"
     )
+    assert "no machine has 1 × RTX-4090: it runs without GPUs" in done.stderr
     assert without_effect(done.stderr) == []
 
 

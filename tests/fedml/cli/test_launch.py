@@ -90,7 +90,7 @@ def test_what_has_no_effect_is_a_warning_for_people(fedml: "Fedml") -> None:
     job = fedml.file("job.yaml", "job: echo\ndocker: {image: x}\n")
     said = fedml("launch", job).stderr
     assert f"warning: {job}, line 2: `docker` has no effect" in said
-    assert "jobfile.py" not in said
+    assert "file.py" not in said
 
 
 def test_the_first_file_is_written_runs_and_is_never_replaced(fedml: "Fedml") -> None:
