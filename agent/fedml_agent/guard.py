@@ -267,7 +267,8 @@ def _become_task(
             os.makedirs(scratch, mode=0o700, exist_ok=True)  # noqa: PTH103
         with contextlib.suppress(OSError):
             namespaces.write_text("/proc/self/oom_score_adj", str(_OOM_SCORE))
-        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT):
+        # Whoever started the agent may have ignored some: a shell does that to its background jobs.
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
         channels.theirs.send(b"ready")
         if channels.theirs.recv(16) != b"go":

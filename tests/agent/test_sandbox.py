@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pwd
+import signal
 import socket
 import subprocess
 import sys
@@ -300,6 +301,7 @@ async def test_it_inherits_nothing_but_its_streams(tasks: Tasks) -> None:
     os.environ["A_SECRET_OF_THE_AGENT"] = "x"
     inherited = os.open(os.devnull, os.O_RDONLY)
     os.set_inheritable(inherited, True)
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as in a shell's background job
     script = """
 mask = os.umask(0)
 status = dict(line.split(":\\t", 1) for line in open("/proc/self/status"))
@@ -310,6 +312,7 @@ tell([sorted(os.environ), sorted(map(int, os.listdir("/proc/self/fd")))[:-1], ma
     try:
         found = await tasks.ask(script, env={"MINE": "1"})
     finally:
+        signal.signal(signal.SIGQUIT, before)
         os.close(inherited)
         del os.environ["A_SECRET_OF_THE_AGENT"]
     passed_on = {"LANGUAGE", "LC_CTYPE", *(name for name in os.environ if name[:3] == "LC_"), "TZ"}
