@@ -24,6 +24,15 @@ def place(tmp_path: Path) -> Iterator[Place]:
         yield place
 
 
+@pytest.fixture
+def calm(tmp_path: Path) -> Iterator[Place]:
+    """Where no machine counts as away because this one is busy: who is away is not asked."""
+    with Place(tmp_path, heartbeat_s=5.0, lease_s=30.0) as place:
+        for name in ("a", "b", "c"):
+            place.agent(name)
+        yield place
+
+
 def _asked(place: Place, app: str = APP, **more: Any) -> str:
     said = {"algorithm": "fedbuff", "algorithm_config": json.dumps({"buffer": 2}), "rounds": 4}
     return place.federate(app, **{**said, **more})
@@ -62,10 +71,10 @@ def test_each_version_counts_the_updates_it_is_made_of(place: Place) -> None:
     assert next(r for r in rounds if r["round"] == 4)["metrics"]["devices.examples"] == 120
 
 
-def test_updates_of_older_models_are_known_to_be_late(place: Place) -> None:
-    run = _asked(place, algorithm="fedasync", algorithm_config="{}", rounds=6)
-    place.finishes(run)
-    late = place.query(
+def test_updates_of_older_models_are_known_to_be_late(calm: Place) -> None:
+    run = _asked(calm, algorithm="fedasync", algorithm_config="{}", rounds=6)
+    calm.finishes(run)
+    late = calm.query(
         "SELECT counted - 1 - version AS n FROM tasks WHERE run = :r AND counted IS NOT NULL",
         r=run,
     )
@@ -75,11 +84,11 @@ def test_updates_of_older_models_are_known_to_be_late(place: Place) -> None:
     assert max(staleness) > 0
 
 
-def test_a_client_that_never_ends_delays_nobody(place: Place) -> None:
-    run = _asked(place, SLOW, config={"slow": 1})
-    place.finishes(run)
-    _require_counted_once(place, run, 2)
-    slow = [t for t in place.tasks(run) if t.client == 1 and t.round <= 3]
+def test_a_client_that_never_ends_delays_nobody(calm: Place) -> None:
+    run = _asked(calm, SLOW, config={"slow": 1})
+    calm.finishes(run)
+    _require_counted_once(calm, run, 2)
+    slow = [t for t in calm.tasks(run) if t.client == 1 and t.round <= 3]
     assert [TaskState(t.state) for t in slow] == [TaskState.STOPPED]
 
 
@@ -130,16 +139,16 @@ def test_a_deadline_is_refused_with_the_ways_out(place: Place) -> None:
     assert "choose fedavg" in end["cause"]["hint"]
 
 
-def test_a_client_whose_training_fails_is_not_asked_again_in_this_version(place: Place) -> None:
-    failing = APP.replace(
+def test_a_client_whose_training_fails_is_not_asked_again_in_this_version(calm: Place) -> None:
+    failing = APP.recalm(
         "def train(model, data, config, rng):",
         "def train(model, data, config, rng):\n"
         "    if (data[0] == np.random.default_rng(2).normal(size=(40, 64))).all():\n"
         "        raise ValueError('no luck')",
     )
-    run = _asked(place, failing, clients={"count": 3, "minimum": 2}, rounds=3)
-    place.finishes(run)
-    versions = _versions(place, run)
+    run = _asked(calm, failing, clients={"count": 3, "minimum": 2}, rounds=3)
+    calm.finishes(run)
+    versions = _versions(calm, run)
     assert [v["replies"] for v in versions] == [2, 2, 2]
     assert all(v["refused"] <= 1 for v in versions)
     assert sum(v["refused"] for v in versions) >= 1
