@@ -140,7 +140,7 @@ def test_a_deadline_is_refused_with_the_ways_out(place: Place) -> None:
 
 
 def test_a_client_whose_training_fails_is_not_asked_again_in_this_version(calm: Place) -> None:
-    failing = APP.recalm(
+    failing = APP.replace(
         "def train(model, data, config, rng):",
         "def train(model, data, config, rng):\n"
         "    if (data[0] == np.random.default_rng(2).normal(size=(40, 64))).all():\n"
