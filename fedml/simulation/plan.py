@@ -218,7 +218,9 @@ def read(
     simulation = found.get("simulation") or {}
     if "count" not in clients:
         raise ConfigError(f"{_called(source)}: there is no `clients.count`")
-    seed = found.get("seed", 0)
+    # Devices draw from it too, so it is settled before them.
+    given = settings.get("seed")
+    seed = found.get("seed", 0) if given is None else given
     values: dict[str, Any] = {
         "name": found.get("name", "simulation"),
         "app": workspace / found["app"],
