@@ -232,6 +232,7 @@ _FEDERATED: dict[str, Any] = {
 }
 _SIMULATION: dict[str, Any] = {
     "engine": _text,
+    "device": _text,
     "workers": _whole,
     "checkpoint_s": _number,
     "data": _texts,

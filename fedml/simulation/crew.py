@@ -50,18 +50,23 @@ class Crew:
         self._app = app
         self._setup: Setup
         self._made = 0
-        self._room = arena.room // (2 * max(count, 1))
+        self._arena = arena
+        self._room = 0
+        self._devices: Sequence[str] = ("cpu",)
         self._sizes: dict[int, int] = {}
         self._places: dict[int, Place] = {}
         self.members: list[_Child | _Inside] = [_Child(app) for _ in range(count)]
 
-    def start(self, setup: Setup, inside: Application | None = None) -> None:
+    def start(
+        self, setup: Setup, inside: Application | None = None, devices: Sequence[str] = ("cpu",)
+    ) -> None:
         """Tell each member what it needs, and wait until all are ready.
 
         Args:
-            setup: Number and room are set here.
+            setup: Number, room and device are set here.
             inside: The user's file, if the first member shall be this very process: that saves
                 handing over where a round takes less than a millisecond.
+            devices: Where members train, each on one, in turn.
 
         Raises:
             RunFailed: A member could not start.
@@ -69,17 +74,21 @@ class Crew:
         self._setup = setup
         if inside is not None:
             self.members.insert(0, _Inside(inside))
-        for member in self.members:
-            member.start(self._next())
+        self._devices = devices
+        self._room = self._arena.room // (2 * len(self.members))
+        for place, member in enumerate(self.members):
+            member.start(self._next(place))
         for member in self.members:
             member.ready()
 
-    def dismiss(self) -> None:
-        """End one process that is not needed after all."""
-        if self.members:
-            member = self.members.pop()
+    def resize(self, count: int) -> None:
+        """Before the start: end processes that are not needed after all, or start more."""
+        self.members, surplus = self.members[:count], self.members[count:]
+        for member in surplus:
             member.close()
+        for member in surplus:
             member.wait()
+        self.members += [_Child(self._app) for _ in range(count - len(self.members))]
 
     def run(
         self,
@@ -160,9 +169,10 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _next(self) -> Setup:
+    def _next(self, place: int) -> Setup:
         self._made += 1
-        return dataclasses.replace(self._setup, number=self._made, room=self._room)
+        device = self._devices[place % len(self._devices)]
+        return dataclasses.replace(self._setup, number=self._made, room=self._room, device=device)
 
     def _order_for(self, place: int, order: Order, share: tuple[int, ...]) -> Order:
         told = self.members[place].told
@@ -207,7 +217,7 @@ class Crew:
                 "memory? `--workers 1` needs least",
             )
         self.members[place] = _Child(self._app)
-        self.members[place].start(self._next())
+        self.members[place].start(self._next(place))
         self.members[place].ready()
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedml.federate.algorithm import Algorithm, BadParameter, Kind, UnknownAlgor
 from fedml.federate.hierarchical import Groups
 from fedml.federate.round import check
 from fedml.federate.treatment import Treatment
+from fedml.simulation import accelerator
 from fedml.simulation.devices import Devices
 from fedml.simulation.liars import Liars
 
@@ -49,7 +50,8 @@ class Plan:
         on_clients: Evaluate on the clients' data.
         on_central: Evaluate on central data.
         engine: One of `ENGINES`.
-        workers: Processes.
+        device: Where to train: auto, cpu, cuda, cuda:N or mps (`accelerator`).
+        workers: Processes; 0 is one for each core, or for each GPU.
         checkpoint_s: Seconds between checkpoints.
         paths: Where data sets are, by name: what a machine's owner lists under ``[data]``.
         attack: How some clients lie (`simulation.liars`).
@@ -74,6 +76,7 @@ class Plan:
     on_clients: bool = True
     on_central: bool = True
     engine: str = "auto"
+    device: str = "auto"
     workers: int = 0
     checkpoint_s: float = 30.0
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -104,6 +107,10 @@ class Plan:
                     self.engine in ENGINES,
                     f"there is no engine {self.engine!r}; there are {', '.join(ENGINES)}",
                 ),
+                (
+                    accelerator.is_name(self.device),
+                    f"there is no device {self.device!r}; there are auto, cpu, cuda, cuda:N, mps",
+                ),
             )
             if not good
         ]
@@ -111,7 +118,10 @@ class Plan:
             raise ConfigError("; ".join(wrong))
         object.__setattr__(self, "per_round", per_round)
         object.__setattr__(self, "minimum", self.minimum or per_round)
-        object.__setattr__(self, "workers", self.workers or _cores())
+
+    def processes(self, devices: Sequence[str]) -> int:
+        """How many train: as asked, or one on each of these devices; on processors, one a core."""
+        return self.workers or (_cores() if tuple(devices) == accelerator.CPU else len(devices))
 
     def create_algorithm(self) -> Algorithm:
         """The algorithm, its parameters checked.
@@ -176,7 +186,7 @@ class Plan:
 
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
-        free = {"rounds", "workers", "checkpoint_s", "name", "engine", "paths"}
+        free = {"rounds", "workers", "checkpoint_s", "name", "engine", "device", "paths"}
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         kept["app"] = self.app.name  # a workspace may be moved, and its code mended
         return json.dumps(kept, sort_keys=True, default=str)
@@ -242,7 +252,7 @@ def read(
         values[key] = found.get(key)
     for key in ("per_round", "over_select", "minimum", "deadline_s"):
         values[key] = clients.get(key)
-    for key in ("engine", "workers", "checkpoint_s", "attack"):
+    for key in ("engine", "device", "workers", "checkpoint_s", "attack"):
         values[key] = simulation.get(key)
     values |= {key: value for key, value in settings.items() if value is not None}
     if not values["app"].is_file():

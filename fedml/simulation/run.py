@@ -24,9 +24,10 @@ from fedml.federate.algorithm import Kind, UnsupportedByTraining
 from fedml.federate.application import Application, ApplicationError, UserTraining, set_weights
 from fedml.federate.arrays import Arrays, without_tags
 from fedml.federate.layout import Layout
+from fedml.federate.local_sgd import Evaluation
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.privacy import NotPrivate
-from fedml.simulation import asynchronous, checkpoint, engine, synchronous
+from fedml.simulation import accelerator, asynchronous, checkpoint, engine, synchronous
 from fedml.simulation.arena import Arena, Board
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.crew import Crew
@@ -77,6 +78,7 @@ class Simulation:
         self.model: Arrays = {}
         self.state: Arrays = {}
         self.engine = ""
+        self.device = ""
         self.crew: Crew
         self.record: Record
         self.update: Layout
@@ -114,7 +116,9 @@ class Simulation:
         with ExitStack() as stack:
             self._arena = stack.enter_context(Arena())
             plan = self.plan
-            count = 0 if self._debug else plan.workers
+            # How many GPUs there are is not known before torch is imported.
+            guess = accelerator.CPU if plan.device in ("auto", "cpu") else (plan.device,)
+            count = 0 if self._debug else plan.processes(guess)
             self.crew = stack.enter_context(Crew(plan.app, count, self._arena))
             self._open(found, stack)
             self.record = Record(self._folder)
@@ -152,6 +156,7 @@ class Simulation:
             torch.set_num_threads(1)
         self._central_model = self._application.new_model(plan.seed)
         trainer = self._application.trainer
+        there = accelerator.found(plan.device)
         self.engine, why = engine.choose(
             plan.engine,
             trainer,
@@ -159,7 +164,13 @@ class Simulation:
             self.within,
             plan.config,
             each=self.wants_each,
+            device=there[0],
+            insisted=plan.device not in ("auto", "cpu"),
         )
+        devices, why_there = accelerator.choose(plan.device, there, self.engine, why)
+        self.device = ", ".join(devices)
+        if devices != accelerator.CPU and isinstance(self._application.evaluator, Evaluation):
+            self._central_model.to(devices[0])
         self.state = self.treatment.start(self.algorithm.start(model))
         self.model = model
         if found is not None:
@@ -186,23 +197,27 @@ class Simulation:
             seed=plan.seed,
             clients=plan.clients,
             engine=self.engine,
+            device="",
             folder=str(self._arena.folder),
             paths=plan.paths,
             states=str(states),
             room=0,
-            memory=total // (2 * plan.workers),
+            memory=total // (2 * plan.processes(devices)),
             model=model_specs.tensors,
             sent=self._sent_specs.tensors,
             update=self.update.tensors,
         )
         # A round of a linear model is over before another process has woken up.
         inside = self._debug or (self.engine == "closed_form" and _blas_is_single())
-        if inside and not self._debug:
-            self.crew.dismiss()
-        self.crew.start(setup, self._application if inside else None)
+        if not self._debug:
+            self.crew.resize(plan.processes(devices) - inside)
+        self.crew.start(setup, self._application if inside else None, devices)
         members = len(self.crew.members)
         processes = f"{members} process{'es' if members > 1 else ''}"
-        self.listener.say(f"engine {self.engine} on {processes}: {why}")
+        self.listener.say(
+            f"engine {self.engine} on {processes}: {why}; "
+            f"device {', '.join(devices[:members])}: {why_there}"
+        )
         if self.plan.on_central and self._application.evaluates:
             self._central = self._application.central()
 
@@ -234,6 +249,9 @@ class Simulation:
         Raises:
             ClientFailed: A client failed, and fewer than ``least`` are left without it.
         """
+        for one in done:
+            if one.note:
+                self.listener.say(f"round {number}: {one.note}")
         good = sorted((one for one in done if one.cause is None), key=lambda one: one.client)
         bad = sorted((one for one in done if one.cause is not None), key=lambda one: one.client)
         for one in bad:
@@ -429,7 +447,7 @@ class Simulation:
         if found.identity != self.plan.identity():
             raise ConfigError(
                 f"{self._folder} holds a run of another configuration",
-                "only rounds, workers and engine may differ; another --out starts anew",
+                "only rounds, workers, engine and device may differ; another --out starts anew",
             )
         if self.algorithm.kind is Kind.SYNCHRONOUS:
             checkpoint.drop_states_after(self._folder, found.turn * self.passes)
@@ -462,7 +480,8 @@ class Simulation:
             per_round=plan.per_round,
             seed=plan.seed,
             engine=self.engine,
-            workers=plan.workers,
+            device=self.device,
+            workers=len(self.crew.members),
         )
         if self.liars is not None:
             who = ", ".join(map(str, self.liars.clients)) or "nobody"
@@ -542,7 +561,7 @@ def simulate(
         changes: Keys of the run file to set otherwise, such as ``{"lr": 0.1}`` for
             ``config.lr``, or ``{"clients.per_round": 5}``.
         on_round: Called after each round.
-        **settings: ``rounds``, ``engine``, ``workers``, ``checkpoint_s``, ``seed``.
+        **settings: ``rounds``, ``engine``, ``device``, ``workers``, ``checkpoint_s``, ``seed``.
 
     Raises:
         ConfigError: The run cannot be; the text says why and the hint what to change.
@@ -552,7 +571,7 @@ def simulate(
     from fedml.simulation.plan import read
     from fedml.simulation.report import write
 
-    known = {"rounds", "engine", "workers", "checkpoint_s", "seed"}
+    known = {"rounds", "engine", "device", "workers", "checkpoint_s", "seed"}
     unknown = settings.keys() - known
     if unknown:
         raise TypeError(f"simulate() has no setting {min(unknown)!r}; it has {sorted(known)}")
