@@ -6,7 +6,8 @@ crew.py     the worker processes     member.py    the clients' part, in each of 
 engine.py   ways to train: exact, closed_form.py, inplace.py, stacked.py
 devices.py  how fast and reliable    asynchronous.py   algorithms without rounds
 liars.py    clients that lie     grouped.py   groups with rounds of their own
-evaluation.py   what models are worth   accelerator.py   CPU, CUDA or MPS
+order.py    what the two say to each other   evaluation.py   what models are worth
+accelerator.py   CPU, CUDA or MPS
 record.py   the results file         checkpoint.py, report.py, sweep.py, entry.py
 
 result = fedml.simulate("run.yaml", rounds=20)

@@ -28,7 +28,8 @@ import fedml
 from fedml.errors import RunFailed
 from fedml.federate.application import Application
 from fedml.simulation.arena import Arena, Board, Place
-from fedml.simulation.member import Done, Member, Order, Setup, hear, in_doubles, say
+from fedml.simulation.member import Member, hear, in_doubles, say
+from fedml.simulation.order import Done, Order, Setup
 
 _MEMBER = "from fedml.simulation.member import main; main()"
 _GRACE_S = 2.0

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedml.federate.application import Application, set_weights
 from fedml.federate.arrays import Arrays
-from fedml.simulation.member import Done
+from fedml.simulation.order import Done
 from fedml.simulation.result import mean_metrics
 
 

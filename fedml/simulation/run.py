@@ -38,7 +38,7 @@ from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.crew import Crew
 from fedml.simulation.evaluation import Central
 from fedml.simulation.grouped import GROUPS
-from fedml.simulation.member import Done, Order, Setup, Task
+from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.plan import Plan
 from fedml.simulation.record import Record
 from fedml.simulation.result import ClientFailed, Listener, Result, Round
