@@ -43,8 +43,12 @@ faults: $(STAMP) system ## the long fault tests: minutes without a broker, 400 t
 bench: $(STAMP) system ## measure against the targets, short; docs/benchmarks.md
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --quick || exit 1; echo; done
 
+reproduce: $(STAMP) system ## published numbers beside ours, hours; docs/reproduced.md
+	-$(BIN)/pip install -q -c constraints.txt dp-accounting
+	$(BIN)/python -m benchmarks.reproduce
+
 format: $(STAMP) ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: help demo test check faults bench format system
+.PHONY: help demo test check faults bench reproduce format system

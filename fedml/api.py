@@ -37,6 +37,7 @@ __all__ = [
     "device_show",
     "federate",
     "launch",
+    "launch_look",
     "login",
     "logout",
     "run_download",
@@ -73,10 +74,20 @@ def whoami(*, home: Home = None) -> dict[str, str]:
     return found
 
 
-def launch(job: Path | str, *, home: Home = None) -> Run:
-    """Submit a job file; the run, which has only been queued."""
+def launch(job: Path | str, *, any_resource: bool = False, home: Home = None) -> Run:
+    """Submit a job file; the run, which has only been queued.
+
+    With `any_resource`, on GPUs of any model, or none where no machine has them.
+    """
     client = connect(home)
-    return Run.find(client, submit.launch(client, Path(job)))
+    return Run.find(client, submit.launch(client, Path(job), any_resource=any_resource))
+
+
+def launch_look(
+    job: Path | str, *, any_resource: bool = False, home: Home = None
+) -> dict[str, Any]:
+    """Where a job file would run at this moment; nothing is started. See `fedml.launch.look`."""
+    return submit.look(connect(home), Path(job), any_resource=any_resource)
 
 
 def federate(file: Path | str, *, home: Home = None) -> Run:

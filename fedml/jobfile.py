@@ -1,360 +1,413 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job and run files (YAML) into what the broker is asked.
+"""Job files: ours, FedML's and SkyPilot's keys, into what the broker is asked.
 
-The tables below are the two formats: each key with what its value must be. An error names the
-file, the line and, for a key that nobody knows, the nearest one that is known. Keys of FedML's job
-files that have no effect here are named in a warning.
+`KEYS` is the format. What is said of each key there and in docs/launch.md is the same.
 """
 
-import difflib
 import json
 import math
 import re
+import shlex
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from fedml.errors import ConfigError
-
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.1 but for one thing: `1e-5` is a number, as YAML 1.2 and everybody has it."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+from fedml.yamlfile import (
+    NoEffect,
+    Reader,
+    Unfit,
+    flag,
+    is_null,
+    number,
+    script,
+    text,
+    texts,
+    whole,
+    workspace_of,
 )
 
-
-class _Unfit(Exception):
-    """A value that its key cannot have; the text says what it must be."""
-
-
-class _Reader:
-    """One file whose values still know their lines."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        try:
-            self._loader = Loader(file.read_text())
-            node = self._loader.get_single_node()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file} is not YAML: {error}") from error
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{file}: a mapping of keys is expected")
-        self._root = node
-
-    def read(self, keys: Mapping[str, Any], unused: Mapping[str, Any]) -> dict[str, Any]:
-        """What the file says, checked by the table `keys`."""
-        return self._mapping(self._root, keys, unused, "")
-
-    def _mapping(
-        self, node: yaml.Node, keys: Mapping[str, Any], unused: Mapping[str, Any], inside: str
-    ) -> dict[str, Any]:
-        if not isinstance(node, yaml.MappingNode):
-            raise _Unfit("must be a mapping")
-        self._loader.flatten_mapping(node)  # resolves `<<`
-        found: dict[str, Any] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            shown = f"{inside}{name}"
-            if name in found:
-                raise ConfigError(f"{self.file}, line {line}: `{shown}` is there twice")
-            if name in keys:
-                found[name] = self._value(value, keys[name], unused.get(name, {}), shown, line)
-            elif name in unused:
-                text = f"{self.file}, line {line}: `{shown}` has no effect: {unused[name]}"
-                warnings.warn(text, UserWarning, stacklevel=2)
-            else:
-                raise ConfigError(
-                    f"{self.file}, line {line}: unknown key `{shown}`{_near(name, keys)}"
-                )
-        return found
-
-    def _value(self, node: yaml.Node, kind: Any, unused: Any, shown: str, line: int) -> Any:
-        try:
-            if isinstance(kind, Mapping):
-                return {} if _is_null(node) else self._mapping(node, kind, unused, f"{shown}.")
-            return kind(self._loader, node)
-        except _Unfit as error:
-            raise ConfigError(f"{self.file}, line {line}: `{shown}` {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{self.file} is not YAML: {error}") from error
-
-
-def _near(name: str, keys: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, keys, n=1)
-    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(keys)}"
-
+GIB = 2**30
+_UNITS: dict[str, int] = {"": GIB} | {
+    f"{prefix}{middle}b": base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for middle, base in (("", 1000), ("i", 1024))
+}
+_NO_GANGS = "a job runs on one machine; several at once are not there yet"
 
 # ---------------------------------------------------------------------- kinds of values
 
 
-def _is_null(node: yaml.Node) -> bool:
-    return bool(node.tag == "tag:yaml.org,2002:null")
+def _one_of(known: tuple[str, ...], other: Mapping[str, str]) -> Callable[..., str]:
+    """A word in any case, or nothing; what is said of those that are known and cannot be."""
+
+    def kind(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+        word = text(loader, node)
+        if not word:
+            return ""
+        for refused, reason in other.items():
+            if word.lower() == refused.lower():
+                raise Unfit(f"is {word!r}, and cannot be launched: {reason}")
+        for name in known:
+            if word.lower() == name.lower():
+                return name
+        raise Unfit(f"must be one of {', '.join([*known, *other])}, and is {word!r}")
+
+    return kind
 
 
-def _text(loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    """As it is written: `007` and `yes` stay what they are."""
+def _unless(honoured: str, reason: str) -> Callable[..., str]:
+    """A word that is honoured when the pattern fits, and else has no effect."""
+
+    def kind(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+        word = text(loader, node)
+        if word and not re.fullmatch(honoured, word, re.IGNORECASE):
+            raise NoEffect(reason)
+        return word
+
+    return kind
+
+
+def _off(reason: str) -> Callable[..., bool]:
+    """A switch that may be off; on, it has no effect."""
+
+    def kind(loader: yaml.SafeLoader, node: yaml.Node) -> bool:
+        if not is_null(node) and flag(loader, node):
+            raise NoEffect(reason)
+        return False
+
+    return kind
+
+
+def _cpus(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    """At least so many, as `4` or `4+`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\+?", text(loader, node))
+    if found is None:
+        raise Unfit(f"must be a number such as 4 or 4+, and is {node.value!r}")
+    return math.ceil(float(found[1]))
+
+
+def _size(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    """At least so many bytes: `16` and `16+` are GiB; also `512MB`, `16GiB`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)?\+?", text(loader, node), re.IGNORECASE)
+    if found is None:
+        raise Unfit(f"must be a size such as 16, 16+ (GiB) or 512MB, and is {node.value!r}")
+    return math.ceil(float(found[1]) * _UNITS[(found[2] or "").lower()])
+
+
+def _accelerators(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[str, int]:
+    """SkyPilot's `A100`, `A100:2` and `{A100: 2}`: model and number."""
+    if isinstance(node, yaml.MappingNode) and len(node.value) == 1:
+        key, count = node.value[0]
+        return text(loader, key), whole(loader, count)
     if not isinstance(node, yaml.ScalarNode):
-        raise _Unfit("must be text")
-    return "" if _is_null(node) else str(node.value)
+        raise Unfit("must name one kind of GPU, such as A100:2")
+    model, _, count = text(loader, node).partition(":")
+    if count and not count.isdigit():
+        raise Unfit(f"must have a whole number of GPUs, such as A100:2, and is {node.value!r}")
+    return model.strip(), int(count or 1)
 
 
-def _script(loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    """Shell lines; FedML also has them by system."""
-    if isinstance(node, yaml.MappingNode):
-        lines = {str(key.value): value for key, value in node.value}
-        if "run_on_posix" not in lines:
-            raise _Unfit("has no `run_on_posix`: machines run Linux")
-        return _text(loader, lines["run_on_posix"])
-    return _text(loader, node)
+def _nodes(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    count = whole(loader, node)
+    if count > 1:
+        raise Unfit(
+            f"is {count}: {_NO_GANGS}. Ask for one machine with more GPUs, launch the file once "
+            "for each machine, or train on many with `fedml federate`"
+        )
+    return count
 
 
-def _texts(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, str]:
-    if _is_null(node):
+def _section(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, str]:
+    """A free section: the end of each variable's name, and its value as it is written."""
+    if is_null(node):
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise _Unfit("must be a mapping")
+        raise Unfit("must be a mapping")
     loader.flatten_mapping(node)
-    return {str(key.value): _text(loader, value) for key, value in node.value}
+    found: dict[str, str] = {}
+    for key, value in node.value:
+        name = re.sub(r"[^A-Z0-9_]", "_", str(key.value).upper())
+        if isinstance(value, yaml.MappingNode):
+            inner = {f"{name}_{n}": v for n, v in _section(loader, value).items()}
+        elif isinstance(value, yaml.SequenceNode):
+            inner = {name: json.dumps(loader.construct_object(value, deep=True), default=str)}
+        else:
+            inner = {name: text(loader, value)}
+        if both := sorted(found.keys() & inner.keys()):
+            raise Unfit(f"has two keys that would both be the variable {both[0]}")
+        found |= inner
+    return found
 
 
-def _whole(loader: yaml.SafeLoader, node: yaml.Node) -> int:
-    value = loader.construct_object(node, deep=True)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _Unfit(f"must be a whole number, 0 or more, and is {node.value!r}")
-    return value
+# ---------------------------------------------------------------------- the format
 
-
-def _number(loader: yaml.SafeLoader, node: yaml.Node) -> float:
-    value = loader.construct_object(node, deep=True)
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or value < 0 or not math.isfinite(value):
-        raise _Unfit(f"must be a number, 0 or more, and is {node.value!r}")
-    return float(value)
-
-
-def _flag(loader: yaml.SafeLoader, node: yaml.Node) -> bool:
-    value = loader.construct_object(node, deep=True)
-    if not isinstance(value, bool):
-        raise _Unfit(f"must be true or false, and is {node.value!r}")
-    return value
-
-
-def _json(loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    """A free mapping, as JSON."""
-    if _is_null(node):
-        return "{}"
-    if not isinstance(node, yaml.MappingNode):
-        raise _Unfit("must be a mapping")
-    try:
-        value = loader.construct_object(node, deep=True)
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise _Unfit(f"holds what JSON cannot say: {error}") from error
-
-
-# ---------------------------------------------------------------------- the two formats
-
-_JOB: dict[str, Any] = {
-    "job": _script,
-    "bootstrap": _script,
-    "workspace": _text,
-    "job_type": _text,
-    "task_type": _text,
-    "job_name": _text,
-    "name": _text,
-    "environment_variables": _texts,
-    "computing": {"minimum_num_gpus": _whole},
-    "labels": _texts,
-    "retries": _whole,
-    "deadline": _number,
-    "grace": _number,
-}
+_NO_CLOUD = "jobs run on machines that have joined; nothing is rented"
 _NO_CONTAINERS = "jobs run on the machine itself, without containers"
-_NO_SECTION = "nothing hands it to the job yet; use `environment_variables`"
-# FedML's, with the reason why they have no effect.
-_JOB_UNUSED: dict[str, Any] = {
+_NO_PROJECTS = "there are no projects"
+_ONLY_THE_WORKSPACE = "only the workspace is sent"
+
+KEYS: dict[str, Any] = {
+    "job": script,
+    "bootstrap": script,
+    "workspace": text,
+    "job_name": text,
+    "environment_variables": texts,
     "computing": {
-        "maximum_cost_per_hour": "your own machines have no price",
-        "resource_type": "machines are not chosen by the model of their GPUs; use `labels`",
-        "device_type": "machines are chosen by `minimum_num_gpus` and `labels`",
-        "allow_cross_cloud_resources": "a job runs on one machine",
+        "minimum_num_gpus": whole,
+        "resource_type": text,
+        "device_type": _one_of(("CPU", "GPU", "hybrid"), {}),
+        "gpu_memory": _size,
+        "cpus": _cpus,
+        "memory": _size,
+        "disk": _size,
+        "maximum_cost_per_hour": "machines have no price here",
+        "allow_cross_cloud_resources": _off(_NO_GANGS),
     },
-    "job_subtype": "there is one kind of launched job",
-    "framework_type": "a job brings its own framework",
-    "containerize": _NO_CONTAINERS,
+    "labels": texts,
+    "retries": whole,
+    "deadline": number,
+    "grace": number,
+    # FedML's.
+    "job_type": _one_of(
+        ("train",),
+        {
+            "federate": "federated runs have a file of their own, for `fedml federate`",
+            "deploy": "models are not served yet",
+            "serve": "models are not served yet",
+            "dev-environment": "log in to the machine by other means, such as SSH",
+        },
+    ),
+    "job_subtype": _unless("general_training|generate_training|single_machine_training", _NO_GANGS),
+    "expert_mode": {
+        "executable_interpreter": text,
+        "executable_file_folder": text,
+        "executable_file": text,
+        "executable_conf_option": text,
+        "executable_conf_file_folder": text,
+        "executable_conf_file": text,
+        "executable_args": text,
+        "data_location": text,
+        "bootstrap": script,
+    },
+    "environment_args": {"bootstrap": script},
+    "data_args": _section,
+    "model_args": _section,
+    "training_params": _section,
+    "*_args": _section,
+    "*_params": _section,
+    "containerize": _off(_NO_CONTAINERS),
     "docker": _NO_CONTAINERS,
-    "fedml_env": "there are no projects",
+    "framework_type": "a job brings its own framework",
+    "fedml_env": _NO_PROJECTS,
     "job_args": "there are no stored jobs",
-    "data_args": _NO_SECTION,
-    "model_args": _NO_SECTION,
-    "training_params": _NO_SECTION,
-}
-_FEDERATED: dict[str, Any] = {
-    "app": _text,
-    "workspace": _text,
-    "name": _text,
-    "algorithm": _text,
-    "algorithm_config": _json,
-    "treatment": _json,
-    "groups": {
-        "count": _whole,
-        "rounds": _whole,
-        "algorithm": _text,
-        "algorithm_config": _json,
+    "serving_args": "models are not served yet",
+    "server_job": "a launched job has no server; federated runs are for `fedml federate`",
+    # SkyPilot's.
+    "resources": {
+        "accelerators": _accelerators,
+        "cpus": _cpus,
+        "memory": _size,
+        "disk_size": _size,
+        "use_spot": _off(_NO_CLOUD),
+        "infra": _NO_CLOUD,
+        "cloud": _NO_CLOUD,
+        "region": _NO_CLOUD,
+        "zone": _NO_CLOUD,
+        "instance_type": _NO_CLOUD,
+        "disk_tier": _NO_CLOUD,
+        "network_tier": _NO_CLOUD,
+        "labels": "these tag rented machines; our own `labels` choose one that has joined",
+        "image_id": _NO_CONTAINERS,
+        "ports": "machines are not reached from outside",
+        "job_recovery": "`retries` says how often a job is offered again",
+        "spot_recovery": "`retries` says how often a job is offered again",
+        "autostop": _NO_CLOUD,
     },
-    "rounds": _whole,
-    "seed": _whole,
-    "config": _json,
-    "clients": {
-        "count": _whole,
-        "labels": _texts,
-        "per_round": _whole,
-        "over_select": _number,
-        "minimum": _whole,
-        "deadline_s": _number,
-    },
-    "evaluate": {"every": _whole, "devices": _flag, "central": _flag},
-    "needs": {
-        "gpus": _whole,
-        "gpu_memory_bytes": _whole,
-        "cpus": _whole,
-        "memory_bytes": _whole,
-        "disk_bytes": _whole,
-    },
+    "num_nodes": _nodes,
+    "file_mounts": _ONLY_THE_WORKSPACE,
+    "volumes": _ONLY_THE_WORKSPACE,
+    "secrets": "nothing here keeps secrets; let the machine's owner put them there",
+    "service": "models are not served yet",
 }
-_SIMULATION: dict[str, Any] = {
-    "engine": _text,
-    "device": _text,
-    "workers": _whole,
-    "checkpoint_s": _number,
-    "data": _texts,
-    "attack": _json,
-    "devices": {
-        "seconds_per_example": _number,
-        "speed_spread": _number,
-        "latency_s": _number,
-        "megabits_per_s": _number,
-        "dropout": _number,
-        "online_s": _number,
-        "offline_s": _number,
-        "trace": _text,
-    },
+# Other names of the same.
+ALIASES = {
+    "task_type": "job_type",
+    "name": "job_name",
+    "run": "job",
+    "setup": "bootstrap",
+    "workdir": "workspace",
+    "envs": "environment_variables",
 }
-_OTHER_COMMAND = {
-    "federate": "federated runs have a file of their own: `fedml federate run.yaml`",
-    "deploy": "models are not served yet",
-    "serve": "models are not served yet",
-}
+_FREE = ("_args", "_params")
+
+# What `fedml launch init` writes. The lines `#key` and `#  key` may all be switched on.
+EXAMPLE = """\
+# A job: shell lines that run on one of your machines.  `fedml launch job.yaml`
+# Every key: docs/launch.md.  Where it would run, and why: `fedml launch job.yaml --dry-run`
+
+job: |
+  echo "hello from $(hostname)"
+  echo "GPUs: ${CUDA_VISIBLE_DEVICES:-none}"
+
+# How lists call it.
+#job_name: hello
+
+# A folder beside this file, sent along; .gitignore is honoured. The job starts in it.
+#workspace: .
+
+# Run before the job in the same shell; the job runs only if this ends with 0.
+#bootstrap: |
+#  echo "preparing"
+
+# Given to the job as they are written.
+#environment_variables:
+#  SEED: "7"
+
+# Free sections, given as FEDML_ENV_<SECTION>_<KEY>: here FEDML_ENV_TRAINING_PARAMS_EPOCHS.
+#training_params:
+#  epochs: 3
+
+# What the machine must have, at least; sizes are GiB.
+#computing:
+#  cpus: 1
+#  memory: 0.25
+#  disk: 0.1
+#  minimum_num_gpus: 1
+#  resource_type: RTX-4090   # a model; also A100-80G, T4 ...
+#  gpu_memory: 20            # of each GPU
+#  device_type: hybrid       # CPU, GPU, or hybrid: without GPUs where no machine has these
+
+# Labels that the machine must wear, such as `site: north`.
+#labels: {}
+
+# How often it is offered again when its machine is lost; seconds until it is stopped;
+# seconds between TERM and KILL when it is.
+#retries: 3
+#deadline: 7200
+#grace: 10
+"""
 
 
-def read_job(file: Path) -> tuple[dict[str, Any], Path | None]:
+def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any], Path | None]:
     """What a job file asks for, and its workspace.
+
+    Args:
+        file: A job file (docs/launch.md).
+        any_resource: Take GPUs of any model, or none where no machine has them.
 
     Raises:
         ConfigError: With the file's name, and the line where one is to blame.
     """
-    found = _Reader(file).read(_JOB, _JOB_UNUSED)
+    found = Reader(file).read(KEYS | {alias: KEYS[name] for alias, name in ALIASES.items()})
+    for alias, name in ALIASES.items():
+        if alias in found:
+            _one_way(file, found, name, alias)
+            found[name] = found.pop(alias)
+    env = _section_variables(found)
+    if "expert_mode" in found:
+        _one_way(file, found, "job", "expert_mode")
+        _translate_expert(file, found, env)
+    if script := found.pop("environment_args", {}).get("bootstrap"):
+        _one_way(file, found, "bootstrap", "environment_args.bootstrap")
+        found["bootstrap"] = script
+    if "resources" in found:
+        _one_way(file, found, "computing", "resources")
+        found["computing"] = _computing(found["resources"])
     if not found.get("job", "").strip():
         raise ConfigError(f"{file}: there is no `job`: the shell lines to run")
-    kind = found.get("job_type") or found.get("task_type") or "train"
-    if kind in _OTHER_COMMAND:
-        raise ConfigError(f"{file}: `job_type: {kind}` cannot be launched", _OTHER_COMMAND[kind])
+    needs, optional = _needs(file, found.get("computing", {}))
+    if any_resource:
+        needs.pop("gpu_model", None)
+        optional = needs["gpus"] > 0
     request = {
         "command": found["job"],
         "bootstrap": found.get("bootstrap", ""),
-        "name": found.get("job_name") or found.get("name") or file.stem,
-        "env": found.get("environment_variables", {}),
-        "needs": {"gpus": found.get("computing", {}).get("minimum_num_gpus", 0)},
+        "name": found.get("job_name") or file.stem,
+        "env": env | found.get("environment_variables", {}),
+        "needs": needs,
         "labels": found.get("labels", {}),
         "retries": found.get("retries", 3),
         "deadline_s": found.get("deadline", 0.0),
         "grace_s": found.get("grace", 10.0),
     }
-    return request, _workspace(file, found) if "workspace" in found else None
+    if optional:
+        request["gpus_optional"] = True
+    return request, workspace_of(file, found) if "workspace" in found else None
 
 
-def read_federated(file: Path) -> tuple[dict[str, Any], Path]:
-    """What a federated run file asks for, and its workspace (the file's own folder if not named).
-
-    Raises:
-        ConfigError: With the file's name, and the line where one is to blame.
-    """
-    # What is said of simulations is nothing to a broker.
-    found = _Reader(file).read({**_FEDERATED, "simulation": _SIMULATION}, {})
-    found.pop("simulation", None)
-    for key in ("app", "clients", "rounds"):
-        if key not in found:
-            raise ConfigError(f"{file}: there is no `{key}`", "docs/federate.md has every key")
-    if "count" not in found["clients"]:
-        raise ConfigError(f"{file}: there is no `clients.count`: how many machines take part")
-    workspace = _workspace(file, found)
-    if not (workspace / found["app"]).is_file():
-        raise ConfigError(f"{file}: there is no {found['app']} in the workspace {workspace}")
-    request = {k: v for k, v in found.items() if k != "workspace"}
-    if "groups" in found:
-        request["groups"] = json.dumps(groups := _groups(found))
-        if groups.get("rounds", 1) > 1:
-            raise ConfigError(
-                f"{file}: `groups.rounds` is {groups['rounds']}: on agents, groups have no rounds "
-                "of their own yet, they only add up",
-                "`groups.rounds: 1`; `fedml simulate` runs both",
-            )
-    for key, default in (("name", file.stem), ("config", "{}"), ("algorithm_config", "{}")):
-        request.setdefault(key, default)
-    return request, workspace
+def _one_way(file: Path, found: Mapping[str, Any], name: str, other: str) -> None:
+    if name in found:
+        raise ConfigError(f"{file}: `{other}` says the same as `{name}`", "keep one of them")
 
 
-def read_simulated(file: Path) -> tuple[dict[str, Any], Path]:
-    """All that a federated run file says, `simulation` included, and its workspace.
-
-    Raises:
-        ConfigError: With the file's name, and the line where one is to blame.
-    """
-    found = _Reader(file).read({**_FEDERATED, "simulation": _SIMULATION}, {})
-    found.setdefault("name", file.stem)
-    if "groups" in found:
-        found["groups"] = _groups(found)
-    return found, _workspace(file, found)
+def _section_variables(found: Mapping[str, Any]) -> dict[str, str]:
+    """FEDML_ENV_<SECTION>_<KEY> of every free section."""
+    return {
+        f"FEDML_ENV_{section.upper()}_{key}": value
+        for section, values in found.items()
+        if section.endswith(_FREE) and section != "environment_args"
+        for key, value in values.items()
+    }
 
 
-def _groups(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `groups`, with nothing in it as JSON."""
-    groups = dict(found["groups"])
-    if "algorithm_config" in groups:
-        groups["algorithm_config"] = json.loads(groups["algorithm_config"])
-    return groups
+def _translate_expert(file: Path, found: dict[str, Any], env: dict[str, str]) -> None:
+    """FedML's `expert_mode` as the command that it stands for, from the workspace."""
+    expert = found["expert_mode"]
+    if not expert.get("executable_file"):
+        raise ConfigError(f"{file}: there is no `expert_mode.executable_file`: what to run")
+    program = PurePosixPath(expert.get("executable_file_folder", "")) / expert["executable_file"]
+    words = [expert.get("executable_interpreter", ""), shlex.quote(str(program))]
+    if not words[0] and "/" not in words[1]:
+        words[1] = f"./{words[1]}"
+    if expert.get("executable_conf_file"):
+        folder = PurePosixPath(expert.get("executable_conf_file_folder", ""))
+        words += [
+            expert.get("executable_conf_option", ""),
+            shlex.quote(str(folder / expert["executable_conf_file"])),
+        ]
+    words.append(expert.get("executable_args", ""))
+    found["job"] = " ".join(filter(None, words))
+    if expert.get("bootstrap"):
+        _one_way(file, found, "bootstrap", "expert_mode.bootstrap")
+        found["bootstrap"] = expert["bootstrap"]
+    if expert.get("data_location"):
+        env["FEDML_ENV_EXPERT_MODE_DATA_LOCATION"] = expert["data_location"]
+    found.setdefault("workspace", "")  # its folders are beside the file
 
 
-def is_fedml(file: Path) -> bool:
-    """Whether a file is a federated configuration of FedML's, for `fedml.translation`.
-
-    What cannot be read is not: whoever reads it as a run file says what is wrong.
-    """
-    try:
-        return has_fedml_sections(yaml.load(file.read_text(), Loader))  # noqa: S506 - a safe one
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-
-
-def has_fedml_sections(found: Any) -> bool:
-    """Whether a mapping has the sections of a federated configuration of FedML's."""
-    if not isinstance(found, Mapping) or "app" in found:
-        return False
-    return "common_args" in found or "train_args" in found
+def _computing(resources: Mapping[str, Any]) -> dict[str, Any]:
+    """SkyPilot's `resources` in our words."""
+    found = {k: resources[k] for k in ("cpus", "memory") if k in resources}
+    if "disk_size" in resources:
+        found["disk"] = resources["disk_size"]
+    if "accelerators" in resources:
+        found["resource_type"], found["minimum_num_gpus"] = resources["accelerators"]
+    return found
 
 
-def _workspace(file: Path, found: Mapping[str, Any]) -> Path:
-    folder = (file.parent / (found.get("workspace") or ".")).resolve()
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{file}: the workspace {folder} is not a directory", "it is relative to the file"
-        )
-    return folder
+def _needs(file: Path, computing: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What is asked of a machine, and whether the job can do without its GPUs."""
+    kind, gpus = computing.get("device_type", ""), computing.get("minimum_num_gpus")
+    asked = [k for k in ("resource_type", "gpu_memory") if computing.get(k)]
+    if kind == "CPU" or (gpus == 0 and not kind):
+        if kind == "CPU" and gpus:
+            asked.insert(0, "minimum_num_gpus")
+        for key in asked:
+            said = f"{file}: `computing.{key}` has no effect: the file asks for no GPU"
+            warnings.warn(said, UserWarning, stacklevel=2)
+        gpus, asked = 0, []
+    elif not gpus:
+        gpus = 1 if kind or asked else 0
+    needs = {
+        "gpus": gpus,
+        "gpu_model": computing.get("resource_type", "") if asked else "",
+        "gpu_memory_bytes": computing.get("gpu_memory", 0) if asked else 0,
+        "cpus": computing.get("cpus", 0),
+        "memory_bytes": computing.get("memory", 0),
+        "disk_bytes": computing.get("disk", 0),
+    }
+    return {k: v for k, v in needs.items() if v or k == "gpus"}, kind == "hybrid"

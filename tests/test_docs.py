@@ -12,6 +12,7 @@ import click
 import pytest
 
 from fedml.cli import command as fedml
+from fedml.jobfile import ALIASES, KEYS
 from fedml_agent.cli import command as fedml_agent
 from fedml_broker.cli import command as fedml_broker
 
@@ -71,6 +72,10 @@ def test_every_command_is_named_on_its_page(name: str) -> None:
     assert any(named.search(PAGES[page]) for page in pages), f"`{name}` is not in {pages}"
 
 
+def _takes_words(command: click.Command) -> bool:
+    return any(isinstance(parameter, click.Argument) for parameter in command.params)
+
+
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_no_page_shows_a_command_that_does_not_exist(page: str) -> None:
     text = README if page == "README.md" else PAGES[page]
@@ -78,7 +83,8 @@ def test_no_page_shows_a_command_that_does_not_exist(page: str) -> None:
     for words in {tuple(found.split()) for found in shown if " " in found}:
         known = words[0]
         for word in words[1:]:
-            if isinstance(COMMANDS[known], click.Group):
+            # `fedml launch` is a group that takes a file, too.
+            if isinstance(COMMANDS[known], click.Group) and not _takes_words(COMMANDS[known]):
                 assert f"{known} {word}" in COMMANDS, f"{page} shows `{' '.join(words)}`"
                 known = f"{known} {word}"
 
@@ -93,6 +99,22 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_page_says_of_every_key_of_a_job_file_whether_it_is_honoured() -> None:
+    keys: dict[str, str] = {}
+    for name, kind in KEYS.items():
+        within = {f"{name}.{k}": v for k, v in kind.items()} if isinstance(kind, dict) else None
+        keys |= {k: _standing(v) for k, v in (within or {name: kind}).items()}
+    rows = re.findall(r"^\| (`[^|]+`) \| (honoured|warned) \|", PAGES["launch.md"], re.M)
+    told = {key: is_ for names, is_ in rows for key in re.findall(r"`([^`]+)`", names)}
+    assert told == keys
+    for alias in ALIASES:
+        assert re.search(rf"(S: |Also )`{alias}`", PAGES["launch.md"]), alias
+
+
+def _standing(kind: object) -> str:
+    return "warned" if isinstance(kind, str) else "honoured"
 
 
 def test_the_tables_of_options_match_what_the_commands_have() -> None:

@@ -25,6 +25,7 @@ from fedml_agent.observe import Finished, Logged, LogShipper
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
+from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import Result, TaskState
@@ -183,6 +184,12 @@ class Jobs:
             "FEDML_CURRENT_EDGE_ID": membership.device,
             "FEDML_CLIENT_RANK": "0",
             "FEDML_NUM_NODES": "1",
+            "FEDML_NODE_0_ADDR": "127.0.0.1",
+            "SKYPILOT_NODE_RANK": "0",
+            "SKYPILOT_NUM_NODES": "1",
+            "SKYPILOT_NODE_IPS": "127.0.0.1",
+            "SKYPILOT_NUM_GPUS_PER_NODE": str(len(entry.gpus)),
+            "FEDML_CURRENT_VERSION": VERSION,
             "FEDML_USING_MLOPS": "true",
             # Empty hides all: a job gets the GPUs that it holds, and no other.
             "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),

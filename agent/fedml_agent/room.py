@@ -12,6 +12,7 @@ from typing import Any
 from fedml_agent import sandbox
 from fedml_agent.hardware import Gpu, Inventory
 from fedml_agent.policy import Held, Policy, may_use
+from fedml_protocol.gpus import is_model
 from fedml_protocol.tasks import Needs
 
 
@@ -34,12 +35,14 @@ class Room:
     taken: dict[str, tuple[Needs, tuple[str, ...]]] = field(default_factory=dict)
 
     def free_devices(self, needs: Needs) -> list[Device]:
-        """Accelerators that nobody holds and that are large enough, the smallest first."""
+        """Accelerators that nobody holds and that are what is asked for, the smallest first."""
         held = {uuid for _, uuids in self.taken.values() for uuid in uuids}
         fitting = [
             d
             for d in self.devices
-            if d.uuid not in held and d.memory_bytes >= needs.gpu_memory_bytes
+            if d.uuid not in held
+            and d.memory_bytes >= needs.gpu_memory_bytes
+            and is_model(needs.gpu_model, d.name, d.memory_bytes)
         ]
         return sorted(fitting, key=lambda d: (d.memory_bytes, d.uuid))
 

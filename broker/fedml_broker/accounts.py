@@ -15,15 +15,20 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from fedml_broker import audit
+from fedml_broker.audit import SignInRefused
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
-from fedml_broker.tables import login_keys, tokens, users
+from fedml_broker.tables import DEFAULT_TENANT, login_keys, tokens, users
 from fedml_protocol.errors import BadKey, MalformedMessage
 from fedml_protocol.ids import check_id
 from fedml_protocol.keys import SECRET_BYTES, LoginKey, Scope, parse_login_key
 
-DEFAULT_TENANT = "default"
-ROLES = ("admin", "member")
+# Ascending: each may do what those before it may.
+#   viewer   sees everything of the tenant, changes nothing
+#   member   runs things, and stops them
+#   admin    manages users, keys and machines, and deletes
+ROLES = ("viewer", "member", "admin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +39,18 @@ class User:
     tenant: str
     role: str
 
+    def may(self, role: str) -> bool:
+        """Whether his role is at least this one."""
+        return ROLES.index(self.role) >= ROLES.index(role)
+
 
 @dataclass(frozen=True, slots=True)
 class Enrolment:
-    """What a login key grants to the machine that used it."""
+    """What a login key grants to the machine that used it; `key` is its id."""
 
     tenant: str
     labels: Mapping[str, str]
+    key: str
 
 
 class Accounts:
@@ -53,28 +63,72 @@ class Accounts:
 
     # ------------------------------------------------------------------ users
 
-    async def create_user(self, name: str, role: str, tenant: str = DEFAULT_TENANT) -> None:
+    async def create_user(
+        self, name: str, role: str, tenant: str = DEFAULT_TENANT, *, by: str
+    ) -> None:
         """Add a user.
+
+        Args:
+            by: Who does it, as the audit names him.
 
         Raises:
             Problem: 409 exists, 422 a name or role that cannot be.
         """
         _check_name(name, "user")
         _check_name(tenant, "tenant")
-        if role not in ROLES:
-            raise Problem(422, "no such role", f"{role!r} is none of {', '.join(ROLES)}")
+        _check_role(role)
         row = {"name": name, "tenant": tenant, "role": role, "created_at": time.time()}
+
+        def insert(tx: Connection) -> None:
+            tx.execute(users.insert().values(row))
+            audit.note(tx, tenant, by, "user.create", name, role=role)
+
         try:
-            await self._store.write(lambda tx: tx.execute(users.insert().values(row)))
+            await self._store.write(insert)
         except sa.exc.IntegrityError as error:
             raise Problem(409, "this user exists", f"there is a user {name!r} already") from error
 
+    async def set_role(self, name: str, role: str, *, by: str, of: str | None = None) -> None:
+        """Give a user another role. It counts from his next request on.
+
+        Args:
+            by: Who does it, as the audit names him.
+            of: The tenant that the user must belong to; None: any.
+
+        Raises:
+            Problem: 404 no such user, 409 nobody could grant roles any more, 422 no such role.
+        """
+        _check_role(role)
+
+        def change(tx: Connection) -> None:
+            row = tx.execute(sa.select(users).where(users.c.name == name)).first()
+            if row is None or (of is not None and row.tenant != of):
+                raise _unknown(name)
+            if row.role == role:
+                return
+            if row.role == "admin" and _admins(tx, row.tenant) == [name]:
+                raise Problem(
+                    409,
+                    "a tenant needs an admin",
+                    f"{name} is the only one of {row.tenant!r}",
+                    hint="make another user an admin first",
+                )
+            tx.execute(users.update().where(users.c.name == name).values(role=role))
+            audit.note(tx, row.tenant, by, "user.role", name, role=role, before=row.role)
+
+        await self._store.write(change)
+
+    async def admins(self, tenant: str) -> list[str]:
+        """The admins of a tenant, by name."""
+        return await self._store.read(lambda tx: _admins(tx, tenant))
+
     async def create_token(
-        self, user: str, days: float | None = None, *, of: str | None = None
+        self, user: str, days: float | None = None, *, by: str, of: str | None = None
     ) -> str:
         """A new token of a user, as the one string that `fedml login` takes.
 
         Args:
+            by: Who makes it, as the audit names him.
             of: The tenant that he must belong to; None: any.
 
         Raises:
@@ -82,20 +136,20 @@ class Accounts:
         """
         secret = secrets.token_bytes(SECRET_BYTES)
         now = time.time()
+        ends = None if days is None else now + days * 86400
         row = {
             "secret_sha256": _hash(secret),
             "user": user,
             "created_at": now,
-            "expires_at": None if days is None else now + days * 86400,
+            "expires_at": ends,
         }
 
         def insert(tx: Connection) -> None:
             found = tx.execute(sa.select(users.c.tenant).where(users.c.name == user)).scalar()
             if found is None or (of is not None and found != of):
-                raise Problem(
-                    404, "no such user", f"{user!r} is unknown", hint="`fedml-broker users create`"
-                )
+                raise _unknown(user)
             tx.execute(tokens.insert().values(row))
+            audit.note(tx, found, by, "token.create", user, good_until=_moment(ends))
 
         await self._store.write(insert)
         return self._key(Scope.USER, secret)
@@ -159,6 +213,7 @@ class Accounts:
         check_labels(labels)
         secret = secrets.token_bytes(SECRET_BYTES)
         now = time.time()
+        ends = None if days is None else now + days * 86400
         row = {
             "id": "k-" + secrets.token_hex(4),
             "secret_sha256": _hash(secret),
@@ -166,13 +221,21 @@ class Accounts:
             "labels": dict(labels),
             "uses": uses,
             "used": 0,
-            "expires_at": None if days is None else now + days * 86400,
+            "expires_at": ends,
             "revoked": False,
             "created_at": now,
             "created_by": by.name,
         }
-        await self._store.write(lambda tx: tx.execute(login_keys.insert().values(row)))
-        return str(row["id"]), self._key(Scope.DEVICE, secret)
+        key_id = str(row["id"])
+
+        def insert(tx: Connection) -> None:
+            tx.execute(login_keys.insert().values(row))
+            actor, until = audit.user(by.name), _moment(ends)
+            facts: dict[str, audit.Detail] = {"uses": uses, "good_until": until, "labels": labels}
+            audit.note(tx, tenant, actor, "key.create", key_id, **facts)
+
+        await self._store.write(insert)
+        return key_id, self._key(Scope.DEVICE, secret)
 
     async def list_keys(self, tenant: str) -> list[dict[str, Any]]:
         """The keys of a tenant, newest first, without their secrets."""
@@ -190,19 +253,23 @@ class Accounts:
 
         return await self._store.read(rows)
 
-    async def revoke_key(self, tenant: str, key_id: str) -> None:
-        """No further machine joins with this key; those that did stay.
+    async def revoke_key(self, tenant: str, key_id: str, *, by: str) -> None:
+        """No further machine joins with this key; those that did stay. Again is harmless.
 
         Raises:
             Problem: 404 no such key.
         """
-        query = (
-            login_keys.update()
-            .where(login_keys.c.id == key_id, login_keys.c.tenant == tenant)
-            .values(revoked=True)
-        )
-        if not await self._store.write(lambda tx: tx.execute(query).rowcount):
-            raise Problem(404, "no such key", f"{key_id!r} is unknown")
+        mine = sa.and_(login_keys.c.id == key_id, login_keys.c.tenant == tenant)
+
+        def revoke(tx: Connection) -> None:
+            revoked = tx.execute(sa.select(login_keys.c.revoked).where(mine)).scalar()
+            if revoked is None:
+                raise Problem(404, "no such key", f"{key_id!r} is unknown")
+            if not revoked:
+                tx.execute(login_keys.update().where(mine).values(revoked=True))
+                audit.note(tx, tenant, audit.user(by), "key.revoke", key_id)
+
+        await self._store.write(revoke)
 
     def _key(self, scope: Scope, secret: bytes) -> str:
         key = LoginKey(scope=scope, url=self._url, ca_sha256=self._ca_sha256, secret=secret)
@@ -216,26 +283,30 @@ def use_key(tx: Connection, secret: bytes, *, again: bool) -> Enrolment:
         again: The machine joined with its present key before: this use is not counted.
 
     Raises:
-        Problem: 401 unknown, 403 revoked, expired or used up; each says what to ask for.
+        SignInRefused: 401 unknown, 403 revoked, expired or used up; each says what to ask for.
     """
     row = tx.execute(
         sa.select(login_keys).where(login_keys.c.secret_sha256 == _hash(secret))
     ).first()
     ask = "ask the broker's admin for a new key: `fedml-broker keys create`"
     if row is None:
-        raise Problem(401, "unknown login key", "this broker never made it", hint=ask)
+        raise SignInRefused(401, "unknown login key", "this broker never made it", ask)
+    detail = f"key {row.id}"
     if row.revoked:
-        raise Problem(403, "this login key was revoked", f"key {row.id}", hint=ask)
-    if row.expires_at is not None and row.expires_at < time.time():
-        ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(row.expires_at))
-        raise Problem(403, "this login key has expired", f"key {row.id} ended {ended}", hint=ask)
+        title = "this login key was revoked"
+    elif row.expires_at is not None and row.expires_at < time.time():
+        title = "this login key has expired"
+        detail += f" ended {_moment(row.expires_at)}"
+    elif not again and row.uses is not None and row.used >= row.uses:
+        title = "this login key is used up"
+        detail += f" was good for {row.uses}"
+    else:
+        title = ""
+    if title:
+        raise SignInRefused(403, title, detail, ask, tenant=row.tenant, thing=row.id)
     if not again:
-        if row.uses is not None and row.used >= row.uses:
-            raise Problem(
-                403, "this login key is used up", f"key {row.id} was good for {row.uses}", hint=ask
-            )
         tx.execute(login_keys.update().where(login_keys.c.id == row.id).values(used=row.used + 1))
-    return Enrolment(row.tenant, row.labels)
+    return Enrolment(row.tenant, row.labels, row.id)
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
@@ -250,11 +321,34 @@ def check_labels(labels: Mapping[str, str]) -> None:
             raise Problem(422, "a label's value is one short word", f"{name}={value!r}")
 
 
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise Problem(422, "no such role", f"{role!r} is none of {', '.join(ROLES)}")
+
+
+def _unknown(user: str) -> Problem:
+    return Problem(404, "no such user", f"{user!r} is unknown", hint="`fedml-broker users create`")
+
+
+def _admins(tx: Connection, tenant: str) -> list[str]:
+    query = sa.select(users.c.name).where(users.c.tenant == tenant, users.c.role == "admin")
+    return list(tx.execute(query.order_by(users.c.name)).scalars())
+
+
 def _check_name(name: str, what: str) -> None:
     try:
         check_id(name, what)
     except MalformedMessage as error:
         raise Problem(422, f"not a {what}'s name", str(error)) from error
+
+
+def _moment(at: float | None) -> str | None:
+    if at is None:
+        return None
+    try:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+    except (OverflowError, ValueError, OSError):
+        return "beyond the calendar"
 
 
 def _hash(secret: bytes) -> str:

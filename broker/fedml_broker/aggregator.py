@@ -9,6 +9,8 @@ import asyncio
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,14 +47,27 @@ class AggregatorRefused(Exception):
 class Aggregator:
     """One process, asked one question at a time."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        log: Path,
+        timed: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._timed = timed
         self._process = process
         self._log = log
         self._call = 0
         self._turn = asyncio.Lock()
 
     @classmethod
-    async def start(cls, work_dir: Path, *, home: Path, blobs: Path) -> "Aggregator":
+    async def start(
+        cls,
+        work_dir: Path,
+        *,
+        home: Path,
+        blobs: Path,
+        timed: Callable[[float], None] = lambda seconds: None,
+    ) -> "Aggregator":
         """Start the process.
 
         It runs users' code, so it is locked in (see `fedml_agent.enclosed`): of the broker's
@@ -61,6 +76,7 @@ class Aggregator:
 
         Args:
             work_dir: Holds its log and whatever it writes.
+            timed: Is called with the seconds of each answer.
         """
         work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = work_dir / "aggregator.log"
@@ -85,7 +101,7 @@ class Aggregator:
                 env=environment,
                 start_new_session=True,
             )
-        return cls(process, log)
+        return cls(process, log, timed)
 
     @property
     def pid(self) -> int:
@@ -101,6 +117,7 @@ class Aggregator:
         """
         async with self._turn:
             self._call += 1
+            begun = time.perf_counter()
             stdin, stdout = self._process.stdin, self._process.stdout
             if stdin is None or stdout is None:  # pragma: no cover - both are pipes
                 raise AggregatorDied("it has no streams")
@@ -112,6 +129,7 @@ class Aggregator:
             except (OSError, asyncio.IncompleteReadError) as error:
                 code = await self._process.wait()
                 raise AggregatorDied(f"it ended with {code}\n{self._last_lines()}") from error
+            self._timed(time.perf_counter() - begun)
         body = parse(AggregatorFrame, data).body
         if isinstance(body, Failed):
             raise AggregatorRefused(body.cause)

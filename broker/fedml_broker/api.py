@@ -18,13 +18,14 @@ import msgspec
 import sqlalchemy as sa
 from aiohttp import web
 
-from fedml_broker import observe, runs
-from fedml_broker.accounts import DEFAULT_TENANT, User
+from fedml_broker import audit, observe, runs
+from fedml_broker.accounts import User
+from fedml_broker.audit import SignInRefused
 from fedml_broker.devices import Inventory
 from fedml_broker.identity import common_name
 from fedml_broker.observe import LogFile
 from fedml_broker.problems import Problem
-from fedml_broker.tables import tasks
+from fedml_broker.tables import DEFAULT_TENANT, tasks
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.tasks import Drain
 from fedml_protocol.topics import Address, parse_client_id
@@ -76,6 +77,12 @@ class UserRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     role: str = "member"
     tenant: str = ""
+
+
+class RoleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The role that a user is to have: viewer, member or admin."""
+
+    role: str
 
 
 class TokenRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,7 +143,7 @@ class Api:
             except ValueError:
                 user = None
             if user is None:
-                raise Problem(
+                raise SignInRefused(
                     401,
                     "unknown or expired token",
                     "the broker does not know this token",
@@ -153,13 +160,39 @@ class Api:
         except MalformedMessage:
             return None
         if not self._broker.devices.known(address):
-            raise Problem(
+            raise SignInRefused(
                 403,
                 "this device is not known here",
                 f"{address.device} was revoked or removed",
                 hint="`fedml-agent logout`, then `fedml-agent login KEY` with a new key",
+                tenant=address.tenant,
+                thing=address.device,
             )
         return address
+
+    async def refused(self, request: web.Request, refused: SignInRefused) -> None:
+        """Somebody was not let in."""
+        await self._broker.refusals.note(refused, request.remote or "")
+
+    async def who_grants(self, user: User, role: str) -> str:
+        """Whom a user asks for a role, and what they type."""
+        admins = await self._broker.accounts.admins(user.tenant)
+        names = ", ".join(admins[:3]) or "none is left: ask those who run the broker"
+        return (
+            f"an admin of {user.tenant!r} can grant it ({names}): "
+            f"`fedml-broker users role {user.name} {role}`"
+        )
+
+    async def metrics(self, call: Call) -> Any:
+        """The numbers of this process, as Prometheus scrapes them."""
+        if isinstance(call.caller, User) and call.user.tenant != DEFAULT_TENANT:
+            raise Problem(
+                403,
+                "only those who run the broker",
+                f"the numbers are of all tenants, and you are of {call.user.tenant!r}",
+                f"ask an admin of {DEFAULT_TENANT!r}",
+            )
+        return self._broker.metrics.page()
 
     # ------------------------------------------------------------------ open to all
 
@@ -230,12 +263,10 @@ class Api:
 
     async def head_blob(self, call: Call) -> Any:
         """Whether a blob is here, or how much of an upload."""
-        _signed_in(call)
         return await self._broker.blobs.head(call.http, call.part("sha256"), call.owner)
 
     async def get_blob(self, call: Call) -> Any:
         """A blob, or a range of it."""
-        _signed_in(call)
         return await self._broker.blobs.get(call.http, call.part("sha256"))
 
     async def expect_blob(self, request: web.Request) -> None:
@@ -244,7 +275,6 @@ class Api:
 
     async def put_blob(self, call: Call) -> Any:
         """Upload a blob, whole or in parts."""
-        _signed_in(call)
         return await self._broker.blobs.put(call.http, call.part("sha256"), call.owner)
 
     # ------------------------------------------------------------------ runs
@@ -252,6 +282,10 @@ class Api:
     async def launch(self, call: Call) -> Any:
         """Queue a job."""
         return await _run_once(self._broker.launcher.submit(call.user, call.body))
+
+    async def match_launch(self, call: Call) -> Any:
+        """Where a job would run, machine by machine. Nothing is started."""
+        return self._broker.launcher.look(call.user, call.body)
 
     async def federate(self, call: Call) -> Any:
         """Start a federated run."""
@@ -295,9 +329,10 @@ class Api:
             raise Problem(
                 409, "the run has not ended", f"it is {run['state']}", hint="stop it first"
             )
+        by = call.user.name
         # Logs first: should we die in between, the run is still listed and can be removed again.
         await asyncio.to_thread(self._broker.observer.forget, run["id"])
-        idle = await self._broker.store.write(lambda tx: runs.remove(tx, run["id"]))
+        idle = await self._broker.store.write(lambda tx: runs.remove(tx, run["id"], by))
         sizes = [self._broker.blobs.size(sha256) or 0 for sha256 in idle]
         gone = [await self._broker.blobs.discard(sha256) for sha256 in idle]
         freed = sum(size for size, deleted in zip(sizes, gone, strict=True) if deleted)
@@ -355,7 +390,7 @@ class Api:
         body: Labels = call.body
         tenant = call.user.tenant
         labels = await self._broker.devices.label(
-            tenant, call.part("device"), body.put, body.remove
+            tenant, call.part("device"), body.put, body.remove, by=call.user.name
         )
         self._broker.dispatcher.wake()
         return {"labels": labels}
@@ -363,20 +398,26 @@ class Api:
     async def drain_device(self, call: Call) -> Any:
         """Give a device nothing more; what runs on it goes on."""
         on = call.body.on
-        device = await self._broker.devices.drain(call.user.tenant, call.part("device"), on)
+        device = await self._broker.devices.drain(
+            call.user.tenant, call.part("device"), on, by=call.user.name
+        )
         self._broker.dispatcher.wake()
         await self._broker.orders.send(Address(call.user.tenant, device), Drain(on=on))
         return {"device": device, "draining": on}
 
     async def revoke_device(self, call: Call) -> Any:
         """Shut a device out at once."""
-        address = await self._broker.devices.revoke(call.user.tenant, call.part("device"))
+        address = await self._broker.devices.revoke(
+            call.user.tenant, call.part("device"), by=call.user.name
+        )
         await self._broker.post.disconnect(address.client_id, "revoked by an admin")
         return {"device": address.device}
 
     async def remove_device(self, call: Call) -> Any:
         """Forget a device."""
-        address = await self._broker.devices.remove(call.user.tenant, call.part("device"))
+        address = await self._broker.devices.remove(
+            call.user.tenant, call.part("device"), by=call.user.name
+        )
         await self._broker.post.disconnect(address.client_id, "removed by an admin")
         return {"device": address.device}
 
@@ -400,7 +441,9 @@ class Api:
 
     async def revoke_key(self, call: Call) -> Any:
         """No further machine joins with this key."""
-        await self._broker.accounts.revoke_key(call.user.tenant, call.part("key"))
+        await self._broker.accounts.revoke_key(
+            call.user.tenant, call.part("key"), by=call.user.name
+        )
         return {"id": call.part("key")}
 
     async def list_users(self, call: Call) -> Any:
@@ -411,14 +454,48 @@ class Api:
         """A new user."""
         body: UserRequest = call.body
         tenant = _tenant(call.user, body.tenant)
-        await self._broker.accounts.create_user(body.name, body.role, tenant)
+        by = audit.user(call.user.name)
+        await self._broker.accounts.create_user(body.name, body.role, tenant, by=by)
         return {"name": body.name, "role": body.role, "tenant": tenant}
+
+    async def set_role(self, call: Call) -> Any:
+        """Another role for a user."""
+        name, role = call.part("user"), call.body.role
+        by, of = audit.user(call.user.name), _only_of(call.user)
+        await self._broker.accounts.set_role(name, role, by=by, of=of)
+        return {"name": name, "role": role}
 
     async def create_token(self, call: Call) -> Any:
         """A new token of a user; shown this once."""
         name = call.part("user")
-        of = None if call.user.tenant == DEFAULT_TENANT else call.user.tenant
-        return {"key": await self._broker.accounts.create_token(name, call.body.days, of=of)}
+        by, of = audit.user(call.user.name), _only_of(call.user)
+        return {"key": await self._broker.accounts.create_token(name, call.body.days, by=by, of=of)}
+
+    async def list_audit(self, call: Call) -> Any:
+        """The audit of the tenant, newest first.
+
+        Query: `user`, `action` (``run.stop``; ``run`` for all that was done to runs), `since`
+        (seconds since 1970), `before` (an entry's number), `limit`.
+        """
+        query = call.http.query
+        named = query.get("user")
+        since, before = (
+            None if (text := query.get(name)) is None else _number(text)
+            for name in ("since", "before")
+        )
+        limit = min(_number(query.get("limit", "100")), 1000)
+        found = await self._broker.store.read(
+            lambda tx: audit.entries(
+                tx,
+                tenant=call.user.tenant,
+                actor=None if named is None else audit.user(named),
+                action=query.get("action"),
+                since=since,
+                before=before,
+                limit=limit,
+            )
+        )
+        return {"entries": found}
 
     async def whoami(self, call: Call) -> Any:
         """The user behind the token."""
@@ -452,11 +529,6 @@ async def _run_once(submission: Awaitable[str]) -> dict[str, str]:
         return {"run": known.run}
 
 
-def _signed_in(call: Call) -> None:
-    if call.caller is None:
-        raise Problem(401, "not signed in", "a token or a device's certificate is needed")
-
-
 def _tenant(user: User, named: str) -> str:
     """For whom something is made: the admins of the first tenant may name another one.
 
@@ -470,6 +542,11 @@ def _tenant(user: User, named: str) -> str:
             f"you are of {user.tenant!r}; other tenants belong to the admins of {DEFAULT_TENANT!r}",
         )
     return named or user.tenant
+
+
+def _only_of(user: User) -> str | None:
+    """Whose users he manages: those of his tenant, or of the first tenant everybody's (None)."""
+    return None if user.tenant == DEFAULT_TENANT else user.tenant
 
 
 def _number(text: str) -> int:

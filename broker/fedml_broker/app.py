@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -25,8 +26,10 @@ import sqlalchemy as sa
 from aiohttp import web
 from sqlalchemy import Connection
 
+from fedml_broker import audit
 from fedml_broker.accounts import Accounts
 from fedml_broker.api import Api
+from fedml_broker.audit import Refusals
 from fedml_broker.blobs import Blobs
 from fedml_broker.devices import Devices
 from fedml_broker.dispatch import Dispatcher, Timing
@@ -34,6 +37,7 @@ from fedml_broker.federate import Federation
 from fedml_broker.fleet import Fleet
 from fedml_broker.identity import Identity, common_name
 from fedml_broker.launch import Launcher
+from fedml_broker.metrics import Metrics
 from fedml_broker.mqtt import Post
 from fedml_broker.mqtt.endpoint import Endpoint, Refusal
 from fedml_broker.mqtt.external import ExternalPost
@@ -44,7 +48,7 @@ from fedml_broker.reports import Reports
 from fedml_broker.routes import application
 from fedml_broker.runs import Runs
 from fedml_broker.store import Store
-from fedml_broker.tables import blob_refs, settings
+from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 
@@ -99,6 +103,10 @@ class Broker:
         self.blobs = Blobs(config.home / "blobs", reserve_bytes=config.disk_reserve_bytes)
         self.observer = Observer(store, config.home / "logs")
         self.runs = Runs(store)
+        self.refusals = Refusals(store)
+        self.metrics = Metrics(self)
+        store.on_commit = self.metrics.committed
+        self.blobs.on_bytes = self.metrics.blob
         # These need ports, which are known once they are open.
         self.post: Post
         self.orders: Orders
@@ -138,12 +146,13 @@ class Broker:
             self.post = await self._open_post()
             self._wire()
             stack.callback(self.blobs.close)
+            await self.store.write(self._note_identity)
             await self.devices.load()
             await self.dispatcher.load()
             await self._enter_post(stack)
             await self.blobs.sweep(self._referenced)
             runner = web.AppRunner(
-                application(Api(self)),
+                application(Api(self), self.metrics.middleware),
                 access_log=None,
                 shutdown_timeout=1.0,
                 read_bufsize=_READ_BYTES,
@@ -170,10 +179,12 @@ class Broker:
         """Everything that needs the addresses."""
         timing = self.config.timing
         self.orders = Orders(self.store, self.identity, self.post)
+        self.orders.on_sent = partial(self.metrics.message, "out")
         self.devices = Devices(self.store, self.fleet, self.identity)
         self.accounts = Accounts(self.store, url=self.url, ca_sha256=self.identity.ca_sha256)
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
+        self.dispatcher.on_ended = self.metrics.ended
         self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)
         self.federation = Federation(
             self.store,
@@ -183,9 +194,15 @@ class Broker:
             self.blobs,
             self.config.home,
         )
+        self.federation.on_round = self.metrics.round
+        self.federation.on_answer = self.metrics.asked
         self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}
         self.reports = Reports(self.fleet, self.dispatcher)
-        self.post.subscribe(topics.ALL_UP, self.reports.take)
+        self.post.subscribe(topics.ALL_UP, self._take)
+
+    async def _take(self, topic: str, payload: bytes) -> None:
+        self.metrics.message("in")
+        await self.reports.take(topic, payload)
 
     # ------------------------------------------------------------------ what routes ask for
 
@@ -268,6 +285,24 @@ class Broker:
         query = sa.select(settings.c.value).where(settings.c.name == name)
         return await self.store.read(lambda tx: tx.execute(query).scalar())
 
+    def _note_identity(self, tx: Connection) -> None:
+        """Have the audit name a CA or signing keys that this store has not seen before.
+
+        Compared at each start, because they are made before there is a store to tell.
+        """
+        kept = tx.execute(sa.select(settings.c.value).where(settings.c.name == "identity")).scalar()
+        known = kept or {"ca": "", "signing": []}
+        ca, signing = self.identity.ca_sha256.hex(), list(self.identity.verify_keys_raw)
+        if ca != known["ca"]:
+            audit.note(tx, DEFAULT_TENANT, audit.BROKER, "ca.new", ca)
+        for key in signing:
+            if key not in known["signing"]:
+                audit.note(tx, DEFAULT_TENANT, audit.BROKER, "signing-key.new", key)
+        if {"ca": ca, "signing": signing} != kept:
+            tx.execute(settings.delete().where(settings.c.name == "identity"))
+            value = {"ca": ca, "signing": signing}
+            tx.execute(settings.insert().values(name="identity", value=value))
+
     async def _keep_setting(self, name: str, value: Any) -> None:
         def put(tx: Connection) -> None:
             tx.execute(settings.delete().where(settings.c.name == name))
@@ -283,6 +318,7 @@ class Broker:
             await asyncio.sleep(60)
             try:
                 await self.devices.seen()
+                await self.refusals.flush()
                 if self.identity.renew():
                     log.info("the broker's own certificate was renewed")
             except (Problem, OSError) as error:

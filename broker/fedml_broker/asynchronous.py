@@ -92,7 +92,8 @@ class Versions:
                 return await self._made(number)
             left = len(driver.clients) - len(self._bad)
             if left < self._minimum:
-                raise RunFailed(self._too_few(number, left))
+                first = next(iter(self._bad.values()))
+                raise RunFailed.too_few(f"version {number}", self._minimum, left, first)
             await self._fill(latest)
             driver.progress = {
                 "number": number,
@@ -183,14 +184,4 @@ class Versions:
         return (
             f"version {number}: {len(self._heard)} have answered; "
             f"waiting for {', '.join(names) or 'machines to come online'}"
-        )
-
-    def _too_few(self, number: int, left: int) -> Cause:
-        first = next(iter(self._bad.values()))
-        return Cause(
-            fault=first.fault,
-            message=f"version {number} needs {self._minimum} clients and has {left}: "
-            f"{first.message}",
-            hint=first.hint,
-            traceback=first.traceback,
         )

@@ -97,6 +97,8 @@ class Blobs:
             *(self._blobs / f"{n:02x}" for n in range(256)),
         ):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Called with `in` or `out` and a number of bytes that went over HTTP.
+        self.on_bytes: Callable[[str, int], None] = lambda direction, size: None
         self._reserve_bytes = reserve_bytes
         self._max_bytes = max_bytes
         self._stall_s = stall_s
@@ -287,6 +289,7 @@ class Blobs:
             try:
                 async with asyncio.timeout(self._stall_s):
                     await response.write(piece)
+                self.on_bytes("out", len(piece))
             except TimeoutError:
                 if request.transport is not None:
                     request.transport.abort()
@@ -380,7 +383,7 @@ class Blobs:
         """The next piece of the body; empty at its end."""
         try:
             async with asyncio.timeout(self._stall_s):
-                return await request.content.read(_CHUNK)
+                piece = await request.content.read(_CHUNK)
         except TimeoutError:
             raise Problem(
                 408,
@@ -394,6 +397,8 @@ class Blobs:
             if isinstance(error, HttpProcessingError | ClientError):
                 raise Problem(400, "The body is broken", str(error)) from error
             raise
+        self.on_bytes("in", len(piece))
+        return piece
 
     def _append(self, upload: Upload, turn: int, blocks: Sequence[bytes]) -> None:
         self._check_room(sum(map(len, blocks)), upload)

@@ -22,7 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from sqlalchemy import Connection
 
+from fedml_broker import audit
 from fedml_broker.accounts import check_labels, use_key
+from fedml_broker.audit import SignInRefused
 from fedml_broker.fleet import Fleet, Machine, read_capacity
 from fedml_broker.identity import Identity
 from fedml_broker.problems import Problem
@@ -180,17 +182,20 @@ class Devices:
         grant = use_key(tx, secret, again=known is not None)
         if known is not None:
             if known["state"] == "revoked":
-                raise Problem(
+                raise SignInRefused(
                     403,
                     "this machine was revoked",
                     f"device {known['id']} ({known['name']})",
                     hint="`fedml-agent logout` on it, then login with a new key",
+                    tenant=known["tenant"],
+                    thing=known["id"],
                 )
             changed = {
                 "inventory": msgspec.to_builtins(request.inventory),
                 "agent_version": request.agent_version,
             }
             tx.execute(devices.update().where(devices.c.id == known["id"]).values(changed))
+            _note(tx, known, audit.device(known["id"]), "re-enrol", key=grant.key)
             return {**known, **changed}
         row = {
             "id": "d-" + secrets.token_hex(5),
@@ -210,6 +215,8 @@ class Devices:
             "certificate_expires_at": time.time() + CERTIFICATE_DAYS * 86400,
         }
         tx.execute(devices.insert().values(row))
+        actor = audit.device(str(row["id"]))
+        _note(tx, row, actor, "enrol", key=grant.key, labels=grant.labels)
         return row
 
     async def renew(self, address: Address, csr: str) -> str:
@@ -241,32 +248,43 @@ class Devices:
         Raises:
             Problem: 403 the nonce is old or the signature wrong, 404 no such device.
         """
+        address = Address(request.tenant, request.device)
         if self._nonces.pop(request.nonce, 0.0) < self._fleet.clock():
             raise Problem(403, "the challenge is too old", "ask for another one")
-        address = Address(request.tenant, request.device)
         row = await self._row(address.tenant, address.device)
         key = load_der_public_key(row["public_key"])
         message = RECOVER_CONTEXT + request.nonce.encode() + request.csr.encode()
+        whose = {"tenant": row["tenant"], "thing": row["id"]}
         try:
             if not isinstance(key, Ed25519PublicKey):
                 raise InvalidSignature
             key.verify(bytes.fromhex(request.signature), message)
         except (InvalidSignature, ValueError) as error:
-            raise Problem(403, "this is not the device's key", "the signature is wrong") from error
+            raise SignInRefused(
+                403, "this is not the device's key", "the signature is wrong", **whose
+            ) from error
         if row["state"] == "revoked":
-            raise Problem(403, "this machine was revoked", f"device {row['id']}")
-        return await self.renew(address, request.csr)
+            raise SignInRefused(403, "this machine was revoked", f"device {row['id']}", **whose)
+        if row["public_key"] != _public_key(request.csr):
+            raise Problem(403, "this is not the device's key", "a new key needs a new login")
+        return await self._certify(address, request.csr, recovered=row)
 
-    async def _certify(self, address: Address, csr: str) -> str:
+    async def _certify(
+        self, address: Address, csr: str, *, recovered: Mapping[Any, Any] | None = None
+    ) -> str:
         pem = self._identity.issue(csr.encode(), address.client_id, days=CERTIFICATE_DAYS)
         expires = time.time() + CERTIFICATE_DAYS * 86400
-        await self._store.write(
-            lambda tx: tx.execute(
+
+        def commit(tx: Connection) -> None:
+            tx.execute(
                 devices.update()
                 .where(devices.c.id == address.device)
                 .values(certificate_expires_at=expires)
             )
-        )
+            if recovered is not None:
+                _note(tx, recovered, audit.device(address.device), "recover")
+
+        await self._store.write(commit)
         return pem.decode()
 
     async def hello(self, address: Address, inventory: Inventory, version: str) -> HelloAnswer:
@@ -289,7 +307,13 @@ class Devices:
         )
         row = await self._row(address.tenant, address.device)
         if row["state"] == "revoked":
-            raise Problem(403, "this machine was revoked", f"device {row['id']}")
+            raise SignInRefused(
+                403,
+                "this machine was revoked",
+                f"device {row['id']}",
+                tenant=row["tenant"],
+                thing=row["id"],
+            )
         self._fleet.put(_machine(row))
         return HelloAnswer(
             verify_keys=self._verify_keys(),
@@ -320,7 +344,7 @@ class Devices:
         return {**self._describe(row), "hardware": row["inventory"]["hardware"]}
 
     async def label(
-        self, tenant: str, device: str, put: Mapping[str, str], remove: list[str]
+        self, tenant: str, device: str, put: Mapping[str, str], remove: list[str], *, by: str
     ) -> dict[str, str]:
         """Change labels; the new set.
 
@@ -328,42 +352,68 @@ class Devices:
             Problem: 404, 422.
         """
         check_labels(put)
-        row = await self._row(tenant, device)
-        labels = {k: v for k, v in {**row["labels"], **put}.items() if k not in remove}
-        await self._change(row["id"], labels=labels)
-        return labels
 
-    async def drain(self, tenant: str, device: str, on: bool) -> str:
+        def change(tx: Connection) -> dict[str, Any]:
+            row = _find(tx, tenant, device)
+            labels = {k: v for k, v in {**row["labels"], **put}.items() if k not in remove}
+            if labels != row["labels"]:
+                _note(tx, row, audit.user(by), "label", put=put, remove=remove)
+            return _change(tx, row, labels=labels)
+
+        row = await self._store.write(change)
+        self._mirror(row)
+        return dict(row["labels"])
+
+    async def drain(self, tenant: str, device: str, on: bool, *, by: str) -> str:
         """Give the device nothing more (or again); its id.
 
         Raises:
             Problem: 404, 409 revoked.
         """
-        row = await self._row(tenant, device)
-        if row["state"] == "revoked":
-            raise Problem(
-                409,
-                "this machine was revoked",
-                f"device {row['id']} ({row['name']}) is out for good",
-                hint="let it join again with a new login key",
-            )
-        await self._change(row["id"], state="draining" if on else "active")
+        state = "draining" if on else "active"
+
+        def change(tx: Connection) -> dict[str, Any]:
+            row = _find(tx, tenant, device)
+            if row["state"] == "revoked":
+                raise Problem(
+                    409,
+                    "this machine was revoked",
+                    f"device {row['id']} ({row['name']}) is out for good",
+                    hint="let it join again with a new login key",
+                )
+            if row["state"] != state:
+                _note(tx, row, audit.user(by), "drain" if on else "undrain")
+            return _change(tx, row, state=state)
+
+        row = await self._store.write(change)
+        self._mirror(row)
         return str(row["id"])
 
-    async def revoke(self, tenant: str, device: str) -> Address:
+    async def revoke(self, tenant: str, device: str, *, by: str) -> Address:
         """Shut a device out for good; who it was, so that its connections can be cut."""
-        row = await self._row(tenant, device)
-        await self._change(row["id"], state="revoked")
+
+        def change(tx: Connection) -> dict[str, Any]:
+            row = _find(tx, tenant, device)
+            if row["state"] != "revoked":
+                _note(tx, row, audit.user(by), "revoke")
+            return _change(tx, row, state="revoked")
+
+        row = await self._store.write(change)
+        self._mirror(row)
         return Address(tenant, row["id"])
 
-    async def remove(self, tenant: str, device: str) -> Address:
+    async def remove(self, tenant: str, device: str, *, by: str) -> Address:
         """Forget a device; its machine must log in again."""
-        row = await self._row(tenant, device)
-        await self._store.write(
-            lambda tx: tx.execute(devices.delete().where(devices.c.id == row["id"]))
-        )
-        self._fleet.drop(row["id"])
-        return Address(tenant, row["id"])
+
+        def forget(tx: Connection) -> str:
+            row = _find(tx, tenant, device)
+            tx.execute(devices.delete().where(devices.c.id == row["id"]))
+            _note(tx, row, audit.user(by), "remove")
+            return str(row["id"])
+
+        gone = await self._store.write(forget)
+        self._fleet.drop(gone)
+        return Address(tenant, gone)
 
     async def seen(self) -> None:
         """Write down when each machine that beats now was last heard (for people)."""
@@ -374,27 +424,15 @@ class Devices:
             )
             await self._store.write(lambda tx: tx.execute(query))
 
-    async def _change(self, device: str, **values: Any) -> None:
-        def change(tx: Connection) -> Mapping[Any, Any]:
-            tx.execute(devices.update().where(devices.c.id == device).values(values))
-            return tx.execute(sa.select(devices).where(devices.c.id == device)).mappings().one()
-
-        row = await self._store.write(change)
+    def _mirror(self, row: Mapping[Any, Any]) -> None:
+        """Have the fleet know what the store says now."""
         if row["state"] == "revoked":
-            self._fleet.drop(device)
+            self._fleet.drop(row["id"])
         else:
             self._fleet.put(_machine(row))
 
     async def _row(self, tenant: str, device: str) -> Mapping[Any, Any]:
-        query = sa.select(devices).where(
-            devices.c.tenant == tenant, sa.or_(devices.c.id == device, devices.c.name == device)
-        )
-        row = await self._store.read(lambda tx: tx.execute(query).mappings().first())
-        if row is None:
-            raise Problem(
-                404, "no such device", f"{device!r} is unknown", hint="`fedml-broker devices list`"
-            )
-        return row
+        return await self._store.read(lambda tx: _find(tx, tenant, device))
 
     def _describe(self, row: Mapping[Any, Any]) -> dict[str, Any]:
         machine = self._fleet.get(row["id"])
@@ -424,6 +462,35 @@ class Devices:
 
     def _verify_keys(self) -> dict[str, str]:
         return {name: raw.hex() for name, raw in self._identity.verify_keys_raw.items()}
+
+
+def _find(tx: Connection, tenant: str, device: str) -> Mapping[Any, Any]:
+    """A device of the tenant, by id or name.
+
+    Raises:
+        Problem: 404.
+    """
+    query = sa.select(devices).where(
+        devices.c.tenant == tenant, sa.or_(devices.c.id == device, devices.c.name == device)
+    )
+    row = tx.execute(query).mappings().first()
+    if row is None:
+        raise Problem(
+            404, "no such device", f"{device!r} is unknown", hint="`fedml-broker devices list`"
+        )
+    return row
+
+
+def _change(tx: Connection, row: Mapping[Any, Any], **values: Any) -> dict[str, Any]:
+    tx.execute(devices.update().where(devices.c.id == row["id"]).values(values))
+    return {**row, **values}
+
+
+def _note(
+    tx: Connection, row: Mapping[Any, Any], actor: str, verb: str, **details: audit.Detail
+) -> None:
+    """Into the audit, with the name by which people know the machine."""
+    audit.note(tx, row["tenant"], actor, f"device.{verb}", row["id"], name=row["name"], **details)
 
 
 def _machine(row: Mapping[Any, Any]) -> Machine:

@@ -81,6 +81,7 @@ class Dispatcher:
         self.works: dict[str, Work] = {}
         # Called with a run whose reasons for waiting have changed.
         self.on_waiting: Callable[[str], None] = lambda run: None
+        self.on_ended: Callable[[TaskState], None] = lambda state: None
         self._store = store
         self._fleet = fleet
         self._orders = orders
@@ -116,6 +117,10 @@ class Dispatcher:
     def of_run(self, run: str) -> list[Task]:
         """The open tasks of a run."""
         return [task for task in self._tasks.values() if task.run == run]
+
+    def states(self) -> list[TaskState]:
+        """The state of each open task."""
+        return [task.state for task in self._tasks.values()]
 
     def waiting(self, run: str) -> str:
         """Why a run's tasks are still queued, machine by machine; empty: none is."""
@@ -436,7 +441,8 @@ class Dispatcher:
             self._wake.set()
 
     def _forget(self, task: Task, result: Result | None) -> None:
-        self._tasks.pop(task.id, None)
+        if self._tasks.pop(task.id, None) is not None:
+            self.on_ended(TaskState.STOPPED if result is None else result.state)
         self._let_go(task)
         self._wake.set()
         if result is not None:

@@ -143,7 +143,10 @@ class Driver:
         await self._choose_clients()
         everything = self.all
         aggregator = await Aggregator.start(
-            self._work_dir, home=everything.home, blobs=everything.blobs.root
+            self._work_dir,
+            home=everything.home,
+            blobs=everything.blobs.root,
+            timed=everything.on_answer,
         )
         try:
             algorithm = await aggregator.ask(await self._opening(), RunOpened)
@@ -280,6 +283,8 @@ class Driver:
             )
 
         await self.commit(kept, commit)
+        if number > 0:  # 0 is the model before the first round
+            self.all.on_round()
         shutil.rmtree(Path(made.model_path).parent, ignore_errors=True)
         return Round(
             number=number,

@@ -6,6 +6,7 @@ What happens inside a run is `driver.py`; this module is what people and the dis
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -93,6 +94,8 @@ class Federation:
         self.blobs = blobs
         self.home = home
         self.work_dir = home / "work"
+        self.on_round: Callable[[], None] = lambda: None
+        self.on_answer: Callable[[float], None] = lambda seconds: None  # of an aggregator
         self._drivers: dict[str, Driver] = {}
         self._walking: dict[str, asyncio.Task[None]] = {}
 

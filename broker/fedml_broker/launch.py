@@ -2,6 +2,7 @@
 """Launched jobs: checked, queued, and ended with the exit code of their command."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -34,13 +35,14 @@ class PackageRef(msgspec.Struct, frozen=True):
 
 
 class NeedsBody(msgspec.Struct, frozen=True):
-    """What a task asks of a machine; 0 means no demand."""
+    """What a task asks of a machine; 0, or an empty text, means no demand."""
 
     gpus: int = 0
     gpu_memory_bytes: int = 0
     cpus: int = 0
     memory_bytes: int = 0
     disk_bytes: int = 0
+    gpu_model: str = ""
 
     def needs(self) -> Needs:
         """The same, as an offer carries it."""
@@ -51,6 +53,7 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job, as `fedml launch` sends it.
 
     A client that chooses the id of its `run` may ask again until it is answered: it starts once.
+    With `gpus_optional`, it goes without GPUs where no machine has those that it needs.
     """
 
     command: str
@@ -59,6 +62,7 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     env: dict[str, str] = {}
     package: PackageRef | None = None
     needs: NeedsBody = NeedsBody()
+    gpus_optional: bool = False
     labels: dict[str, str] = {}
     deadline_s: float = 0.0
     grace_s: float = 10.0
@@ -90,17 +94,19 @@ class Launcher:
         Raises:
             Problem: 422 when the job cannot be, or no machine could ever take it.
         """
-        if len(request.command) + len(request.bootstrap) > MAX_SCRIPT_BYTES:
+        words = (request.command, request.bootstrap, *request.env, *request.env.values())
+        if sum(len(text.encode()) for text in words) > MAX_SCRIPT_BYTES:
             raise Problem(
                 422,
-                "the job's commands are too long",
+                "the job's commands and variables are too long",
                 f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
-                hint="put them into a script in the workspace and call that",
+                hint="put them into a script or a file in the workspace",
             )
         run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
         if await runs.Runs(self._store).submitted(user, run, spec):
             return run
         package = check_package(self._blobs, request.package)
+        needs = self._needs(user, request)
         try:
             offer = Offer(
                 task=f"{run}-t",
@@ -117,7 +123,7 @@ class Launcher:
                 grace_s=request.grace_s,
                 deadline_s=request.deadline_s,
                 package=package,
-                needs=request.needs.needs(),
+                needs=needs,
                 tail=request.follow,
             )
         except MalformedMessage as error:
@@ -128,7 +134,7 @@ class Launcher:
             tries_left=request.retries,
             labels=request.labels,
         )
-        possible(self._fleet, user.tenant, "launch", offer.needs, request.labels)
+        possible(self._fleet, user.tenant, "launch", needs, request.labels)
 
         def commit(tx: Connection) -> None:
             runs.create(
@@ -141,11 +147,36 @@ class Launcher:
                 package=package,
             )
             tasks.insert(tx, [task])
+            if needs.gpus < request.needs.gpus:
+                wished = {"gpus": request.needs.gpus, "model": request.needs.gpu_model}
+                add_event(tx, run, "without_gpus", wished)
 
         await self._store.write(commit)
         uploaded(self._blobs, package, user)
         self._dispatcher.added([task])
         return run
+
+    def look(self, user: User, request: LaunchRequest) -> dict[str, Any]:
+        """Where a job would run at this moment, machine by machine; nothing is started."""
+        needs = self._needs(user, request)
+        wanted = match.Wanted(kind="launch", needs=needs, labels=request.labels)
+        candidates = self._fleet.candidates(user.tenant)
+        taken, _ = match.choose(wanted, candidates)
+        return {
+            "needs": msgspec.to_builtins(needs),
+            "taken": taken,
+            "machines": [msgspec.to_builtins(v) for v in match.verdicts(wanted, candidates)],
+        }
+
+    def _needs(self, user: User, request: LaunchRequest) -> Needs:
+        """What it is to have; without GPUs where it may do without and nobody has them."""
+        needs = request.needs.needs()
+        if not (request.gpus_optional and needs.gpus):
+            return needs
+        wanted = match.Wanted(kind="launch", needs=needs, labels=request.labels)
+        if any(not match.never(wanted, c) for c in self._fleet.candidates(user.tenant)):
+            return needs
+        return replace(needs, gpus=0, gpu_memory_bytes=0, gpu_model="")
 
     # ------------------------------------------------------------------ Work
 
@@ -210,7 +241,8 @@ def possible(
         422,
         "no machine can ever run this",
         f"{asked} of {len(candidates)} that were looked at:\n{looked_at}",
-        hint="ask for less, or let a machine join that has it",
+        hint="ask for less, or let a machine join that has it"
+        + ("; `--any-resource` does without" if kind == "launch" and needs.gpus else ""),
     )
 
 

@@ -5,9 +5,12 @@ A demand that no device could ever meet and one that is only waiting for room lo
 first says so at once, before anybody waits.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
+from fedml_protocol.gpus import is_model
 from fedml_protocol.tasks import Needs
 
 GIB = 2**30
@@ -79,9 +82,11 @@ def never(wanted: Wanted, candidate: Candidate) -> str:
     if needs.cpus > capacity.cpus:
         return f"has {capacity.cpus} CPUs, {needs.cpus} are asked for"
     if needs.memory_bytes > capacity.memory_bytes:
-        return f"has {_gib(capacity.memory_bytes)} of memory"
+        asked = _gib(needs.memory_bytes)
+        return f"has {_gib(capacity.memory_bytes)} of memory, {asked} are asked for"
     if needs.disk_bytes > capacity.disk_bytes:
-        return f"has {_gib(capacity.disk_bytes)} of disk"
+        asked = _gib(needs.disk_bytes)
+        return f"has {_gib(capacity.disk_bytes)} of disk, {asked} are asked for"
     return ""
 
 
@@ -95,7 +100,7 @@ def now(wanted: Wanted, candidate: Candidate) -> str:
     large = _fitting(capacity.gpus, needs)
     free = _fitting(_free_gpus(capacity, busy), needs)
     if needs.gpus > len(free):
-        which = f" with {_gib(needs.gpu_memory_bytes)}" if len(large) < len(capacity.gpus) else ""
+        which = _which(needs) if len(large) < len(capacity.gpus) else ""
         return f"busy: {len(free)} of {len(large)} GPUs{which} are free"
     free_memory = capacity.memory_bytes - sum(b.memory_bytes for b in busy)
     if needs.memory_bytes > free_memory:
@@ -123,6 +128,40 @@ def choose(wanted: Wanted, candidates: Iterable[Candidate]) -> tuple[str | None,
     return (min(fitting)[2] if fitting else None), reasons
 
 
+class Fits(StrEnum):
+    """Whether a device takes a task."""
+
+    NOW = "now"
+    LATER = "later"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What would become of a task on one device.
+
+    Attributes:
+        why: The reason against it; empty where it fits now.
+    """
+
+    device: str
+    name: str
+    fits: Fits
+    why: str
+
+
+def verdicts(wanted: Wanted, candidates: Iterable[Candidate]) -> list[Verdict]:
+    """Every device with its verdict, by name."""
+    found = []
+    for candidate in sorted(candidates, key=lambda c: (c.name, c.device)):
+        fits, why = Fits.NEVER, never(wanted, candidate)
+        if not why:
+            why = now(wanted, candidate)
+            fits = Fits.LATER if why else Fits.NOW
+        found.append(Verdict(device=candidate.device, name=candidate.name, fits=fits, why=why))
+    return found
+
+
 def _free_gpus(capacity: Capacity, busy: Iterable[Needs]) -> list[Gpu]:
     """What is left when each takes the smallest that are large enough, as agents lease them.
 
@@ -138,7 +177,12 @@ def _free_gpus(capacity: Capacity, busy: Iterable[Needs]) -> list[Gpu]:
 
 
 def _fitting(gpus: Iterable[Gpu], needs: Needs) -> list[Gpu]:
-    return [gpu for gpu in gpus if gpu.memory_bytes >= needs.gpu_memory_bytes]
+    return [
+        gpu
+        for gpu in gpus
+        if gpu.memory_bytes >= needs.gpu_memory_bytes
+        and is_model(needs.gpu_model, gpu.name, gpu.memory_bytes)
+    ]
 
 
 def _too_few_gpus(gpus: tuple[Gpu, ...], needs: Needs) -> str:
@@ -146,7 +190,18 @@ def _too_few_gpus(gpus: tuple[Gpu, ...], needs: Needs) -> str:
         return f"has no GPU, {needs.gpus} are asked for"
     if len(gpus) < needs.gpus:
         return f"has {len(gpus)} GPUs, {needs.gpus} are asked for"
+    model = [g for g in gpus if is_model(needs.gpu_model, g.name, g.memory_bytes)]
+    if len(model) < needs.gpus:
+        have = ", ".join(
+            f"{n} × {name}" for name, n in sorted(Counter(g.name for g in gpus).items())
+        )
+        return f"has {have}: {len(model)} of {needs.gpus} are {needs.gpu_model}"
     return f"its GPUs have less than {_gib(needs.gpu_memory_bytes)} of memory each"
+
+
+def _which(needs: Needs) -> str:
+    model = f" of the model {needs.gpu_model}" if needs.gpu_model else ""
+    return model + (f" with {_gib(needs.gpu_memory_bytes)}" if needs.gpu_memory_bytes else "")
 
 
 def _gib(size: int) -> str:

@@ -7,6 +7,7 @@ crash the rest of a block is skipped, which an agent does not mind: they only ha
 
 import os
 import time
+from collections.abc import Callable
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -40,6 +41,8 @@ class Orders:
         self._store = store
         self._identity = identity
         self._post = post
+        # Called after each message that MQTT has taken.
+        self.on_sent: Callable[[], None] = lambda: None
         self._next: dict[str, int] = {}
         self._end: dict[str, int] = {}
 
@@ -74,6 +77,7 @@ class Orders:
         msg_id = uuid7(time.time_ns() // 1_000_000, os.urandom(10))
         envelope = Envelope(device=address.device, body=body, msg_id=msg_id)
         await self._post.publish(address.topic(channel), pack(envelope), qos=1, expiry_s=expiry_s)
+        self.on_sent()
 
     async def _counter(self, device: str) -> int:
         # No await between reading and advancing: two orders never get one number.

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every URL of the broker, who may ask it, and the OpenAPI document made from the same table."""
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
 from fedml_broker.api import (
@@ -18,16 +20,41 @@ from fedml_broker.api import (
     KeyRequest,
     Labels,
     Resync,
+    RoleRequest,
     TokenRequest,
     UserRequest,
 )
+from fedml_broker.audit import SignInRefused
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
 from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.problems import Problem, as_problems
 from fedml_protocol.topics import Address
 
-ANYBODY, DEVICE, MEMBER, ADMIN, SIGNED_IN = "anybody", "device", "member", "admin", "signed-in"
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask a URL: users from a role upwards, devices, both, or anybody.
+
+    `loopback`: also who asks from this very machine, without saying who he is.
+    """
+
+    role: str | None = None
+    device: bool = False
+    anybody: bool = False
+    loopback: bool = False
+
+
+ANYBODY = Access(anybody=True)
+DEVICE = Access(device=True)
+VIEWER = Access(role="viewer")
+MEMBER = Access(role="member")
+ADMIN = Access(role="admin")
+SCRAPER = Access(role="viewer", loopback=True)
+VIEWER_OR_DEVICE = Access(role="viewer", device=True)
+MEMBER_OR_DEVICE = Access(role="member", device=True)
+
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 # Bodies are small; blobs and logs are read by their handlers, which have their own limits.
 _MAX_BODY = 4 * 1024 * 1024
@@ -39,15 +66,21 @@ class Route:
 
     method: str
     path: str
-    who: str
+    who: Access
     handler: Handler
     body: type | None = None
 
 
 def table(api: Api) -> Sequence[Route]:
-    """One line per URL."""
-    return (
+    """One line per URL, and with it the least role: there is no other way to be served."""
+
+    async def describe(_: Call) -> Any:
+        """This document."""
+        return document
+
+    routes = (
         Route("GET", "/v1/health", ANYBODY, api.health),
+        Route("GET", "/v1/openapi.json", ANYBODY, describe),
         Route("GET", "/v1/ca", ANYBODY, api.ca),
         Route("POST", "/v1/enrol", ANYBODY, api.enrol, EnrolRequest),
         Route("POST", "/v1/agent/challenge", ANYBODY, api.challenge),
@@ -56,18 +89,19 @@ def table(api: Api) -> Sequence[Route]:
         Route("POST", "/v1/agent/renew", DEVICE, api.renew, RenewRequest),
         Route("POST", "/v1/agent/resync", DEVICE, api.resync, Resync),
         Route("PUT", "/v1/agent/logs/{task}/{epoch}/{stream}", DEVICE, api.put_log),
-        Route("HEAD", "/v1/blobs/{sha256}", SIGNED_IN, api.head_blob),
-        Route("GET", "/v1/blobs/{sha256}", SIGNED_IN, api.get_blob),
-        Route("PUT", "/v1/blobs/{sha256}", SIGNED_IN, api.put_blob),
+        Route("HEAD", "/v1/blobs/{sha256}", VIEWER_OR_DEVICE, api.head_blob),
+        Route("GET", "/v1/blobs/{sha256}", VIEWER_OR_DEVICE, api.get_blob),
+        Route("PUT", "/v1/blobs/{sha256}", MEMBER_OR_DEVICE, api.put_blob),
         Route("POST", "/v1/launch", MEMBER, api.launch, LaunchRequest),
+        Route("POST", "/v1/launch/match", MEMBER, api.match_launch, LaunchRequest),
         Route("POST", "/v1/federate", MEMBER, api.federate, FederateRequest),
-        Route("GET", "/v1/runs", MEMBER, api.list_runs),
-        Route("GET", "/v1/runs/{run}", MEMBER, api.show_run),
+        Route("GET", "/v1/runs", VIEWER, api.list_runs),
+        Route("GET", "/v1/runs/{run}", VIEWER, api.show_run),
         Route("DELETE", "/v1/runs/{run}", ADMIN, api.remove_run),
-        Route("GET", "/v1/runs/{run}/follow", MEMBER, api.follow_run),
+        Route("GET", "/v1/runs/{run}/follow", VIEWER, api.follow_run),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, api.stop_run),
-        Route("GET", "/v1/devices", MEMBER, api.list_devices),
-        Route("GET", "/v1/devices/{device}", MEMBER, api.show_device),
+        Route("GET", "/v1/devices", VIEWER, api.list_devices),
+        Route("GET", "/v1/devices/{device}", VIEWER, api.show_device),
         Route("POST", "/v1/devices/{device}/labels", ADMIN, api.label_device, Labels),
         Route("POST", "/v1/devices/{device}/drain", ADMIN, api.drain_device, DrainBody),
         Route("POST", "/v1/devices/{device}/revoke", ADMIN, api.revoke_device),
@@ -77,62 +111,88 @@ def table(api: Api) -> Sequence[Route]:
         Route("DELETE", "/v1/keys/{key}", ADMIN, api.revoke_key),
         Route("GET", "/v1/users", ADMIN, api.list_users),
         Route("POST", "/v1/users", ADMIN, api.create_user, UserRequest),
+        Route("PUT", "/v1/users/{user}/role", ADMIN, api.set_role, RoleRequest),
         Route("POST", "/v1/users/{user}/tokens", ADMIN, api.create_token, TokenRequest),
-        Route("GET", "/v1/whoami", MEMBER, api.whoami),
-        Route("GET", "/v1/status", MEMBER, api.status),
+        Route("GET", "/v1/audit", ADMIN, api.list_audit),
+        Route("GET", "/v1/whoami", VIEWER, api.whoami),
+        Route("GET", "/v1/status", VIEWER, api.status),
+        Route("GET", "/metrics", SCRAPER, api.metrics),
     )
+    document = openapi(routes)
+    return routes
 
 
-def application(api: Api) -> web.Application:
+def application(api: Api, *around: Middleware) -> web.Application:
     """The aiohttp application that serves the table."""
-    app = web.Application(middlewares=[as_problems], client_max_size=_MAX_BODY)
+    app = web.Application(middlewares=[*around, as_problems], client_max_size=_MAX_BODY)
     routes = table(api)
     for route in routes:
         # An upload decides for itself whether it wants the body that the client announces.
         expect = api.expect_blob if route.handler == api.put_blob else None
         app.router.add_route(route.method, route.path, _endpoint(api, route), expect_handler=expect)
-    document = msgspec.json.encode(openapi(routes))
-
-    async def describe(_: web.Request) -> web.Response:
-        return web.Response(body=document, content_type="application/json")
-
-    app.router.add_get("/v1/openapi.json", describe)
     return app
 
 
 def _endpoint(api: Api, route: Route) -> Any:
     async def endpoint(request: web.Request) -> web.StreamResponse:
-        caller = None if route.who == ANYBODY else await api.caller(request)
-        _admit(route.who, caller)
-        body: Any = None
-        if route.body is not None:
-            body = msgspec.json.decode(await request.read() or b"{}", type=route.body)
-        answer = await route.handler(Call(request, body, caller))
-        if isinstance(answer, web.StreamResponse):
-            return answer
-        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+        try:
+            return await _answer(api, route, request)
+        except SignInRefused as refused:
+            await api.refused(request, refused)
+            raise
 
     return endpoint
 
 
-def _admit(who: str, caller: User | Address | None) -> None:
+async def _answer(api: Api, route: Route, request: web.Request) -> web.StreamResponse:
+    caller = None if route.who.anybody else await api.caller(request)
+    await _admit(api, route.who, caller, request)
+    body: Any = None
+    if route.body is not None:
+        body = msgspec.json.decode(await request.read() or b"{}", type=route.body)
+    answer = await route.handler(Call(request, body, caller))
+    if isinstance(answer, web.StreamResponse):
+        return answer
+    return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+
+async def _admit(
+    api: Api, who: Access, caller: User | Address | None, request: web.Request
+) -> None:
     """Refuse whoever may not ask.
 
     Raises:
-        Problem: 401 nobody is signed in, 403 the wrong kind of caller or role.
+        Problem: 401 nobody is signed in, 403 the wrong kind of caller, or too small a role.
     """
-    if who == ANYBODY:
-        return
-    if caller is None:
-        raise Problem(
-            401, "not signed in", "this needs a token or a certificate", hint="`fedml login KEY`"
-        )
-    if who == DEVICE and not isinstance(caller, Address):
-        raise Problem(403, "only devices may do this", "a user's token was given")
-    if who in (MEMBER, ADMIN) and not isinstance(caller, User):
-        raise Problem(403, "only people may do this", "a device's certificate was given")
-    if who == ADMIN and isinstance(caller, User) and caller.role != "admin":
-        raise Problem(403, "only an admin may do this", f"{caller.name} is a {caller.role}")
+    match caller:
+        case _ if who.anybody:
+            return
+        case None if who.loopback and _from_here(request):
+            return
+        case None:
+            raise Problem(
+                401, "not signed in", "this needs a token or a certificate", "`fedml login KEY`"
+            )
+        case Address() if not who.device:
+            raise Problem(403, "only people may do this", "a device's certificate was given")
+        case User() if who.role is None:
+            raise Problem(403, "only devices may do this", "a user's token was given")
+        case User() if who.role is not None and not caller.may(who.role):
+            raise Problem(
+                403,
+                f"this needs the role {who.role}",
+                f"{caller.name} is a {caller.role} of {caller.tenant!r}",
+                await api.who_grants(caller, who.role),
+            )
+
+
+def _from_here(request: web.Request) -> bool:
+    """Whether it comes from this machine, and no proxy on it has passed it on for somebody else."""
+    forwarded = any(name in request.headers for name in _FORWARDED)
+    try:
+        return not forwarded and ipaddress.ip_address(request.remote or "").is_loopback
+    except ValueError:
+        return False
 
 
 def openapi(routes: Sequence[Route]) -> dict[str, Any]:
@@ -155,8 +215,11 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
                     "content": {"application/problem+json": {"schema": _PROBLEM}},
                 },
             },
-            "security": [] if route.who == ANYBODY else [{_SCHEME[route.who]: []}],
+            "security": _security(route.who),
         }
+        if route.who.role is not None:
+            operation["description"] = f"Users need the role {route.who.role} at least."
+            operation["x-least-role"] = route.who.role
         if route.body is not None:
             reference = {"$ref": f"#/components/schemas/{route.body.__name__}"}
             operation["requestBody"] = {
@@ -178,7 +241,13 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
     }
 
 
-_SCHEME = {DEVICE: "certificate", MEMBER: "token", ADMIN: "token", SIGNED_IN: "token"}
+def _security(who: Access) -> list[dict[str, list[str]]]:
+    """Any one of these is enough; nothing: anybody."""
+    ways = {"token": who.role is not None, "certificate": who.device}
+    enough: list[dict[str, list[str]]] = [{name: []} for name, takes in ways.items() if takes]
+    return [*enough, {}] if who.loopback else enough
+
+
 _PROBLEM = {
     "type": "object",
     "properties": {

@@ -9,11 +9,13 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from fedml_broker import audit
 from fedml_broker.accounts import User
 from fedml_broker.observe import add_event
 from fedml_broker.problems import Problem
@@ -52,6 +54,12 @@ class RunFailed(Exception):
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause.message)
         self.cause = cause
+
+    @classmethod
+    def too_few(cls, what: str, minimum: int, left: int, first: Cause) -> "RunFailed":
+        """Too many clients have failed; the first of them says why."""
+        message = f"{what} needs {minimum} updates and can get {left}: {first.message}"
+        return cls(replace(first, message=message))
 
 
 class RunStopped(Exception):
@@ -185,6 +193,9 @@ def create(
     if package is not None:
         refer(tx, package.sha256, f"run/{run}/package")
     add_event(tx, run, "state", {"state": TaskState.QUEUED.name})
+    # Not the spec: commands, environment and configuration may hold somebody's secrets.
+    facts = {"kind": kind, "name": name, "package": None if package is None else package.sha256}
+    audit.note(tx, user.tenant, audit.user(user.name), "run.submit", run, **facts)
 
 
 def _submitted(tx: Connection, user: User, run: str, spec: dict[str, Any]) -> bool:
@@ -229,6 +240,10 @@ def end(
     if changed:
         data = {"state": state.name, "cause": cause_json(cause), "exit_code": exit_code}
         add_event(tx, run, "state", data)
+        # Not the cause's text: a task's traceback shows what the task had in its hands.
+        fault = None if cause is None else cause.fault.name.lower()
+        facts = {"state": state.name, "fault": fault, "exit_code": exit_code}
+        audit.note(tx, _tenant(tx, run), audit.BROKER, "run.end", run, **facts)
     return bool(changed)
 
 
@@ -241,18 +256,27 @@ def stop_asked(tx: Connection, run: str, by: str) -> bool:
     ).rowcount
     if changed:
         add_event(tx, run, "stopping", {"by": by})
+        audit.note(tx, _tenant(tx, run), audit.user(by), "run.stop", run)
     return bool(changed)
 
 
-def remove(tx: Connection, run: str) -> list[str]:
-    """Forget a run that has ended; the blobs that nobody needs now.
+def remove(tx: Connection, run: str, by: str) -> list[str]:
+    """Forget a run that has ended; the blobs that nobody needs now. Again is harmless.
 
     What a device may still report of it is acknowledged and changes nothing.
     """
+    row = tx.execute(sa.select(runs).where(runs.c.id == run)).first()
+    if row is not None:
+        facts = {"kind": row.kind, "name": row.name, "of": row.user, "state": row.state}
+        audit.note(tx, row.tenant, audit.user(by), "run.remove", run, **facts)
     for table in (events, rounds, clients, tasks):
         tx.execute(table.delete().where(table.c.run == run))
     tx.execute(runs.delete().where(runs.c.id == run))
     return release(tx, f"run/{run}")
+
+
+def _tenant(tx: Connection, run: str) -> str:
+    return str(tx.execute(sa.select(runs.c.tenant).where(runs.c.id == run)).scalar_one())
 
 
 # ---------------------------------------------------------------------- blobs of a run

@@ -13,6 +13,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, cast
@@ -52,6 +53,8 @@ class Store:
         self.path = path
         self._engine = engine
         self._queue: queue.SimpleQueue[_Piece[Any] | None] = queue.SimpleQueue()
+        # Called in the writer's thread with the pieces of a commit and the seconds that it took.
+        self.on_commit: Callable[[int, float], None] = lambda pieces, seconds: None
         self._readers = asyncio.Semaphore(4)
         self._writer = threading.Thread(target=self._serve, name="store.writer", daemon=True)
         self._writer.start()
@@ -65,8 +68,8 @@ class Store:
         """
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         engine = sqlalchemy.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-        event.listen(engine, "connect", _configure)
-        event.listen(engine, "begin", lambda tx: tx.exec_driver_sql("BEGIN"))
+        event.listen(engine, "connect", configure)
+        event.listen(engine, "begin", _begin)
         _upgrade(engine)
         return cls(engine, path)
 
@@ -98,7 +101,7 @@ class Store:
         self._engine.dispose()
 
     def _serve(self) -> None:
-        with self._engine.connect() as connection:
+        with self._engine.connect().execution_options(writes=True) as connection:
             while pieces := self._next_group():
                 if pieces[-1] is None:
                     self._commit(connection, pieces[:-1])
@@ -117,6 +120,7 @@ class Store:
     def _commit(self, connection: Connection, pieces: list[Any]) -> None:
         if not pieces:
             return
+        begun = time.perf_counter()
         try:
             with connection.begin():
                 for piece in pieces:
@@ -129,6 +133,7 @@ class Store:
         except sqlalchemy.exc.PendingRollbackError as error:
             for piece in pieces:
                 piece.fail(StoreUnavailable(str(error)))
+        self.on_commit(len(pieces), time.perf_counter() - begun)
         for piece in pieces:
             piece.tell()
 
@@ -187,7 +192,8 @@ def _first(error: BaseException) -> sqlite3.Error:
     return found
 
 
-def _configure(connection: sqlite3.Connection, _: object) -> None:
+def configure(connection: sqlite3.Connection, _: object) -> None:
+    """How every connection that may write is set up."""
     # SQLAlchemy's own BEGIN (see `open`) replaces the driver's guesses about transactions.
     connection.isolation_level = None
     for pragma in (
@@ -200,9 +206,15 @@ def _configure(connection: sqlite3.Connection, _: object) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _upgrade(engine: Engine) -> None:
+def _begin(tx: Connection) -> None:
+    # At once as a writer: had we only read so far and a command (`backup`) wrote, SQLite would
+    # refuse our first write instead of letting us wait for our turn.
+    tx.exec_driver_sql("BEGIN IMMEDIATE" if tx.get_execution_options().get("writes") else "BEGIN")
+
+
+def _upgrade(engine: Engine, to: str = "head") -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, to)

@@ -164,7 +164,8 @@ class Rounds:
                     await driver.complain(number, client, added.refusal)
             left = len(cohort) - len(bad)
             if left < minimum:
-                raise RunFailed(_too_few(number, minimum, left, next(iter(bad.values()))))
+                first = next(iter(bad.values()))
+                raise RunFailed.too_few(f"round {number}", minimum, left, first)
             late = loop.time() >= deadline
             if len(good) >= min(enough, left) or (late and len(good) >= minimum):
                 break
@@ -253,13 +254,4 @@ def _missing(
     return (
         f"round {number}: {len(answered)} of {len(cohort)} have answered{late}; "
         f"waiting for {', '.join(names)}"
-    )
-
-
-def _too_few(number: int, minimum: int, left: int, first: Cause) -> Cause:
-    return Cause(
-        fault=first.fault,
-        message=f"round {number} needs {minimum} updates and can get {left}: {first.message}",
-        hint=first.hint,
-        traceback=first.traceback,
     )

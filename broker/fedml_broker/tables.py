@@ -19,6 +19,9 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+# The first tenant: that of the people who run the broker.
+DEFAULT_TENANT = "default"
+
 metadata = MetaData()
 
 settings = Table(
@@ -33,7 +36,7 @@ users = Table(
     metadata,
     Column("name", String, primary_key=True),
     Column("tenant", String, nullable=False),
-    Column("role", String, nullable=False),  # admin | member
+    Column("role", String, nullable=False),  # viewer | member | admin
     Column("created_at", Float, nullable=False),
 )
 
@@ -160,6 +163,21 @@ events = Table(
     Column("data", JSON, nullable=False),
     Index("events_by_run", "run", "id"),
     sqlite_autoincrement=True,
+)
+
+# Written and read by `audit.py` alone; what its columns hold goes into the hash as it stands here.
+audit = Table(
+    "audit",
+    metadata,
+    Column("n", Integer, primary_key=True, autoincrement=False),
+    Column("at_ms", Integer, nullable=False),
+    Column("tenant", String, nullable=False),
+    Column("actor", String, nullable=False),  # user/NAME | device/ID | cli | broker | nobody
+    Column("action", String, nullable=False),
+    Column("object", String, nullable=False),
+    Column("details", String, nullable=False),  # canonical JSON
+    Column("hash", String, nullable=False),
+    Index("audit_by_tenant", "tenant", "n"),
 )
 
 # A blob lives as long as somebody names it here.

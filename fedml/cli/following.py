@@ -46,6 +46,10 @@ class JobView:
             data = item["event"]["data"]
             again = f", attempt {data['epoch']}" if data["epoch"] > 1 else ""
             click.secho(f"runs on {data['name']}{again}", dim=True, err=True)
+        elif "event" in item and item["event"]["kind"] == "without_gpus":
+            data = item["event"]["data"]
+            wished = f"{data['gpus']} × {data['model'] or 'GPU'}"
+            click.secho(f"no machine has {wished}: it runs without GPUs", fg="yellow", err=True)
         elif "event" in item and item["event"]["kind"] == "stopping":
             click.echo(f"{item['event']['data']['by']} stops the run", err=True)
 

@@ -37,6 +37,8 @@ _LONG_S = 0.5
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 @click.option("--sweep", multiple=True, metavar="KEY=V,V", help="Vary a key; may be repeated.")
 @click.option("--debug", is_flag=True, help="One process, so that breakpoints work.")
+@click.option("--ray", is_flag=False, flag_value="local", metavar="[ADDRESS]",
+              help="On a Ray cluster; without ADDRESS one is started here.")  # fmt: skip
 @strict_option
 @json_lines_option
 def simulate(
@@ -50,6 +52,7 @@ def simulate(
     resume: bool,
     sweep: tuple[str, ...],
     debug: bool,
+    ray: str | None,
     strict: bool,
     as_json: bool,
 ) -> None:
@@ -67,6 +70,7 @@ def simulate(
       fedml simulate run.yaml --engine exact            # the bits of a deployed run
       fedml simulate run.yaml --device cuda:0           # or say why not
       fedml simulate run.yaml --sweep groups.rounds=1,2,5   # rounds within groups of clients
+      fedml simulate run.yaml --ray 10.0.0.1:6379       # on several machines
       fedml simulate attack.yaml --sweep simulation.attack.clients=0,1,2   # some clients lie
     """
     # Before NumPy is imported: members have one thread each, and this process may be one of them.
@@ -79,7 +83,8 @@ def simulate(
     from fedml.simulation.run import Simulation
 
     settings: dict[str, Any] = {
-        "rounds": rounds, "workers": workers, "engine": engine, "device": device, "seed": seed
+        "rounds": rounds, "workers": workers, "engine": engine, "device": device, "seed": seed,
+        "ray": ray,
     }  # fmt: skip
     source = translation.accept(file, strict=strict)
     plan = read(source, **settings)

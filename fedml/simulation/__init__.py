@@ -3,6 +3,7 @@
 
 plan.py     what is simulated        run.py       the server's part of the rounds
 crew.py     the worker processes     member.py    the clients' part, in each of them
+ray_crew.py the same on several machines       states.py   what clients keep
 engine.py   ways to train: exact, closed_form.py, inplace.py, stacked.py
 devices.py  how fast and reliable    asynchronous.py   algorithms without rounds
 liars.py    clients that lie     grouped.py   groups with rounds of their own

@@ -22,11 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fedml
 from fedml.errors import RunFailed
 from fedml.federate.application import Application
+from fedml.federate.arrays import Arrays
+from fedml.federate.layout import Layout
 from fedml.simulation.arena import Arena, Board, Place
 from fedml.simulation.member import Member, hear, in_doubles, say
 from fedml.simulation.order import Done, Order, Setup
@@ -35,6 +37,42 @@ _MEMBER = "from fedml.simulation.member import main; main()"
 _GRACE_S = 2.0
 
 Report = Callable[[Sequence[Done]], None]
+
+
+class Hand(Protocol):
+    """A member as the crew knows it, wherever it lives.
+
+    Attributes:
+        number: No two of a run have the same.
+        told: Clients whose data it knows where to find.
+        talk: What to wait at for news, if it is a connection.
+    """
+
+    number: int
+    told: set[int]
+    talk: Connection | None
+
+    @property
+    def sum(self) -> Mapping[str, Any]:
+        """What it has summed up; empty if it writes a file."""
+
+    def start(self, setup: Setup) -> None:
+        """Tell it what it needs."""
+
+    def ready(self) -> None:
+        """Wait until it has made ready."""
+
+    def begin(self, order: Order) -> None:
+        """Tell it an order."""
+
+    def hear(self) -> tuple[list[Done], bool]:
+        """Wait for news: who is done, and whether that is all; `EOFError` if it is dead."""
+
+    def close(self) -> None:
+        """End it."""
+
+    def wait(self) -> str:
+        """Wait until it has ended; says how."""
 
 
 class Crew:
@@ -56,7 +94,9 @@ class Crew:
         self._devices: Sequence[str] = ("cpu",)
         self._sizes: dict[int, int] = {}
         self._places: dict[int, Place] = {}
-        self.members: list[_Child | _Inside] = [_Child(app) for _ in range(count)]
+        self._folder = arena.folder
+        self._boards: dict[int, tuple[Board, Board]] = {}
+        self.members: list[Hand] = [self._hired() for _ in range(count)]
 
     def start(
         self, setup: Setup, inside: Application | None = None, devices: Sequence[str] = ("cpu",)
@@ -89,7 +129,20 @@ class Crew:
             member.close()
         for member in surplus:
             member.wait()
-        self.members += [_Child(self._app) for _ in range(count - len(self.members))]
+        self.members += [self._hired() for _ in range(count - len(self.members))]
+
+    def publish(self, version: int, model: Arrays, sent: Arrays) -> None:
+        """Put a model, and what is sent with it, where members read it."""
+        boards = self._boards.get(version)
+        if boards is None:
+            pairs = (("model", model), ("sent", sent))
+            made = [
+                Board(self._folder / f"{name}-{version}", Layout.of(arrays).tensors, create=True)
+                for name, arrays in pairs
+            ]
+            boards = self._boards[version] = (made[0], made[1])
+        boards[0].write(model)
+        boards[1].write(sent)
 
     def run(
         self,
@@ -170,6 +223,9 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _hired(self) -> Hand:
+        return _Child(self._app)
+
     def _next(self, place: int) -> Setup:
         self._made += 1
         device = self._devices[place % len(self._devices)]
@@ -217,7 +273,7 @@ class Crew:
                 f"it was at client {left[0] if left else share[0]}",
                 "memory? `--workers 1` needs least",
             )
-        self.members[place] = _Child(self._app)
+        self.members[place] = self._hired()
         self.members[place].start(self._next(place))
         self.members[place].ready()
 

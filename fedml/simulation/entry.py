@@ -31,7 +31,8 @@ def simulate(
         changes: Keys of the run file to set otherwise, such as ``{"lr": 0.1}`` for
             ``config.lr``, or ``{"clients.per_round": 5}``.
         on_round: Called after each round.
-        **settings: ``rounds``, ``engine``, ``device``, ``workers``, ``checkpoint_s``, ``seed``.
+        **settings: ``rounds``, ``engine``, ``device``, ``workers``, ``checkpoint_s``, ``seed``;
+            ``ray``: the address of a Ray cluster, or ``"local"``.
 
     Raises:
         ConfigError: The run cannot be; the text says why and the hint what to change.
@@ -41,7 +42,7 @@ def simulate(
     from fedml.simulation.plan import read
     from fedml.simulation.report import write
 
-    known = {"rounds", "engine", "device", "workers", "checkpoint_s", "seed"}
+    known = {"rounds", "engine", "device", "workers", "checkpoint_s", "seed", "ray"}
     unknown = settings.keys() - known
     if unknown:
         raise TypeError(f"simulate() has no setting {min(unknown)!r}; it has {sorted(known)}")

@@ -47,6 +47,7 @@ from fedml.simulation import accelerator
 from fedml.simulation import engine as engines
 from fedml.simulation.arena import Board, Place, Shelf
 from fedml.simulation.order import Done, Order, Setup, Task
+from fedml.simulation.states import States
 
 _SPIN_S = 0.0003  # how long to look for the next order before sleeping for it
 _REPORT_S = 0.2
@@ -77,6 +78,7 @@ class Member:
         # Whether the engine itself adds clients up, or they walk one by one.
         self._direct = self._engine is not None and engines.averages(self._algorithm)
         self._boards: dict[int, tuple[Board, Board]] = {}
+        self._states = States(Path(setup.states))
         self._shelf = Shelf(self._folder, f"data-{setup.number}", setup.room)
         self._places: dict[int, Place] = {}
         self._data: OrderedDict[int, Any] = OrderedDict()
@@ -116,7 +118,7 @@ class Member:
             try:
                 done = one(client)
             except Exception as error:  # the user's code may raise anything, and it is his to read
-                yield Done(client, cause=_cause(error, self._place))
+                yield Done(client, cause=cause_of(error, self._place))
                 continue
             seconds = time.perf_counter() - began
             yield Done(
@@ -195,7 +197,7 @@ class Member:
                 metrics[client] = self._evaluated(client) if order.evaluate else {}
             except Exception as error:  # as in `_each`
                 del data[len(ready) :]
-                yield Done(client, cause=_cause(error, self._place))
+                yield Done(client, cause=cause_of(error, self._place))
                 continue
             ready.append(client)
             rngs.append(_later(*(order.draw or (self._setup.seed, order.turn)), client))
@@ -206,7 +208,7 @@ class Member:
         try:
             found = engine.train(ready, data, rngs)
         except Exception as error:  # as in `_each`
-            failed = _cause(error, self._place), accelerator.is_out_of_memory(error)
+            failed = cause_of(error, self._place), accelerator.is_out_of_memory(error)
         if failed is not None:
             # Not in the handler: the traceback holds what the failed training had in memory.
             cause, memory = failed
@@ -313,25 +315,13 @@ class Member:
         return boards[0].arrays, boards[1].arrays
 
     def _state_before(self, client: int, turn: int) -> Arrays | None:
-        """What this client kept after its last round before this one."""
-        folder = Path(self._setup.states) / str(client)
-        before = [n for n in _turns(folder) if n < turn]
-        return load_file(folder / f"{max(before)}.safetensors") if before else None
+        found = self._states.before(client, turn)
+        return load_file(found) if found is not None else None
 
     def _keep_state(self, client: int, turn: int, kept: int, state: Arrays | None) -> None:
-        if state is None:
-            return
-        folder = Path(self._setup.states) / str(client)
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{turn}.new"
-        save_file({n: np.asarray(a, order="C") for n, a in state.items()}, beside)
-        beside.replace(folder / f"{turn}.safetensors")
-        # One from before the last checkpoint, should the run be resumed there, and the latest one.
-        turns = sorted(_turns(folder))
-        safe = [n for n in turns if n <= kept][-1:]
-        for old in turns:
-            if old != turns[-1] and old not in safe:
-                (folder / f"{old}.safetensors").unlink()
+        if state is not None:
+            arrays = {n: np.asarray(a, order="C") for n, a in state.items()}
+            self._states.keep(client, turn, kept, lambda file: save_file(arrays, file))
 
 
 def in_doubles(specs: Mapping[str, Spec]) -> dict[str, Spec]:
@@ -339,15 +329,11 @@ def in_doubles(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     return {name: Spec(spec.shape, np.dtype(np.float64)) for name, spec in specs.items()}
 
 
-def _turns(folder: Path) -> list[int]:
-    return [int(f.stem) for f in folder.glob("*.safetensors")] if folder.exists() else []
-
-
 def _later(seed: int, turn: int, client: int) -> engines.Rng:
     return lambda: cohort.generator(seed, turn, client)
 
 
-def _cause(error: Exception, place: str = "") -> tuple[str, str]:
+def cause_of(error: Exception, place: str = "") -> tuple[str, str]:
     """What to say of an error, and the traceback where it is the user's to read.
 
     Args:
@@ -432,7 +418,7 @@ def main() -> None:
     except EOFError:
         return
     except Exception as error:  # the user's file may raise anything when it is imported
-        talk.send(_cause(error, place))
+        talk.send(cause_of(error, place))
         return
     talk.send("ready")
     while True:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedml import jobfile
+from fedml import runfile
 from fedml.errors import ConfigError
 from fedml.federate.algorithm import Algorithm, BadParameter, Kind, UnknownAlgorithm, create
 from fedml.federate.hierarchical import Groups
@@ -51,7 +51,9 @@ class Plan:
         on_central: Evaluate on central data.
         engine: One of `ENGINES`.
         device: Where to train: auto, cpu, cuda, cuda:N or mps (`accelerator`).
-        workers: Processes; 0 is one for each core, or for each GPU.
+        workers: Processes; 0 is one for each core, or for each GPU, or with `ray` for each CPU of
+            its cluster.
+        ray: Address of a Ray cluster that has them; ``local`` starts one, empty needs none.
         checkpoint_s: Seconds between checkpoints.
         paths: Where data sets are, by name: what a machine's owner lists under ``[data]``.
         attack: How some clients lie (`simulation.liars`).
@@ -78,6 +80,7 @@ class Plan:
     engine: str = "auto"
     device: str = "auto"
     workers: int = 0
+    ray: str = ""
     checkpoint_s: float = 30.0
     paths: Mapping[str, str] = field(default_factory=dict)
     attack: Mapping[str, Any] = field(default_factory=dict)
@@ -110,6 +113,11 @@ class Plan:
                 (
                     accelerator.is_name(self.device),
                     f"there is no device {self.device!r}; there are auto, cpu, cuda, cuda:N, mps",
+                ),
+                (
+                    not self.ray or self.device in ("auto", "cpu"),
+                    f"Ray's actors train on processors, and device {self.device} was asked for: "
+                    "leave out one of ray and device",
                 ),
             )
             if not good
@@ -186,7 +194,7 @@ class Plan:
 
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
-        free = {"rounds", "workers", "checkpoint_s", "name", "engine", "device", "paths"}
+        free = {"rounds", "workers", "ray", "checkpoint_s", "name", "engine", "device", "paths"}
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         kept["app"] = self.app.name  # a workspace may be moved, and its code mended
         return json.dumps(kept, sort_keys=True, default=str)
@@ -212,7 +220,7 @@ def read(
     if isinstance(source, Mapping):
         found, workspace = _read_mapping(source)
     else:
-        found, workspace = jobfile.read_simulated(Path(source))
+        found, workspace = runfile.read_simulated(Path(source))
     for key in ("config", "algorithm_config", "treatment"):
         value = found.get(key) or {}
         found[key] = json.loads(value) if isinstance(value, str) else dict(value)
@@ -267,7 +275,7 @@ def _read_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
         file = Path(folder) / "simulation.yaml"
         file.write_text(json.dumps(whole, default=_native))
         try:
-            return jobfile.read_simulated(file)
+            return runfile.read_simulated(file)
         except ConfigError as error:
             text = str(error).replace(f"{file}, line 1", "the run").replace(str(file), "the run")
             raise ConfigError(text, error.hint) from None

@@ -33,13 +33,14 @@ from fedml.simulation import (
     evaluation,
     synchronous,
 )
-from fedml.simulation.arena import Arena, Board
+from fedml.simulation.arena import Arena
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.crew import Crew
 from fedml.simulation.evaluation import Central
 from fedml.simulation.grouped import GROUPS
 from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.plan import Plan
+from fedml.simulation.ray_crew import RayCrew
 from fedml.simulation.record import Record
 from fedml.simulation.result import ClientFailed, Listener, Result, Round
 
@@ -96,7 +97,6 @@ class Simulation:
         self._given = application
         self._application: Application
         self._central: Central | None = None
-        self._boards: dict[int, tuple[Board, Board]] = {}
         self._sent_specs: Layout
         self._arena: Arena
         self._saved = 0.0
@@ -129,11 +129,7 @@ class Simulation:
             )
         with ExitStack() as stack:
             self._arena = stack.enter_context(Arena())
-            plan = self.plan
-            # How many GPUs there are is not known before torch is imported.
-            guess = accelerator.CPU if plan.device in ("auto", "cpu") else (plan.device,)
-            count = 0 if self._debug else plan.processes(guess)
-            self.crew = stack.enter_context(Crew(plan.app, count, self._arena))
+            self.crew = stack.enter_context(self._hire())
             self._open(found, stack)
             self.record = Record(self._folder)
             stack.callback(self.record.close)
@@ -154,6 +150,17 @@ class Simulation:
                 self.save(force=True)
             return self._result()
 
+    def _hire(self) -> Crew:
+        """The crew: processes here, or actors of Ray's."""
+        plan = self.plan
+        if not plan.ray:
+            # How many GPUs there are is not known before torch is imported.
+            guess = accelerator.CPU if plan.device in ("auto", "cpu") else (plan.device,)
+            return Crew(plan.app, 0 if self._debug else plan.processes(guess), self._arena)
+        if self._debug:
+            raise ConfigError("--debug is one process, and --ray is several machines")
+        return RayCrew(plan.app, plan.workers, self._arena, plan.ray)
+
     def _open(self, found: Checkpoint | None, stack: ExitStack) -> None:
         """Everything that the first round needs."""
         plan = self.plan
@@ -170,7 +177,7 @@ class Simulation:
             torch.set_num_threads(1)
         own_model = self._application.new_model(plan.seed)
         trainer = self._application.trainer
-        there = accelerator.found(plan.device)
+        there = accelerator.CPU if plan.ray else accelerator.found(plan.device)
         self.engine, why = engine.choose(
             plan.engine,
             trainer,
@@ -182,6 +189,8 @@ class Simulation:
             insisted=plan.device not in ("auto", "cpu"),
         )
         devices, why_there = accelerator.choose(plan.device, there, self.engine, why)
+        if plan.ray:
+            why_there = "Ray's actors train on processors"
         self.device = ", ".join(devices)
         if devices != accelerator.CPU and isinstance(self._application.evaluator, Evaluation):
             own_model.to(devices[0])
@@ -216,18 +225,20 @@ class Simulation:
             paths=plan.paths,
             states=str(states),
             room=0,
-            memory=total // (2 * plan.processes(devices)),
+            memory=total // (2 * max(plan.processes(devices), 1)),
             model=model_specs.tensors,
             sent=self._sent_specs.tensors,
             update=self.update.tensors,
         )
         # A round of a linear model is over before another process has woken up.
-        inside = self._debug or (self.engine == "closed_form" and _blas_is_single())
-        if not self._debug:
+        quick = self.engine == "closed_form" and _blas_is_single() and not plan.ray
+        inside = self._debug or quick
+        if not self._debug and not plan.ray:
             self.crew.resize(plan.processes(devices) - inside)
         self.crew.start(setup, self._application if inside else None, devices)
         members = len(self.crew.members)
-        processes = f"{members} process{'es' if members > 1 else ''}"
+        one, more = ("Ray actor", "s") if plan.ray else ("process", "es")
+        processes = f"{members} {one}{more if members > 1 else ''}"
         self.listener.say(
             f"engine {self.engine} on {processes}: {why}; "
             f"device {', '.join(devices[:members])}: {why_there}"
@@ -298,16 +309,11 @@ class Simulation:
         self, version: int, model: Arrays | None = None, sent: Arrays | None = None
     ) -> None:
         """Put the model, or another one, and what is sent with it, where members read it."""
-        boards = self._boards.get(version)
-        model = self.model if model is None else model
-        sent = self._sent() if sent is None else sent
-        if boards is None:
-            folder = self._arena.folder
-            layouts = (("model", Layout.of(self.model)), ("sent", self._sent_specs))
-            made = [Board(folder / f"{w}-{version}", x.tensors, create=True) for w, x in layouts]
-            boards = self._boards[version] = (made[0], made[1])
-        boards[0].write(model)
-        boards[1].write(sent)
+        self.crew.publish(
+            version,
+            self.model if model is None else model,
+            self._sent() if sent is None else sent,
+        )
 
     def update_file(self, turn: int, client: int) -> Path:
         """Where an update of `Task.EACH` is."""

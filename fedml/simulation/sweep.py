@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fedml import jobfile
+from fedml import yamlfile
 from fedml.errors import ConfigError
 from fedml.simulation import report
 from fedml.simulation.plan import read
@@ -56,7 +56,7 @@ def parse(texts: Sequence[str]) -> list[dict[str, Any]]:
         if key in axes:
             raise ConfigError(f"--sweep: {key} is there twice")
         try:
-            axes[key] = [yaml.load(value, jobfile.Loader) for value in values.split(",")]  # noqa: S506 - a safe one
+            axes[key] = [yaml.load(value, yamlfile.Loader) for value in values.split(",")]  # noqa: S506 - a safe one
         except yaml.YAMLError as error:
             raise ConfigError(f"--sweep {text}: {error}") from error
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 import fedml.named
-from fedml import jobfile
+from fedml import runfile, yamlfile
 from fedml.data.errors import DataError, DatasetMissing
 from fedml.data.stand_in import is_here, nearest
 from fedml.errors import ConfigError, DataUnavailable
@@ -99,7 +99,7 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
         ConfigError: The file is no YAML, or a section is not a mapping.
     """
     try:
-        found = yaml.load(file.read_text(), jobfile.Loader)  # noqa: S506 - a safe one
+        found = yaml.load(file.read_text(), yamlfile.Loader)  # noqa: S506 - a safe one
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from error
     except yaml.YAMLError as error:
@@ -129,13 +129,13 @@ def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
         DataUnavailable: Neither its data set nor anything near it is here.
     """
     if isinstance(source, Mapping):
-        if not jobfile.has_fedml_sections(source):
+        if not runfile.has_fedml_sections(source):
             return source
         called = "the configuration"
         sections = _sections(source, called)
     else:
         called = str(source)
-        if not jobfile.is_fedml(Path(source)):
+        if not runfile.is_fedml(Path(source)):
             return source
         sections = read(Path(source))
     try:

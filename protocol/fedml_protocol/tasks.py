@@ -100,13 +100,18 @@ PERMANENT: Set[RejectReason] = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a task asks of a machine. 0 means: no demand."""
+    """What a task asks of a machine. 0, or an empty text, means: no demand.
+
+    Attributes:
+        gpu_model: As people write it; `fedml_protocol.gpus` says which accelerators are one.
+    """
 
     gpus: int = 0
     gpu_memory_bytes: int = 0
     cpus: int = 0
     memory_bytes: int = 0
     disk_bytes: int = 0
+    gpu_model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -207,18 +207,20 @@ class Cause(_message.Message):
     def __init__(self, fault: _Optional[_Union[Fault, str]] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., traceback: _Optional[str] = ...) -> None: ...
 
 class Needs(_message.Message):
-    __slots__ = ("gpus", "gpu_memory_bytes", "cpus", "memory_bytes", "disk_bytes")
+    __slots__ = ("gpus", "gpu_memory_bytes", "cpus", "memory_bytes", "disk_bytes", "gpu_model")
     GPUS_FIELD_NUMBER: _ClassVar[int]
     GPU_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CPUS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_MODEL_FIELD_NUMBER: _ClassVar[int]
     gpus: int
     gpu_memory_bytes: int
     cpus: int
     memory_bytes: int
     disk_bytes: int
-    def __init__(self, gpus: _Optional[int] = ..., gpu_memory_bytes: _Optional[int] = ..., cpus: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
+    gpu_model: str
+    def __init__(self, gpus: _Optional[int] = ..., gpu_memory_bytes: _Optional[int] = ..., cpus: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., gpu_model: _Optional[str] = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("task", "epoch", "run", "publisher", "lease_s", "on_lost", "grace_s", "deadline_s", "package", "needs", "tail", "launch", "stage")

@@ -90,6 +90,16 @@ def test_an_error_that_is_not_the_brokers_is_told_by_its_number(
         broker.call("GET", "/v1/it")
 
 
+def test_an_answer_that_no_broker_gives_is_no_answer(server: HttpsServer, broker: Https) -> None:
+    """A portal of a hotel, say, which welcomes with 200, or complains in a form of its own."""
+    server.on("GET", "/v1/it", lambda asked: asked.answer(200, b"<h1>Welcome</h1>", "text/html"))
+    with pytest.raises(BrokerUnreachable, match="does not answer as a broker does"):
+        broker.call("GET", "/v1/it")
+    server.on("GET", "/v1/it", lambda asked: asked.answer(500, b'["no", "object"]'))
+    with pytest.raises(BrokerRefused, match="the broker answered 500"):
+        broker.call("GET", "/v1/it")
+
+
 def test_where_nobody_listens_the_address_and_the_next_step_are_named(identity: Identity) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         url = f"https://localhost:{gone.getsockname()[1]}"
@@ -170,6 +180,20 @@ def test_a_fetch_that_is_cut_goes_on_where_it_stopped(
     assert begins == sorted(set(begins))  # nothing that was there is asked for twice
     assert len(begins) > 2
     assert [p.name for p in tmp_path.iterdir()] == ["blob"]
+
+
+def test_a_fetch_that_something_in_between_begins_anew_is_given_up_with_the_reason(
+    server: HttpsServer, broker: Https, tmp_path: Path
+) -> None:
+    def deaf(asked: Asked) -> None:
+        asked.send_head(200, len(DATA))
+        asked.wfile.write(DATA[:PART])
+        asked.hang_up()
+
+    server.on("GET", PATH, deaf)
+    with pytest.raises(BrokerUnreachable, match="ignores `Range`"):
+        broker.fetch(BLOB, tmp_path / "blob")
+    assert not (tmp_path / "blob").exists()
 
 
 def test_what_an_earlier_fetch_left_is_not_built_upon(

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from fedml_broker.accounts import Accounts, Enrolment, User, check_labels, use_key
+from fedml_broker.audit import CLI
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import login_keys, tokens
@@ -49,8 +50,8 @@ async def use(store: Store, key: str, *, again: bool = False) -> Enrolment:
 
 
 async def test_a_token_names_the_broker_and_its_user(accounts: Accounts) -> None:
-    await accounts.create_user("ann", "admin")
-    token = await accounts.create_token("ann")
+    await accounts.create_user("ann", "admin", by=CLI)
+    token = await accounts.create_token("ann", by=CLI)
     key = parse_login_key(token, Scope.USER)
     assert (key.url, key.ca_sha256) == (URL, CA)
     assert await accounts.authenticate(key.secret) == ANN
@@ -60,9 +61,9 @@ async def test_a_token_names_the_broker_and_its_user(accounts: Accounts) -> None
 
 
 async def test_a_token_ends_and_its_siblings_do_not(accounts: Accounts) -> None:
-    await accounts.create_user("ann", "member", tenant="acme")
-    short = await accounts.create_token("ann", days=_AN_INSTANT_DAYS)
-    long = await accounts.create_token("ann", days=1)
+    await accounts.create_user("ann", "member", tenant="acme", by=CLI)
+    short = await accounts.create_token("ann", days=_AN_INSTANT_DAYS, by=CLI)
+    long = await accounts.create_token("ann", days=1, by=CLI)
     assert await accounts.authenticate(secret_of(short, Scope.USER)) is None
     found = await accounts.authenticate(secret_of(long, Scope.USER))
     assert found == User("ann", "acme", "member")
@@ -72,8 +73,8 @@ async def test_a_token_ends_and_its_siblings_do_not(accounts: Accounts) -> None:
 
 
 async def test_no_secret_is_stored_nor_listed(accounts: Accounts, store: Store) -> None:
-    await accounts.create_user("ann", "admin")
-    secrets = [secret_of(await accounts.create_token("ann"), Scope.USER)]
+    await accounts.create_user("ann", "admin", by=CLI)
+    secrets = [secret_of(await accounts.create_token("ann", by=CLI), Scope.USER)]
     _, key = await accounts.create_key(ANN, uses=1, days=1, labels={})
     secrets.append(secret_of(key))
     everything = await store.read(
@@ -91,23 +92,54 @@ async def test_no_secret_is_stored_nor_listed(accounts: Accounts, store: Store) 
     [("Ann Smith", "admin", 422), ("", "admin", 422), ("ann", "root", 422), ("bob", "admin", 409)],
 )
 async def test_users_that_cannot_be(accounts: Accounts, name: str, role: str, status: int) -> None:
-    await accounts.create_user("bob", "member")
+    await accounts.create_user("bob", "member", by=CLI)
     with pytest.raises(Problem) as told:
-        await accounts.create_user(name, role)
+        await accounts.create_user(name, role, by=CLI)
     assert told.value.status == status
     assert [u["name"] for u in await accounts.list_users("default")] == ["bob"]
 
 
+async def test_a_tenant_keeps_an_admin(accounts: Accounts) -> None:
+    await accounts.create_user("ann", "admin", tenant="acme", by=CLI)
+    await accounts.create_user("bob", "viewer", tenant="acme", by=CLI)
+    await accounts.create_user("eve", "admin", by=CLI)  # of another tenant: she does not count
+    with pytest.raises(Problem, match="needs an admin") as told:
+        await accounts.set_role("ann", "member", by=CLI)
+    assert told.value.status == 409
+    await accounts.set_role("ann", "admin", by=CLI)
+    await accounts.set_role("bob", "admin", by=CLI)
+    await accounts.set_role("ann", "member", by=CLI)
+    assert await accounts.admins("acme") == ["bob"]
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "role", "status"),
+    [
+        ("nobody", None, "admin", 404),
+        ("ann", "evil", "admin", 404),
+        ("ann", None, "root", 422),
+    ],
+)
+async def test_roles_that_cannot_be_given(
+    accounts: Accounts, name: str, of: str | None, role: str, status: int
+) -> None:
+    await accounts.create_user("ann", "viewer", tenant="acme", by=CLI)
+    with pytest.raises(Problem) as told:
+        await accounts.set_role(name, role, by=CLI, of=of)
+    assert told.value.status == status
+    assert await accounts.admins("acme") == []
+
+
 async def test_nobody_gets_a_token_who_is_not_there(accounts: Accounts) -> None:
     with pytest.raises(Problem) as told:
-        await accounts.create_token("ann")
+        await accounts.create_token("ann", by=CLI)
     assert told.value.status == 404
     assert "users create" in told.value.hint
 
 
 async def test_a_key_fits_only_the_broker_as_it_is_now(accounts: Accounts, store: Store) -> None:
-    await accounts.create_user("ann", "admin")
-    token = await accounts.create_token("ann")
+    await accounts.create_user("ann", "admin", by=CLI)
+    token = await accounts.create_token("ann", by=CLI)
     assert accounts.still_fits(token)
     assert not accounts.still_fits(token[:-1])
     _, machines = await accounts.create_key(ANN, uses=1, days=1, labels={})
@@ -122,18 +154,18 @@ async def test_a_key_fits_only_the_broker_as_it_is_now(accounts: Accounts, store
 async def test_a_key_grants_its_tenant_and_labels_as_often_as_it_says(
     accounts: Accounts, store: Store
 ) -> None:
-    _, key = await accounts.create_key(
+    name, key = await accounts.create_key(
         User("ann", "acme", "admin"), uses=2, days=1, labels={"site": "lab"}
     )
     for _ in range(2):
-        assert await use(store, key) == Enrolment("acme", {"site": "lab"})
+        assert await use(store, key) == Enrolment("acme", {"site": "lab"}, name)
     with pytest.raises(Problem) as told:
         await use(store, key)
     assert told.value.status == 403
     assert "good for 2" in told.value.detail
     assert "keys create" in told.value.hint
     # A machine that joined with it before, and asks again, is no further use.
-    assert await use(store, key, again=True) == Enrolment("acme", {"site": "lab"})
+    assert await use(store, key, again=True) == Enrolment("acme", {"site": "lab"}, name)
     assert (await accounts.list_keys("acme"))[0]["used"] == 2
 
 
@@ -157,7 +189,7 @@ async def test_a_key_that_is_over_or_revoked_or_of_nobody_lets_nobody_in(
 ) -> None:
     _, over = await accounts.create_key(ANN, uses=9, days=_AN_INSTANT_DAYS, labels={})
     name, revoked = await accounts.create_key(ANN, uses=9, days=1, labels={})
-    await accounts.revoke_key("default", name)
+    await accounts.revoke_key("default", name, by="ann")
     for key, words in ((over, "has expired"), (revoked, "was revoked")):
         for again in (False, True):
             with pytest.raises(Problem, match=words) as told:
@@ -171,7 +203,7 @@ async def test_a_key_that_is_over_or_revoked_or_of_nobody_lets_nobody_in(
 async def test_keys_are_the_tenants_own_business(accounts: Accounts, store: Store) -> None:
     name, key = await accounts.create_key(ANN, uses=1, days=1, labels={})
     with pytest.raises(Problem) as told:
-        await accounts.revoke_key("acme", name)
+        await accounts.revoke_key("acme", name, by="ann")
     assert told.value.status == 404
     assert await accounts.list_keys("acme") == []
     await use(store, key)

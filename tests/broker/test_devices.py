@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from fedml_broker import audit
 from fedml_broker.accounts import Accounts, User
 from fedml_broker.devices import (
     CapacityReport,
@@ -216,8 +217,8 @@ async def test_all_that_joined_is_there_after_a_restart(registry: Registry) -> N
     one = await registry.join(machine(name="one"))
     two = await registry.join(machine(name="two"))
     three = await registry.join(machine(name="three"))
-    await registry.devices.revoke("acme", two.device)
-    await registry.devices.drain("acme", three.device, on=True)
+    await registry.devices.revoke("acme", two.device, by="ann")
+    await registry.devices.drain("acme", three.device, on=True, by="ann")
     registry.restart()
     await registry.devices.load()
     assert registry.devices.known(one)
@@ -309,7 +310,7 @@ async def test_challenges_take_a_bounded_amount_of_memory(registry: Registry) ->
 async def test_who_was_revoked_stays_out_whatever_it_or_anybody_tries(registry: Registry) -> None:
     who = machine()
     address = await registry.join(who)
-    assert await registry.devices.revoke("acme", "node") == address
+    assert await registry.devices.revoke("acme", "node", by="ann") == address
     secret = await registry.secret()
 
     nonce = registry.devices.challenge()
@@ -317,13 +318,13 @@ async def test_who_was_revoked_stays_out_whatever_it_or_anybody_tries(registry: 
         registry.join(who, secret),
         registry.devices.recover(who.recovery(address, nonce)),
         registry.devices.hello(address, INVENTORY, "1.0"),
-        registry.devices.drain("acme", "node", on=False),
-        registry.devices.drain("acme", "node", on=True),
+        registry.devices.drain("acme", "node", on=False, by="ann"),
+        registry.devices.drain("acme", "node", on=True, by="ann"),
     ):
         with pytest.raises(Problem) as told:
             await attempt
         assert told.value.status in (403, 409)
-    await registry.devices.label("acme", "node", {"a": "b"}, [])
+    await registry.devices.label("acme", "node", {"a": "b"}, [], by="ann")
 
     assert not registry.devices.known(address)
     assert (await registry.devices.show("acme", address.device))["status"] == "revoked"
@@ -335,7 +336,7 @@ async def test_who_was_revoked_stays_out_whatever_it_or_anybody_tries(registry: 
 async def test_who_was_removed_is_unknown_and_may_join_again(registry: Registry) -> None:
     who = machine()
     address = await registry.join(who)
-    await registry.devices.remove("acme", address.device)
+    await registry.devices.remove("acme", address.device, by="ann")
     assert not registry.devices.known(address)
     assert await registry.devices.everything("acme") == []
     with pytest.raises(Problem) as told:
@@ -349,7 +350,7 @@ async def test_a_machine_is_drained_and_taken_up_again(registry: Registry) -> No
     registry.fleet.heard(address.device, 1, Heartbeat(free_slots=2))
     found = registry.fleet.get(address.device)
     for on, status in ((True, "draining"), (False, "online")):
-        assert await registry.devices.drain("acme", "node", on=on) == address.device
+        assert await registry.devices.drain("acme", "node", on=on, by="ann") == address.device
         found = registry.fleet.get(address.device)
         assert found is not None
         assert found.draining is on
@@ -359,18 +360,20 @@ async def test_a_machine_is_drained_and_taken_up_again(registry: Registry) -> No
 async def test_labels_are_put_and_taken_by_id_or_name(registry: Registry) -> None:
     address = await registry.join(machine(), labels={"old": "1", "both": "2"})
     devices = registry.devices
-    assert await devices.label("acme", "node", {"new": "3", "both": "4"}, ["old"]) == {
+    assert await devices.label("acme", "node", {"new": "3", "both": "4"}, ["old"], by="ann") == {
         "both": "4",
         "new": "3",
     }
-    assert await devices.label("acme", address.device, {}, ["new", "never"]) == {"both": "4"}
+    assert await devices.label("acme", address.device, {}, ["new", "never"], by="ann") == {
+        "both": "4"
+    }
     found = registry.fleet.get(address.device)
     assert found is not None
     assert found.labels == {"both": "4"}
     with pytest.raises(Problem):
-        await devices.label("acme", "node", {"new": "two words"}, [])
+        await devices.label("acme", "node", {"new": "two words"}, [], by="ann")
     with pytest.raises(Problem) as told:
-        await devices.label("evil", address.device, {}, [])
+        await devices.label("evil", address.device, {}, [], by="ann")
     assert told.value.status == 404
 
 
@@ -402,3 +405,39 @@ async def test_a_silent_machine_is_offline_and_was_seen_when_it_was(registry: Re
     assert shown["last_seen_at"] > shown["enrolled_at"]
     await registry.devices.seen()
     assert (await registry.devices.show("acme", "node"))["last_seen_at"] == shown["last_seen_at"]
+
+
+# ---------------------------------------------------------------------- the audit
+
+
+async def test_whatever_is_done_with_a_machine_leaves_one_entry(registry: Registry) -> None:
+    who, devices = machine(), registry.devices
+    secret = await registry.secret(site="north")
+    address = await registry.join(who, secret)
+    await registry.join(who, secret)
+    await devices.recover(who.recovery(address, devices.challenge()))
+    for _ in range(2):  # what changes nothing leaves nothing
+        await devices.label("acme", "node", {"a": "b"}, ["site"], by="ann")
+        await devices.drain("acme", "node", on=True, by="ann")
+    await devices.drain("acme", "node", on=False, by="bob")
+    for _ in range(2):
+        await devices.revoke("acme", "node", by="ann")
+    with pytest.raises(Problem):
+        await devices.drain("acme", "node", on=True, by="ann")
+    await devices.remove("acme", "node", by="ann")
+    with pytest.raises(Problem):
+        await devices.remove("acme", "node", by="ann")
+    found = await registry.store.read(lambda tx: audit.entries(tx, action="device"))
+    itself = f"device/{address.device}"
+    assert [(e["actor"], e["action"]) for e in found[::-1]] == [
+        (itself, "device.enrol"),
+        (itself, "device.re-enrol"),
+        (itself, "device.recover"),
+        ("user/ann", "device.label"),
+        ("user/ann", "device.drain"),
+        ("user/bob", "device.undrain"),
+        ("user/ann", "device.revoke"),
+        ("user/ann", "device.remove"),
+    ]
+    assert {(e["tenant"], e["object"]) for e in found} == {("acme", address.device)}
+    assert found[-1]["details"]["labels"] == {"site": "north"}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedml_broker.match import GIB, Candidate, Capacity, Gpu, Wanted, choose, never, now
+from fedml_broker.match import GIB, Candidate, Capacity, Gpu, Wanted, choose, never, now, verdicts
 from fedml_protocol.tasks import Needs
 from tests.fakes.messages import LAW
 
@@ -41,14 +41,51 @@ JOB = Wanted(kind="launch")
         (Wanted(kind="launch", needs=Needs(gpu_memory_bytes=999 * GIB)), ""),  # of no GPU
         (Wanted(kind="launch", needs=Needs(cpus=8)), ""),
         (Wanted(kind="launch", needs=Needs(cpus=9)), "has 8 CPUs, 9 are asked for"),
-        (Wanted(kind="launch", needs=Needs(memory_bytes=33 * GIB)), "has 32.0 GiB of memory"),
-        (Wanted(kind="launch", needs=Needs(disk_bytes=101 * GIB)), "has 100.0 GiB of disk"),
+        (
+            Wanted(kind="launch", needs=Needs(memory_bytes=33 * GIB)),
+            "has 32.0 GiB of memory, 33.0 GiB are asked for",
+        ),
+        (
+            Wanted(kind="launch", needs=Needs(disk_bytes=101 * GIB)),
+            "has 100.0 GiB of disk, 101.0 GiB are asked for",
+        ),
     ],
 )
 def test_what_a_machine_can_never_do_is_said_in_its_own_numbers(
     wanted: Wanted, reason: str
 ) -> None:
     assert never(wanted, MACHINE) == reason
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        (Needs(gpus=1, gpu_model="T4"), ""),
+        (Needs(gpus=2, gpu_model="T4"), "has 1 × H100, 1 × T4: 1 of 2 are T4"),
+        (Needs(gpus=1, gpu_model="RTX-4090"), "has 1 × H100, 1 × T4: 0 of 1 are RTX-4090"),
+        (Needs(gpu_model="RTX-4090"), ""),  # of no GPU
+    ],
+)
+def test_gpus_of_another_model_are_named(needs: Needs, reason: str) -> None:
+    assert never(Wanted(kind="launch", needs=needs), MACHINE) == reason
+
+
+def test_a_busy_gpu_is_missed_by_its_model() -> None:
+    wanted = Wanted(kind="launch", needs=Needs(gpus=1, gpu_model="T4"))
+    busy = replace(MACHINE, busy=(Needs(gpus=1),))
+    assert now(wanted, busy) == "busy: 0 of 1 GPUs of the model T4 are free"
+    assert now(wanted, replace(MACHINE, busy=(Needs(gpus=1, gpu_model="H100"),))) == ""
+
+
+def test_the_verdicts_name_every_machine_and_tell_now_from_later_from_never() -> None:
+    away = replace(MACHINE, device="d-2", name="away", away="offline")
+    small = replace(MACHINE, device="d-3", name="small", capacity=replace(CAPACITY, cpus=1))
+    found = verdicts(Wanted(kind="launch", needs=Needs(cpus=2)), [small, MACHINE, away])
+    assert [(v.name, v.fits, v.why) for v in found] == [
+        ("away", "later", "offline"),
+        ("node-1", "now", ""),
+        ("small", "never", "has 1 CPUs, 2 are asked for"),
+    ]
 
 
 def test_a_machine_without_gpus_says_so() -> None:

@@ -223,7 +223,7 @@ async def test_a_run_that_is_removed_leaves_nothing(book: Book) -> None:
     await book.begin(0)
     await book.finish(0, state="s0")
     await book.store.write(lambda tx: tasks.insert(tx, [stage(1, 0)]))
-    idle = await book.store.write(lambda tx: runs.remove(tx, RUN))
+    idle = await book.store.write(lambda tx: runs.remove(tx, RUN, "ann"))
     assert len(idle) == 2
     assert await book.kept() == set()
     assert await book.load() == []

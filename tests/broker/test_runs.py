@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fedml_broker.accounts import DEFAULT_TENANT, User
+from fedml_broker.accounts import User
 from fedml_broker.api import Api, Call
 from fedml_broker.app import Broker, Settings
 from fedml_broker.federate import FederateRequest
@@ -17,6 +17,7 @@ from fedml_broker.fleet import Machine
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.match import Capacity
 from fedml_broker.problems import Problem
+from fedml_broker.tables import DEFAULT_TENANT
 from fedml_protocol.topics import Address
 
 RUN = "r-0123456789"

@@ -16,7 +16,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection
 
-from fedml_broker.store import Store, StoreUnavailable
+from fedml_broker import rounds
+from fedml_broker.store import Store, StoreUnavailable, _upgrade
 from fedml_broker.tables import metadata, settings
 
 
@@ -232,7 +233,8 @@ import asyncio, sys
 from pathlib import Path
 import sqlalchemy as sa
 from fedml_broker.problems import Problem
-from fedml_broker.store import Store, StoreUnavailable
+from fedml_broker import rounds
+from fedml_broker.store import Store, StoreUnavailable, _upgrade
 from fedml_broker.tables import settings
 
 def put(name, size):
@@ -344,6 +346,22 @@ def test_opening_again_keeps_what_is_there(tmp_path: Path) -> None:
         asyncio.run(store.write(put(f"s-{n}")))
         assert asyncio.run(names(store)) == [f"s-{i}" for i in range(n + 1)]
         store.close()
+
+
+def test_a_store_of_an_older_release_is_brought_up_to_date_with_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "broker.db"
+    engine = sa.create_engine(f"sqlite:///{path}")
+    _upgrade(engine, "0001")
+    with engine.begin() as tx:
+        tx.exec_driver_sql(
+            "INSERT INTO rounds (run, round, clients, metrics, started_at) "
+            "VALUES ('r-12345678', 3, '[0, 2]', '{}', 0)"
+        )
+    engine.dispose()
+    store = Store.open(path)
+    (found,) = asyncio.run(store.read(lambda tx: rounds.load(tx, "r-12345678")))
+    assert (found.number, found.clients, found.stage, found.done) == (3, (0, 2), 0, False)
+    store.close()
 
 
 def test_every_commit_waits_for_the_disk(tmp_path: Path) -> None:

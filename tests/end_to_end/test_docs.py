@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from fedml.jobfile import read_federated, read_job
+from fedml.jobfile import read_job
+from fedml.runfile import read_federated
 from tests.place import Place
 
 ROOT = Path(__file__).parents[2]
@@ -125,8 +126,12 @@ def test_the_job_file_of_the_page_is_one(tmp_path: Path) -> None:
 
 
 def test_launching_and_looking_as_the_page_says(env: dict[str, str], tmp_path: Path) -> None:
+    said = _bash(block("docs/launch.md", "--detach"), tmp_path, env)
+    assert said.startswith("hello from ")  # what `fedml launch init` has written
+    said = _bash(block("docs/launch.md", "--dry-run "), tmp_path, env)
+    assert said.startswith("MACHINE")
+    assert "hello from " in said
     (tmp_path / "job.yaml").write_text("job: echo hello\n")
-    assert _bash(block("docs/launch.md", "--detach"), tmp_path, env).startswith("hello\n")
     _bash(block("docs/launch.md", "fedml device list"), tmp_path, env)
     shown = subprocess.run(
         [sys.executable, "-c", block("docs/launch.md", "api.launch")],
@@ -251,6 +256,13 @@ def test_administration_as_the_page_says(place: Place, env: dict[str, str], tmp_
     backup = block("docs/broker.md", "fedml-broker backup").replace("/backup/", f"{tmp_path}/")
     _bash(backup, tmp_path, env)
     assert len(list(tmp_path.glob("fedml-*.tar.gz"))) == 1
+    audit = block("docs/broker.md", "fedml-broker audit list")
+    anchor = _bash("fedml-broker audit head", tmp_path, env).strip()
+    told = _bash(audit.replace("HASH", anchor), tmp_path, env)
+    assert "backup.create" in told
+    assert told.endswith("is the anchor: nothing up to it was changed or is missing\n")
+    _bash(block("docs/prometheus.md", "users create scraper"), tmp_path, env)
+    assert re.fullmatch("[0-9a-f]{48}\n", (tmp_path / "fedml-token").read_text())
     name = place.agent("ward-9", run=False).name
     script = block("docs/broker.md", "fedml-broker devices revoke").replace("ward-3", name)
     # A machine is revoked or removed; the page shows both.

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two tenants on one broker: neither sees, uses or administers what is the other's."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,8 +108,42 @@ def test_a_member_administers_nothing(tenants: Tenants) -> None:
     tenants.run(dave, "true")  # but may run
 
 
+def test_each_tenants_admins_read_their_own_audit(tenants: Tenants) -> None:
+    def told(client: Client, query: str = "") -> list[dict[str, Any]]:
+        entries = client.call("GET", f"/v1/audit?limit=1000{query}")["entries"]
+        assert {e["tenant"] for e in entries} == {client.call("GET", "/v1/whoami")["tenant"]}
+        return entries
+
+    acme, first = told(tenants.acme), told(tenants.place.client)
+    names = {name: tenants.place.agents[name].device for name in ("ours", "theirs")}
+    for entries, device in ((acme, names["theirs"]), (first, names["ours"])):
+        enrolled = [e["object"] for e in entries if e["action"] == "device.enrol"]
+        assert enrolled == [device]
+    assert ("user/admin", "user.create", "bob") in {
+        (e["actor"], e["action"], e["object"]) for e in acme
+    }
+    assert {e["actor"] for e in told(tenants.acme, "&user=bob")} == {"user/bob"}
+    newest = acme[0]["n"]
+    assert told(tenants.acme, f"&before={newest}")[0]["n"] == acme[1]["n"]
+
+
+def test_whom_the_broker_turns_away_is_in_the_audit_of_the_tenant(tenants: Tenants) -> None:
+    key = tenants.acme.call("POST", "/v1/keys", {})
+    tenants.acme.call("DELETE", f"/v1/keys/{key['id']}")
+    tenants.place.login_key = key["key"]
+    with pytest.raises(subprocess.CalledProcessError):
+        tenants.place.agent("late", run=False)
+    for client, wanted in ((tenants.acme, [key["id"]]), (tenants.place.client, [])):
+        found = client.call("GET", "/v1/audit?action=sign-in")["entries"]
+        assert [e["object"] for e in found if "revoked" in e["details"]["why"]] == wanted
+
+
 def test_nobody_is_let_in_without_a_token(tenants: Tenants) -> None:
     stranger = session.load(tenants.place.folder / "me")
     object.__setattr__(stranger, "token", "00" * 24)
     with pytest.raises(BrokerRefused, match=r"(?i)token"):
         Client(stranger).call("GET", "/v1/runs")
+    found = tenants.place.client.call("GET", "/v1/audit?action=sign-in&limit=1")["entries"]
+    assert found[0]["actor"] == "nobody"
+    assert found[0]["details"]["from"] == "127.0.0.1"
+    assert "00" * 24 not in str(found)

@@ -46,6 +46,18 @@ def test_a_job_is_launched_read_and_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("home")
+def test_a_job_can_be_looked_at_before_it_is_launched(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("job: echo\ncomputing: {resource_type: T4}\n")
+    before = [run.id for run in api.run_list()]
+    (machine,) = api.launch_look(tmp_path / "job.yaml")["machines"]
+    assert (machine["name"], machine["fits"]) == ("one", "never")
+    found = api.launch_look(tmp_path / "job.yaml", any_resource=True)
+    assert found["taken"] == machine["device"]
+    assert [run.id for run in api.run_list()] == before
+    assert api.launch(tmp_path / "job.yaml", any_resource=True).wait().state == "FINISHED"
+
+
+@pytest.mark.usefixtures("home")
 def test_a_run_can_be_stopped(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("job: echo begun; sleep 600\n")
     run = api.launch(tmp_path / "job.yaml")

@@ -55,8 +55,8 @@ def test_reading_a_run_file_of_ours_imports_no_numerics() -> None:
     code = """
 import sys
 from pathlib import Path
-from fedml import jobfile, launch
-jobfile.is_fedml(Path("run.yaml"))
+from fedml import launch, runfile
+runfile.is_fedml(Path("run.yaml"))
 print("numpy" in sys.modules or "torch" in sys.modules)
 """
     assert _python(code).splitlines()[-1] == "False"

@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job and run files: what they ask for, and what is said of a wrong one."""
+"""Job files: what they ask for, and what is said of a wrong one."""
 
-import json
+import math
+import re
+import warnings
 from pathlib import Path
 
 import pytest
 
 from fedml.errors import ConfigError
-from fedml.jobfile import read_federated, read_job, read_simulated
+from fedml.jobfile import EXAMPLE, GIB, read_job
 
 
 def _job(folder: Path, text: str) -> Path:
     file = folder / "job.yaml"
-    file.write_text(text)
-    return file
-
-
-def _run(folder: Path, text: str) -> Path:
-    (folder / "task.py").touch()
-    file = folder / "run.yaml"
     file.write_text(text)
     return file
 
@@ -43,7 +38,21 @@ def _run(folder: Path, text: str) -> Path:
         ("- job\n", "a mapping of keys is expected"),
         ("job: [\n", r"is not YAML: (.|\n)*line 2"),
         ("job: echo\nworkspace: nowhere\n", "workspace .*nowhere is not a directory"),
-        ("job: echo\njob_type: federate\n", "`job_type: federate` cannot be launched"),
+        ("job: echo\nrun: echo\n", "`run` says the same as `job`"),
+        ("job: echo\nresources: {}\ncomputing: {}\n", "`resources` says the same as `computing`"),
+        ("job: echo\nexpert_mode: {executable_file: a}\n", "says the same as `job`"),
+        ("expert_mode: {executable_interpreter: sh}\n", "no `expert_mode.executable_file`"),
+        ("run: echo\nnum_nodes: 2\n", "line 2: `num_nodes` is 2: a job runs on one machine"),
+        ("job: echo\njob_type: launch\n", "line 2: `job_type` must be one of train, "),
+        ("job: echo\ncomputing: {device_type: TPU}\n", "must be one of CPU, GPU, hybrid"),
+        ("job: echo\ncomputing: {memory: lots}\n", "`computing.memory` must be a size"),
+        ("job: echo\ncomputing: {cpus: 4x}\n", "`computing.cpus` must be a number"),
+        ("run: a\nresources: {accelerators: [T4, L4]}\n", "must name one kind of GPU"),
+        ("run: a\nresources: {accelerators: 'T4:half'}\n", "whole number of GPUs"),
+        ("job: a\ndata_args: 3\n", "line 2: `data_args` must be a mapping"),
+        ("job: a\ndata_args: {a-b: 1, a_b: 2}\n", "would both be the variable A_B"),
+        ("job: a\ndata_arg: {a: 1}\n", "line 2: .*`data_args`"),
+        ("job: echo\njob_type: federate\n", "line 2: `job_type` is 'federate', and cannot be"),
     ],
 )
 def test_a_wrong_job_file_is_told_where_and_what(tmp_path: Path, text: str, said: str) -> None:
@@ -103,72 +112,186 @@ computing:
         request, workspace = read_job(file)
     assert request["command"] == "python3 hello_world.py\n"
     assert request["bootstrap"] == "pip install -r requirements.txt"
-    assert request["needs"] == {"gpus": 1}
+    assert request["needs"] == {"gpus": 1, "gpu_model": "A100-80G"}
     assert workspace == tmp_path / "hello_world"
     said = [str(warning.message) for warning in caught]
     assert [text.split("`")[1] for text in said] == [
-        "job_subtype",
         "computing.maximum_cost_per_hour",
-        "computing.resource_type",
     ]
-    assert "line 4" in said[0]
+    assert "line 12" in said[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("app: task.py\nrounds: 2\n", "there is no `clients`"),
-        ("app: task.py\nrounds: 2\nclients: {labels: {}}\n", "there is no `clients.count`"),
-        ("app: task.py\nclients: {count: 2}\n", "there is no `rounds`"),
-        ("rounds: 2\nclients: {count: 2}\n", "there is no `app`"),
-        ("app: tusk.py\nrounds: 2\nclients: {count: 2}\n", "no tusk.py in the workspace"),
-        (
-            "app: task.py\nrounds: 2\nclients:\n  count: 2\n  per_rond: 1\n",
-            r"line 5: unknown key `clients.per_rond`; did you mean `per_round`\?",
-        ),
-        (
-            "app: task.py\nrounds: 2\nclients: {count: 2}\nevaluate: {central: 1}\n",
-            "line 4: `evaluate.central` must be true or false",
-        ),
-        (
-            "app: task.py\nrounds: 2\nclients: {count: 2}\nconfig: {day: 2026-01-31}\n",
-            "line 4: `config` holds what JSON cannot say",
-        ),
-        (
-            "app: task.py\nrounds: 2\nclients: {count: 2}\nconfig: {lr: .nan}\n",
-            "line 4: `config` holds what JSON cannot say",
-        ),
-    ],
-)
-def test_a_wrong_run_file_is_told_where_and_what(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=r"run\.yaml") as caught:
-        read_federated(_run(tmp_path, text))
-    assert caught.match(said)
-
-
-def test_a_run_file_asks_for_what_it_says(tmp_path: Path) -> None:
-    text = (
-        "app: task.py\nrounds: 3\nclients: &who {count: 2, over_select: 0.5}\n"
-        "config: {lr: 0.1, layers: [3, 4]}\n"
-    )
-    request, workspace = read_federated(_run(tmp_path, text))
+def test_what_the_example_names_may_all_be_switched_on(tmp_path: Path) -> None:
+    request, workspace = read_job(_job(tmp_path, re.sub(r"(?m)^#(?! \S)", "", EXAMPLE)))
+    assert request["needs"] == {
+        "gpus": 1,
+        "gpu_model": "RTX-4090",
+        "gpu_memory_bytes": 20 * GIB,
+        "cpus": 1,
+        "memory_bytes": GIB // 4,
+        "disk_bytes": math.ceil(0.1 * GIB),
+    }
+    assert request["env"] == {"SEED": "7", "FEDML_ENV_TRAINING_PARAMS_EPOCHS": "3"}
     assert workspace == tmp_path
-    assert json.loads(request.pop("config")) == {"lr": 0.1, "layers": [3, 4]}
-    assert request == {
-        "app": "task.py",
-        "name": "run",
-        "rounds": 3,
-        "clients": {"count": 2, "over_select": 0.5},
-        "algorithm_config": "{}",
+    bare, none = read_job(_job(tmp_path, EXAMPLE))
+    assert (bare["needs"], bare["env"], none) == ({"gpus": 0}, {}, None)
+
+
+def test_free_sections_become_variables_whatever_they_hold(tmp_path: Path) -> None:
+    text = """
+job: echo
+data_args: {dataset: mnist, download: yes, part-file: 007, none: }
+training_params:
+  lr: 1e-3
+  optimizer: {name: sgd, betas: [0.9, 0.99]}
+my_own_args: {a: b}
+environment_variables: {FEDML_ENV_MY_OWN_ARGS_A: mine}
+"""
+    request, _ = read_job(_job(tmp_path, text))
+    assert request["env"] == {
+        "FEDML_ENV_DATA_ARGS_DATASET": "mnist",
+        "FEDML_ENV_DATA_ARGS_DOWNLOAD": "yes",
+        "FEDML_ENV_DATA_ARGS_PART_FILE": "007",
+        "FEDML_ENV_DATA_ARGS_NONE": "",
+        "FEDML_ENV_TRAINING_PARAMS_LR": "1e-3",
+        "FEDML_ENV_TRAINING_PARAMS_OPTIMIZER_NAME": "sgd",
+        "FEDML_ENV_TRAINING_PARAMS_OPTIMIZER_BETAS": "[0.9, 0.99]",
+        "FEDML_ENV_MY_OWN_ARGS_A": "mine",
     }
 
 
-def test_a_number_in_powers_of_ten_is_a_number(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(
-        "app: app.py\nrounds: 1\nconfig: {lr: 1e-3, name: e5}\n"
-        "treatment: {privacy: {noise_multiplier: 1, delta: 1e-6}}\nclients: {count: 1}\n"
+@pytest.mark.parametrize(
+    ("computing", "needs", "optional", "unused"),
+    [
+        ("{minimum_num_gpus: 2}", {"gpus": 2}, False, []),
+        ("{resource_type: T4}", {"gpus": 1, "gpu_model": "T4"}, False, []),
+        ("{device_type: GPU}", {"gpus": 1}, False, []),
+        ("{device_type: gpu, minimum_num_gpus: 0}", {"gpus": 1}, False, []),
+        ("{device_type: CPU}", {"gpus": 0}, False, []),
+        ("{device_type: , resource_type: , minimum_num_gpus: 0}", {"gpus": 0}, False, []),
+        ("{minimum_num_gpus: 0, resource_type: T4}", {"gpus": 0}, False, ["resource_type"]),
+        (
+            "{device_type: CPU, minimum_num_gpus: 1, resource_type: T4}",
+            {"gpus": 0},
+            False,
+            ["minimum_num_gpus", "resource_type"],
+        ),
+        ("{device_type: hybrid, minimum_num_gpus: 2}", {"gpus": 2}, True, []),
+        ("{device_type: hybrid}", {"gpus": 1}, True, []),
+        ("{cpus: 4+, memory: 512MB}", {"gpus": 0, "cpus": 4, "memory_bytes": 512_000_000}, 0, []),
+        (
+            "{memory: 1.5GiB, disk: 2TB}",
+            {"gpus": 0, "memory_bytes": 3 * GIB // 2, "disk_bytes": 2 * 10**12},
+            0,
+            [],
+        ),
+    ],
+)
+def test_what_computing_asks_of_a_machine(
+    tmp_path: Path, computing: str, needs: dict[str, object], optional: bool, unused: list[str]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        request, _ = read_job(_job(tmp_path, f"job: echo\ncomputing: {computing}\n"))
+    assert request["needs"] == needs
+    assert request.get("gpus_optional", False) == optional
+    said = [str(warning.message).split("`")[1] for warning in caught]
+    assert said == [f"computing.{name}" for name in unused]
+
+
+def test_any_resource_takes_gpus_of_any_model_and_does_without(tmp_path: Path) -> None:
+    text = "job: echo\ncomputing: {minimum_num_gpus: 2, resource_type: RTX-4090, cpus: 3}\n"
+    request, _ = read_job(_job(tmp_path, text), any_resource=True)
+    assert request["needs"] == {"gpus": 2, "cpus": 3}
+    assert request["gpus_optional"] is True
+
+
+def test_skypilots_names_mean_the_same(tmp_path: Path) -> None:
+    text = """
+name: sky
+workdir: .
+num_nodes: 1
+resources: {accelerators: "A100:2", cpus: 4+, memory: 16+, disk_size: 100, use_spot: false}
+envs: {A: 1}
+setup: echo ready
+run: echo go
+"""
+    request, workspace = read_job(_job(tmp_path, text))
+    assert workspace == tmp_path
+    assert (request["name"], request["bootstrap"], request["command"]) == (
+        "sky",
+        "echo ready",
+        "echo go",
     )
-    found, _ = read_simulated(file)
-    assert json.loads(found["config"]) == {"lr": 0.001, "name": "e5"}
-    assert json.loads(found["treatment"])["privacy"]["delta"] == 1e-6
+    assert request["env"] == {"A": "1"}
+    assert request["needs"] == {
+        "gpus": 2,
+        "gpu_model": "A100",
+        "cpus": 4,
+        "memory_bytes": 16 * GIB,
+        "disk_bytes": 100 * GIB,
+    }
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "model", "count"),
+    [("A100", "A100", 1), ("{T4: 4}", "T4", 4), ("T4:8", "T4", 8)],
+)
+def test_accelerators_in_each_of_their_forms(
+    tmp_path: Path, accelerators: str, model: str, count: int
+) -> None:
+    text = f"run: echo\nresources:\n  accelerators: {accelerators}\n"
+    request, _ = read_job(_job(tmp_path, text))
+    assert (request["needs"]["gpu_model"], request["needs"]["gpus"]) == (model, count)
+
+
+def test_expert_mode_is_the_command_that_it_stands_for(tmp_path: Path) -> None:
+    text = """
+expert_mode:
+  executable_interpreter: python3
+  executable_file_folder: my src
+  executable_file: train.py
+  executable_conf_option: --cf
+  executable_conf_file_folder: config
+  executable_conf_file: fedml_config.yaml
+  executable_args: --rank 0 --role client
+  data_location: /data/mnist
+  bootstrap: echo ready
+"""
+    request, workspace = read_job(_job(tmp_path, text))
+    assert request["command"] == (
+        "python3 'my src/train.py' --cf config/fedml_config.yaml --rank 0 --role client"
+    )
+    assert request["bootstrap"] == "echo ready"
+    assert request["env"] == {"FEDML_ENV_EXPERT_MODE_DATA_LOCATION": "/data/mnist"}
+    assert workspace == tmp_path
+    request, _ = read_job(_job(tmp_path, "expert_mode: {executable_file: go.sh}\n"))
+    assert request["command"] == "./go.sh"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("job: echo\ncontainerize: true\n", "containerize"),
+        ("job: echo\njob_subtype: cross_cloud_training\n", "job_subtype"),
+        ("run: echo\nresources: {use_spot: true}\n", "resources.use_spot"),
+        ("run: echo\nresources: {cloud: aws}\n", "resources.cloud"),
+        (
+            "job: echo\ncomputing: {allow_cross_cloud_resources: true}\n",
+            "computing.allow_cross_cloud_resources",
+        ),
+    ],
+)
+def test_a_switch_that_changes_nothing_here_is_named(tmp_path: Path, text: str, key: str) -> None:
+    with pytest.warns(UserWarning, match=f"`{key}` has no effect: "):
+        read_job(_job(tmp_path, text))
+
+
+def test_switches_that_are_off_are_not_spoken_of(tmp_path: Path) -> None:
+    read_job(
+        _job(
+            tmp_path,
+            "job: echo\ncontainerize: false\njob_type:\njob_subtype: general_training\n"
+            "computing: {allow_cross_cloud_resources: false}\n",
+        )
+    )

@@ -15,10 +15,19 @@ import click
 from fedml_broker.cli.client import CommandFailed
 
 # What the extra brings; without it the agent's package is there and this command cannot work.
-_BROUGHT = ("aiohttp", "alembic", "msgspec", "mqtt5", "numpy", "safetensors", "sqlalchemy")
+_BROUGHT = (
+    "aiohttp",
+    "alembic",
+    "msgspec",
+    "mqtt5",
+    "numpy",
+    "prometheus_client",
+    "safetensors",
+    "sqlalchemy",
+)
 
 # Verb -> module. A command is imported when it is used.
-_VERBS = ("up", "status", "keys", "devices", "runs", "users", "backup", "doctor")
+_VERBS = ("up", "status", "keys", "devices", "runs", "users", "audit", "backup", "doctor")
 
 
 class _Verbs(click.Group):

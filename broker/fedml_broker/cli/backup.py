@@ -6,11 +6,16 @@ import os
 import sqlite3
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import sqlalchemy as sa
+from sqlalchemy import Connection, event
 
+from fedml_broker import audit, tables
 from fedml_broker.cli.client import CommandFailed, home_option
+from fedml_broker.store import configure
 
 
 @click.command()
@@ -34,21 +39,54 @@ def backup(file: Path, blobs: bool, home: Path) -> None:
         raise CommandFailed(f"there is no broker in {home}")
     if file.exists():
         raise CommandFailed(f"{file} exists already", "choose another name, or delete it")
+    part = file.with_name(f".{file.name}.part")
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            copy = Path(folder) / "broker.db"
-            with (
-                contextlib.closing(sqlite3.connect(store)) as source,
-                contextlib.closing(sqlite3.connect(copy)) as target,
-            ):
-                source.backup(target)
-            number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(number, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz") as archive:
-                archive.add(copy, "broker/broker.db")
-                for name in ("identity", "admin.key", "logs", *(("blobs",) if blobs else ())):
-                    if (home / name).exists():
-                        archive.add(home / name, f"broker/{name}")
-    except (OSError, sqlite3.Error) as error:
-        file.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)  # of a backup that was killed
+        _archive(home, part, blobs)
+        with _writing(store) as tx:
+            _note(tx, file, part.stat().st_size, blobs)
+        # Last, so that under its own name there is no backup that the audit does not know.
+        part.rename(file)
+    except (OSError, sqlite3.Error, sa.exc.DatabaseError) as error:
+        part.unlink(missing_ok=True)
         raise CommandFailed(f"the backup failed: {error}") from error
     click.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB", err=True)
+
+
+def _archive(home: Path, part: Path, blobs: bool) -> None:
+    with tempfile.TemporaryDirectory(dir=part.parent) as folder:
+        copy = Path(folder) / "broker.db"
+        with (
+            contextlib.closing(sqlite3.connect(home / "broker.db")) as source,
+            contextlib.closing(sqlite3.connect(copy)) as target,
+        ):
+            source.backup(target)
+        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(number, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz") as archive:
+            archive.add(copy, "broker/broker.db")
+            for name in ("identity", "admin.key", "logs", *(("blobs",) if blobs else ())):
+                if (home / name).exists():
+                    archive.add(home / name, f"broker/{name}")
+
+
+def _note(tx: Connection, file: Path, size: int, blobs: bool) -> None:
+    if not sa.inspect(tx).has_table(tables.audit.name):
+        click.echo("the store is older than the audit: this backup is not noted there", err=True)
+        return
+    facts: dict[str, audit.Detail] = {"bytes": size, "blobs": blobs}
+    facts["uid"] = os.getuid()  # containers have users without a name
+    thing = str(file.absolute())
+    audit.note(tx, tables.DEFAULT_TENANT, audit.CLI, "backup.create", thing, **facts)
+
+
+@contextlib.contextmanager
+def _writing(store: Path) -> Iterator[Connection]:
+    """One transaction beside the running broker, which waits for us as we wait for it."""
+    engine = sa.create_engine(f"sqlite:///{store}", connect_args={"timeout": 30})
+    event.listen(engine, "connect", configure)
+    event.listen(engine, "begin", lambda tx: tx.exec_driver_sql("BEGIN IMMEDIATE"))
+    try:
+        with engine.begin() as tx:
+            yield tx
+    finally:
+        engine.dispose()

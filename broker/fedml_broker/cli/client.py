@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from urllib3.exceptions import HTTPError
 
 from fedml_protocol.errors import BadKey
 from fedml_protocol.keys import Scope, parse_login_key
+
+_UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,3 +103,11 @@ def parse_labels(given: Sequence[str]) -> dict[str, str]:
             raise click.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--label")
         found[name] = value
     return found
+
+
+def parse_age(text: str, option: str) -> float:
+    """Seconds in ``30d``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text.strip())
+    if match is None:
+        raise CommandFailed(f"{option} takes 12h, 30d or 8w, not {text!r}", exit_code=2)
+    return float(match[1]) * _UNITS[match[2]]

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fedml-broker runs list|show|stop|remove`."""
 
-import re
 import time
 from pathlib import Path
 
 import click
 
-from fedml_broker.cli.client import Client, CommandFailed, home_option, json_option
+from fedml_broker.cli.client import Client, home_option, json_option, parse_age
 from fedml_broker.cli.tables import Columns, Row, print_list, print_thing, when
 
-_UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 _TASKS_SHOWN = 20
 _PAGE = 1000
 
@@ -92,7 +90,9 @@ def remove(run: tuple[str, ...], older_than: str | None, yes: bool, home: Path) 
     """
     if bool(run) == bool(older_than):
         raise click.UsageError("name runs, or --older-than, one of the two")
-    before = None if older_than is None else int(time.time() - _age(older_than))
+    before = (
+        None if older_than is None else int(time.time() - parse_age(older_than, "--older-than"))
+    )
     client = Client(home)
     if before is not None:
         first = _ended_before(client, before)
@@ -112,11 +112,3 @@ def remove(run: tuple[str, ...], older_than: str | None, yes: bool, home: Path) 
 def _ended_before(client: Client, moment: int) -> list[str]:
     found = client.call("GET", f"/v1/runs?ended_before={moment}&limit={_PAGE}")["runs"]
     return [row["id"] for row in found]
-
-
-def _age(text: str) -> float:
-    """Seconds in ``30d``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text.strip())
-    if match is None:
-        raise CommandFailed(f"--older-than takes 12h, 30d or 8w, not {text!r}", exit_code=2)
-    return float(match[1]) * _UNITS[match[2]]

@@ -13,11 +13,13 @@ from pathlib import Path
 import click
 import sqlalchemy as sa
 
-from fedml_broker.accounts import DEFAULT_TENANT, User
+from fedml_broker.accounts import User
 from fedml_broker.app import HTTPS_PORT, MQTTS_PORT, Broker, PortInUse, Settings
+from fedml_broker.audit import CLI
 from fedml_broker.cli.client import CommandFailed, home_option, json_option
 from fedml_broker.dispatch import Timing
 from fedml_broker.identity import IdentityUnusable
+from fedml_broker.tables import DEFAULT_TENANT
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -131,10 +133,10 @@ async def _first_keys(broker: Broker) -> str | None:
     known = admin_file.read_text() if admin_file.exists() else ""
     first = not await broker.accounts.list_users(DEFAULT_TENANT)
     if first:
-        await broker.accounts.create_user("admin", "admin")
+        await broker.accounts.create_user("admin", "admin", by=CLI)
     if broker.accounts.still_fits(known):
         return None
-    token = await broker.accounts.create_token("admin")
+    token = await broker.accounts.create_token("admin", by=CLI)
     number = os.open(admin_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(number, "w") as file:
         file.write(token)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The admin's commands against a running broker: what they print, and what they change."""
 
+import contextlib
 import json
 import os
 import socket
+import sqlite3
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,7 +187,7 @@ def test_only_an_admin_may_remove(place: Place) -> None:
     token = _broker(place, "users", "token", "lee").stdout
     lee = Client(session.login(place.folder / "lee", token))
     assert lee.call("GET", f"/v1/runs/{run}")["id"] == run
-    with pytest.raises(BrokerRefused, match="only an admin may do this"):
+    with pytest.raises(BrokerRefused, match="needs the role admin"):
         lee.call("DELETE", f"/v1/runs/{run}")
 
 
@@ -219,3 +222,83 @@ def test_a_home_without_a_broker_says_so(tmp_path: Path) -> None:
     assert done.returncode == 5
     assert "there is no broker in" in done.stderr
     assert "try: `fedml-broker up`" in done.stderr
+
+
+def test_users_have_roles(place: Place) -> None:
+    said = _broker(place, "users", "create", "visitor", "--role", "viewer").stderr
+    assert "visitor is a viewer" in said
+    _broker(place, "users", "role", "visitor", "member")
+    roles = {user["name"]: user["role"] for user in _json(place, "users", "list")}
+    assert roles["visitor"] == "member"
+    told = _broker(place, "users", "role", "admin", "viewer", code=6)
+    assert "a tenant needs an admin" in told.stderr
+    both = ("users", "create", "both", "--admin", "--role", "viewer")
+    assert "two different roles" in _broker(place, *both, code=2).stderr
+
+
+def test_the_audit_tells_who_did_what_and_is_verified(place: Place) -> None:
+    _broker(place, "devices", "label", "one", "audited=1")
+    _broker(place, "devices", "label", "one", "audited-")
+    listed = _json(place, "audit", "list", "--user", "admin", "--action", "device", "--since", "1h")
+    assert [e["details"]["remove"] for e in listed[:2]] == [["audited"], []]
+    head, *lines = _broker(place, "audit", "list", "--limit", "2").stdout.splitlines()
+    assert head.split() == ["N", "WHEN", "TENANT", "WHO", "WHAT", "TO", "DETAILS"]
+    assert len(lines) == 2
+    assert "user/admin" in lines[0]
+    anchor = _broker(place, "audit", "head").stdout.strip()
+    assert _json(place, "audit", "head") == {"n": listed[0]["n"], "hash": anchor}
+    _broker(place, "users", "create", "late")
+    assert f"entry {listed[0]['n']} is the anchor" in (
+        _broker(place, "audit", "verify", "--anchor", anchor).stdout
+    )
+    assert "--since takes" in _broker(place, "audit", "list", "--since", "x", code=2).stderr
+    assert "64 digits" in _broker(place, "audit", "verify", "--anchor", "x", code=2).stderr
+    assert "none of them has" in (
+        _broker(place, "audit", "verify", "--anchor", "ab" * 32, code=1).stderr
+    )
+
+
+def test_a_backup_is_in_the_audit_and_holds_it(place: Place, tmp_path: Path) -> None:
+    file = tmp_path / "b.tar.gz"
+    before = _json(place, "audit", "head")
+    _broker(place, "backup", str(file), "--no-blobs")
+    assert [p.name for p in tmp_path.iterdir()] == ["b.tar.gz"]
+    (entry,) = _json(place, "audit", "list", "--action", "backup", "--limit", "1")
+    assert (entry["actor"], entry["object"]) == ("cli", str(file))
+    assert entry["details"]["bytes"] == file.stat().st_size
+    with tarfile.open(file) as archive:
+        archive.extractall(tmp_path / "home", filter="data")
+    other = {"FEDML_HOME": str(tmp_path / "home")}
+    words = ("audit", "verify", "--anchor", before["hash"])
+    told = subprocess.run(
+        command("fedml_broker", *words), env={**os.environ, **other}, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+
+
+def test_a_changed_and_a_shortened_audit_are_found(place: Place, tmp_path: Path) -> None:
+    for n in range(3):
+        _broker(place, "devices", "label", "one", f"again={n}")
+    anchor = _json(place, "audit", "head")
+    home = tmp_path / "broker"
+    home.mkdir()
+    with (
+        contextlib.closing(sqlite3.connect(place.home / "broker" / "broker.db")) as source,
+        contextlib.closing(sqlite3.connect(home / "broker.db")) as copy,
+    ):
+        source.backup(copy)
+        _broker(place, "audit", "verify", "--anchor", anchor["hash"], "--home", str(tmp_path))
+        copy.execute("DELETE FROM audit WHERE n = ?", (anchor["n"],))
+        copy.commit()
+        _broker(place, "audit", "verify", "--home", str(tmp_path))  # nobody can see this …
+        words = ("--anchor", anchor["hash"], "--home", str(tmp_path))
+        told = _broker(place, "audit", "verify", *words, code=1)  # … but who has kept a hash
+        assert "cut off" in told.stderr
+        copy.execute("UPDATE audit SET actor = 'user/eve' WHERE n = 2")
+        copy.commit()
+        told = _broker(place, "audit", "verify", "--home", str(tmp_path), code=1)
+        assert "entry 2: its hash does not fit" in told.stderr
+        copy.execute("DROP TABLE audit")
+        copy.commit()
+        told = _broker(place, "audit", "list", "--home", str(tmp_path), code=1)
+        assert "older than the audit" in told.stderr

@@ -43,6 +43,7 @@ def _complete(line: str) -> list[str]:
         ("fedml la", ["launch"]),
         ("fedml run st", ["status", "stop"]),
         ("fedml launch --det", ["--detach"]),
+        ("fedml launch init --he", ["--help"]),
         ("fedml completion z", ["zsh"]),
         ("fedml-agent log", ["login", "logout"]),
         ("fedml-broker keys cr", ["create"]),
@@ -50,6 +51,18 @@ def _complete(line: str) -> list[str]:
 )
 def test_bash_completes_all_three_commands(line: str, found: list[str]) -> None:
     assert _complete(line) == found
+
+
+def test_after_launch_come_files_and_verbs() -> None:
+    """Asked as the script asks; bash takes files only from within a real completion."""
+    asked = {"_FEDML_COMPLETE": "bash_complete", "COMP_WORDS": "fedml launch in", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "fedml"],
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["plain,init", "file,in"]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

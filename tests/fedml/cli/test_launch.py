@@ -90,7 +90,56 @@ def test_what_has_no_effect_is_a_warning_for_people(fedml: "Fedml") -> None:
     job = fedml.file("job.yaml", "job: echo\ndocker: {image: x}\n")
     said = fedml("launch", job).stderr
     assert f"warning: {job}, line 2: `docker` has no effect" in said
-    assert "jobfile.py" not in said
+    assert "file.py" not in said
+
+
+def test_the_first_file_is_written_runs_and_is_never_replaced(fedml: "Fedml") -> None:
+    assert "fedml launch job.yaml" in fedml("launch", "init").stderr
+    assert fedml("launch", "job.yaml").stdout.startswith("hello from ")
+    fedml.file("job.yaml", "job: echo mine\n")
+    assert "job.yaml exists already" in fedml("launch", "init", code=2).stderr
+    assert fedml("launch", "job.yaml").stdout == "mine\n"
+    fedml("launch", "init", "other.yaml")
+    assert (fedml.folder / "other.yaml").read_text().startswith("# A job")
+
+
+def test_a_file_called_as_a_verb_can_be_launched(fedml: "Fedml") -> None:
+    fedml.file("init", "job: echo a file\n")
+    assert fedml("launch", "--follow", "./init").stdout == "a file\n"
+
+
+def test_a_dry_run_tells_of_each_machine_and_starts_nothing(fedml: "Fedml") -> None:
+    fedml.file("src/main.sh", "echo\n")
+    job = fedml.file("job.yaml", "workspace: src\njob: echo\ncomputing: {cpus: 1, memory: 0.01}\n")
+    before = fedml("run", "list", "--json").stdout
+    done = fedml("launch", job, "--dry-run")
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert lines[0] == ["MACHINE", "FITS", "WHY"]
+    assert {line[0]: line[1] for line in lines[1:]} == {"one": "now", "two": "now"}
+    assert [line[2] for line in lines[1:]].count("it would run here") == 1
+    assert "no GPU, 1 CPUs, 10.7 MB of memory" in done.stderr
+    told = json.loads(fedml("launch", job, "--dry-run", "--json").stdout)
+    assert told["taken"] in [m["device"] for m in told["machines"]]
+    assert fedml("run", "list", "--json").stdout == before
+
+
+def test_a_dry_run_of_what_nobody_can_do_says_why_and_ends_with_6(fedml: "Fedml") -> None:
+    job = fedml.file("job.yaml", "job: echo\ncomputing: {resource_type: RTX-4090}\n")
+    done = fedml("launch", job, "--dry-run", code=6)
+    assert "one      never  has no GPU, 1 are asked for" in done.stdout
+    assert "it asks for 1 × RTX-4090" in done.stderr
+    assert "--any-resource" in done.stderr
+    assert "--any-resource" in fedml("launch", job, code=6).stderr
+    told = json.loads(fedml("launch", job, "--dry-run", "--any-resource", "--json").stdout)
+    assert told["needs"]["gpus"] == 0
+    assert fedml("launch", job, "--any-resource").returncode == 0
+
+
+def test_a_dry_run_of_a_wrong_workspace_ends_like_the_run_would(fedml: "Fedml") -> None:
+    (fedml.folder / "src").mkdir()
+    (fedml.folder / "src" / "out").symlink_to("/etc")
+    job = fedml.file("job.yaml", "workspace: src\njob: echo\n")
+    assert "leads out of the workspace" in fedml("launch", job, "--dry-run", code=2).stderr
 
 
 def test_without_a_terminal_ctrl_c_leaves_the_run_and_says_how_to_find_it(fedml: "Fedml") -> None:

@@ -156,6 +156,24 @@ def test_levelling_keeps_sizes_closer() -> None:
     assert spread(True) < spread(False)
 
 
+@pytest.mark.parametrize("seed", [1, 42])
+def test_the_levelled_split_draws_what_niid_bench_draws(seed: int) -> None:
+    # Li et al. 2022: class after class, shuffle, draw shares, none for who holds an even part.
+    kinds, count, alpha = np.random.default_rng(0).integers(0, 10, 5000), 10, 0.5
+    rng = np.random.default_rng(seed)
+    held: list[list[int]] = [[] for _ in range(count)]
+    for kind in range(10):
+        rows = np.flatnonzero(kinds == kind)
+        rng.shuffle(rows)
+        shares = rng.dirichlet([alpha] * count)
+        shares[[len(own) >= len(kinds) / count for own in held]] = 0
+        ends = (np.cumsum(shares / shares.sum()) * len(rows)).astype(int)
+        for own, piece in zip(held, np.split(rows, ends[:-1]), strict=True):
+            own.extend(piece.tolist())
+    expected = tuple(np.sort(own) for own in held)
+    assert same(partition.dirichlet(kinds, count, alpha, seed=seed), expected)
+
+
 def test_a_vanishing_alpha_still_gives_everybody_something() -> None:
     y = np.repeat(np.arange(3), 100)
     check(partition.dirichlet(y, 30, 1e-300), 300, 30)

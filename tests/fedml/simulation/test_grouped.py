@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedml import jobfile
+from fedml import runfile
 from fedml.errors import ConfigError
 from fedml.federate import cohort
 from fedml.federate.aggregate import combine
@@ -114,10 +114,10 @@ def test_groups_with_rounds_of_their_own_are_not_deployed_yet(tmp_path: Path) ->
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(asked))
     with pytest.raises(ConfigError, match=r"`groups.rounds` is 2: on agents"):
-        jobfile.read_federated(file)
+        runfile.read_federated(file)
     asked["groups"] = {"count": 3, "algorithm_config": {"server_lr": 1.0}}
     file.write_text(json.dumps(asked))
-    assert json.loads(jobfile.read_federated(file)[0]["groups"]) == asked["groups"]
+    assert json.loads(runfile.read_federated(file)[0]["groups"]) == asked["groups"]
 
 
 @pytest.mark.parametrize("part", ["topk", "privacy"])

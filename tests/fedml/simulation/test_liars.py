@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedml import jobfile
+from fedml import runfile
 from fedml.data.dataset import Dataset, Examples
 from fedml.errors import ConfigError
 from fedml.federate import cohort
@@ -292,4 +292,4 @@ def test_labels_that_cannot_be_found_name_the_client(tmp_path: Path) -> None:
 def test_agents_never_hear_of_an_attack(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(plan(tmp_path, FLIP)))
-    assert "attack" not in json.dumps(jobfile.read_federated(file)[0])
+    assert "attack" not in json.dumps(runfile.read_federated(file)[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedml import jobfile
+from fedml import runfile
 from fedml.errors import ConfigError, RunFailed
 from fedml.simulation import ClientFailed, Simulation, simulate
 from fedml.simulation.plan import read
@@ -97,7 +97,7 @@ def test_a_run_file_for_both_keeps_what_is_of_simulations_from_the_broker(tmp_pa
     asked = plan(tmp_path, simulation={"engine": "exact", "devices": {"latency_s": 2}})
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(asked))
-    assert "simulation" not in jobfile.read_federated(file)[0]
+    assert "simulation" not in runfile.read_federated(file)[0]
     found = read(file)
     assert found.engine == "exact"
     assert found.devices is not None

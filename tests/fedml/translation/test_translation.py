@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fedml import data, jobfile, translation
+from fedml import data, runfile, translation
 from fedml.errors import ConfigError, DataUnavailable
 from fedml.federate.algorithm import create
 from fedml.federate.treatment import Treatment
@@ -467,7 +467,7 @@ def test_a_translation_is_a_run_file_that_is_accepted(tmp_path: Path) -> None:
     found = _translated(TYPICAL_ON_CLOTHES, deployed=True).run
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(found))
-    request, workspace = jobfile.read_federated(file)
+    request, workspace = runfile.read_federated(file)
     assert json.loads(request["config"])["local_test"] is True
     assert {path.name for path in workspace.glob("*.py")} == {
         "__init__.py",

@@ -132,6 +132,13 @@ _ORDERS: Mapping[str, _What] = {
     "tail": Tail(task=TASK, on=True),
     "resync": Resync(),
     "close_session": CloseSession(session="r-42"),
+    "offer-gpu_model": Offer(
+        task=TASK,
+        epoch=1,
+        run="r-42",
+        spec=LaunchSpec(command="nvidia-smi"),
+        needs=Needs(gpus=2, gpu_model="A100-80G"),
+    ),
 }
 
 _BODIES: Mapping[str, Body] = {

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run files: what a federated run, deployed or simulated, is to be.
+
+The tables below are the format: each key with what its value must be.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedml.errors import ConfigError
+from fedml.yamlfile import Loader, Reader, as_json, flag, number, text, texts, whole, workspace_of
+
+_FEDERATED: dict[str, Any] = {
+    "app": text,
+    "workspace": text,
+    "name": text,
+    "algorithm": text,
+    "algorithm_config": as_json,
+    "treatment": as_json,
+    "groups": {
+        "count": whole,
+        "rounds": whole,
+        "algorithm": text,
+        "algorithm_config": as_json,
+    },
+    "rounds": whole,
+    "seed": whole,
+    "config": as_json,
+    "clients": {
+        "count": whole,
+        "labels": texts,
+        "per_round": whole,
+        "over_select": number,
+        "minimum": whole,
+        "deadline_s": number,
+    },
+    "evaluate": {"every": whole, "devices": flag, "central": flag},
+    "needs": {
+        "gpus": whole,
+        "gpu_memory_bytes": whole,
+        "cpus": whole,
+        "memory_bytes": whole,
+        "disk_bytes": whole,
+    },
+}
+_SIMULATION: dict[str, Any] = {
+    "engine": text,
+    "device": text,
+    "workers": whole,
+    "checkpoint_s": number,
+    "data": texts,
+    "attack": as_json,
+    "devices": {
+        "seconds_per_example": number,
+        "speed_spread": number,
+        "latency_s": number,
+        "megabits_per_s": number,
+        "dropout": number,
+        "online_s": number,
+        "offline_s": number,
+        "trace": text,
+    },
+}
+
+
+def read_federated(file: Path) -> tuple[dict[str, Any], Path]:
+    """What a federated run file asks for, and its workspace (the file's own folder if not named).
+
+    Raises:
+        ConfigError: With the file's name, and the line where one is to blame.
+    """
+    # What is said of simulations is nothing to a broker.
+    found = Reader(file).read({**_FEDERATED, "simulation": _SIMULATION})
+    found.pop("simulation", None)
+    for key in ("app", "clients", "rounds"):
+        if key not in found:
+            raise ConfigError(f"{file}: there is no `{key}`", "docs/federate.md has every key")
+    if "count" not in found["clients"]:
+        raise ConfigError(f"{file}: there is no `clients.count`: how many machines take part")
+    workspace = workspace_of(file, found)
+    if not (workspace / found["app"]).is_file():
+        raise ConfigError(f"{file}: there is no {found['app']} in the workspace {workspace}")
+    request = {k: v for k, v in found.items() if k != "workspace"}
+    if "groups" in found:
+        request["groups"] = json.dumps(groups := _groups(found))
+        if groups.get("rounds", 1) > 1:
+            raise ConfigError(
+                f"{file}: `groups.rounds` is {groups['rounds']}: on agents, groups have no rounds "
+                "of their own yet, they only add up",
+                "`groups.rounds: 1`; `fedml simulate` runs both",
+            )
+    for key, default in (("name", file.stem), ("config", "{}"), ("algorithm_config", "{}")):
+        request.setdefault(key, default)
+    return request, workspace
+
+
+def read_simulated(file: Path) -> tuple[dict[str, Any], Path]:
+    """All that a federated run file says, `simulation` included, and its workspace.
+
+    Raises:
+        ConfigError: With the file's name, and the line where one is to blame.
+    """
+    found = Reader(file).read({**_FEDERATED, "simulation": _SIMULATION})
+    found.setdefault("name", file.stem)
+    if "groups" in found:
+        found["groups"] = _groups(found)
+    return found, workspace_of(file, found)
+
+
+def _groups(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `groups`, with nothing in it as JSON."""
+    groups = dict(found["groups"])
+    if "algorithm_config" in groups:
+        groups["algorithm_config"] = json.loads(groups["algorithm_config"])
+    return groups
+
+
+def is_fedml(file: Path) -> bool:
+    """Whether a file is a federated configuration of FedML's, for `fedml.translation`.
+
+    What cannot be read is not: whoever reads it as a run file says what is wrong.
+    """
+    try:
+        return has_fedml_sections(yaml.load(file.read_text(), Loader))  # noqa: S506 - a safe one
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+
+
+def has_fedml_sections(found: Any) -> bool:
+    """Whether a mapping has the sections of a federated configuration of FedML's."""
+    if not isinstance(found, Mapping) or "app" in found:
+        return False
+    return "common_args" in found or "train_args" in found

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may ask which URL: every route of the OpenAPI document, asked by everybody there is.
+
+`LEAST` is written down here once more: to give a route to more people means to change it too.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import urllib3
+from aiohttp import web
+
+from fedml import session
+from fedml_broker.api import Api
+from fedml_broker.app import Broker
+from fedml_broker.routes import application, openapi, table
+from tests.place import Place
+
+ROLES = ("viewer", "member", "admin")
+
+# Least role of a user; "-" for none; and whether devices may.
+LEAST = {
+    "GET /v1/health": ("anybody", True),
+    "GET /v1/openapi.json": ("anybody", True),
+    "GET /v1/ca": ("anybody", True),
+    "POST /v1/enrol": ("anybody", True),
+    "POST /v1/agent/challenge": ("anybody", True),
+    "POST /v1/agent/recover": ("anybody", True),
+    "POST /v1/agent/hello": ("-", True),
+    "POST /v1/agent/renew": ("-", True),
+    "POST /v1/agent/resync": ("-", True),
+    "PUT /v1/agent/logs/{task}/{epoch}/{stream}": ("-", True),
+    "HEAD /v1/blobs/{sha256}": ("viewer", True),
+    "GET /v1/blobs/{sha256}": ("viewer", True),
+    "PUT /v1/blobs/{sha256}": ("member", True),
+    "POST /v1/launch": ("member", False),
+    "POST /v1/launch/match": ("member", False),
+    "POST /v1/federate": ("member", False),
+    "GET /v1/runs": ("viewer", False),
+    "GET /v1/runs/{run}": ("viewer", False),
+    "DELETE /v1/runs/{run}": ("admin", False),
+    "GET /v1/runs/{run}/follow": ("viewer", False),
+    "POST /v1/runs/{run}/stop": ("member", False),
+    "GET /v1/devices": ("viewer", False),
+    "GET /v1/devices/{device}": ("viewer", False),
+    "POST /v1/devices/{device}/labels": ("admin", False),
+    "POST /v1/devices/{device}/drain": ("admin", False),
+    "POST /v1/devices/{device}/revoke": ("admin", False),
+    "DELETE /v1/devices/{device}": ("admin", False),
+    "GET /v1/keys": ("admin", False),
+    "POST /v1/keys": ("admin", False),
+    "DELETE /v1/keys/{key}": ("admin", False),
+    "GET /v1/users": ("admin", False),
+    "POST /v1/users": ("admin", False),
+    "PUT /v1/users/{user}/role": ("admin", False),
+    "POST /v1/users/{user}/tokens": ("admin", False),
+    "GET /v1/audit": ("admin", False),
+    "GET /v1/whoami": ("viewer", False),
+    "GET /v1/status": ("viewer", False),
+    "GET /metrics": ("viewer", False),  # and, from the broker's own machine, anybody
+}
+DOCUMENT = openapi(table(Api(cast(Broker, None))))
+ROUTES = {
+    f"{method.upper()} {path}": operation
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+}
+
+
+def test_each_route_has_its_least_role_and_no_route_is_without_a_row() -> None:
+    said = {
+        name: (
+            operation.get("x-least-role", "-" if operation["security"] else "anybody"),
+            not operation["security"] or {"certificate": []} in operation["security"],
+        )
+        for name, operation in ROUTES.items()
+    }
+    assert said == LEAST
+    served = application(Api(cast(Broker, None))).router.routes()
+    assert {f"{r.method} {r.resource.canonical}" for r in served if r.resource} == set(LEAST)
+    assert all(isinstance(r, web.ResourceRoute) for r in served)
+
+
+class Askers:
+    """A broker, and everybody who may come: by name, with the credentials of each."""
+
+    def __init__(self, place: Place, folder: Path) -> None:
+        self.place = place
+        self._url = place.client.url
+        ca = str(place.home / "broker" / "identity" / "ca.pem")
+        call = place.client.call
+        self.headers: dict[str, dict[str, str]] = {"nobody": {}}
+        for tenant, prefix in (("default", ""), ("acme", "foreign ")):
+            for role in ROLES:
+                name = f"{tenant}-{role}"
+                call("POST", "/v1/users", {"name": name, "role": role, "tenant": tenant})
+                token = call("POST", f"/v1/users/{name}/tokens", {})["key"]
+                secret = session.login(folder / name, token).token
+                self.headers[prefix + role] = {"Authorization": f"Bearer {secret}"}
+        ours = place.agent("ours", run=False)
+        place.login_key = call("POST", "/v1/keys", {"tenant": "acme"})["key"]
+        theirs = place.agent("theirs", run=False)
+        plain = urllib3.PoolManager(ca_certs=ca, retries=False, timeout=20)
+        self.pools = dict.fromkeys(self.headers, plain)
+        for name, agent in (("device", ours), ("foreign device", theirs)):
+            private = agent.home / "agent" / "private"
+            self.headers[name] = {}
+            self.pools[name] = urllib3.PoolManager(
+                ca_certs=ca,
+                cert_file=str(private / "device.crt"),
+                key_file=str(private / "device.key"),
+                retries=False,
+                timeout=20,
+            )
+        run = place.launch("true")
+        self.real = {
+            "run": run,
+            "task": f"{run}-t",
+            "epoch": "1",
+            "stream": "stdout",
+            "device": ours.device,
+            "key": call("POST", "/v1/keys", {})["id"],
+            "user": "default-member",
+            "sha256": hashlib.sha256(b"").hexdigest(),
+        }
+        # What is not there: for those who may, so that nothing of ours is deleted by the way.
+        self.made_up = {**dict.fromkeys(self.real, "nothing"), "epoch": "1", "stream": "stdout"}
+        self.made_up["sha256"] = self.real["sha256"]
+
+    def ask(self, who: str, route: str, parts: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        """The status, and the problem's or answer's body where it is JSON."""
+        method, path = route.split(" ", 1)
+        body = b'{"role": "viewer"}' if path.endswith("/role") else b"{}"
+        if path.startswith("/v1/blobs"):
+            body = b""
+        response = self.pools[who].request(
+            method,
+            self._url + path.format(**parts) + ("?stay=0" if path.endswith("/follow") else ""),
+            headers=self.headers[who],
+            body=None if method in ("GET", "HEAD") else body,
+        )
+        is_json = response.headers.get("Content-Type", "").endswith("json") and response.data
+        return response.status, json.loads(response.data.splitlines()[0]) if is_json else {}
+
+
+@pytest.fixture(scope="module")
+def askers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Askers]:
+    folder = tmp_path_factory.mktemp("roles")
+    with Place(folder) as place:
+        yield Askers(place, folder)
+
+
+def _may(who: str, route: str) -> bool:
+    least, devices = LEAST[route]
+    if least == "anybody":
+        return True
+    kind = who.removeprefix("foreign ")
+    if route == "GET /metrics" and kind == "nobody":
+        return True
+    if kind == "device":
+        return devices
+    return kind in ROLES and least in ROLES and ROLES.index(kind) >= ROLES.index(least)
+
+
+@pytest.mark.parametrize("who", ["nobody", *ROLES, "device"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_route_answers_those_who_may_ask_and_refuses_the_others(
+    askers: Askers, route: str, who: str
+) -> None:
+    if _may(who, route):
+        status, answer = askers.ask(who, route, askers.made_up)
+        if route == "POST /v1/agent/recover" or "/logs/" in route:
+            return  # these ask for more than a role: see test_devices.py and below
+        assert status not in (401, 403), answer
+        return
+    status, answer = askers.ask(who, route, askers.real)
+    assert status == (401 if who == "nobody" else 403), answer
+    if route.startswith("HEAD"):
+        return
+    least = LEAST[route][0]
+    if who in ROLES and least in ROLES:
+        assert answer["title"] == f"this needs the role {least}"
+        assert f"default-{who} is a {who}" in answer["detail"]
+        assert f"`fedml-broker users role default-{who} {least}`" in answer["hint"]
+        assert "(admin, default-admin)" in answer["hint"]
+
+
+@pytest.mark.parametrize("who", ["foreign viewer", "foreign member", "foreign admin"])
+@pytest.mark.parametrize("route", [r for r in ROUTES if "{" in r and "/blobs/" not in r])
+def test_what_is_ours_does_not_exist_for_another_tenant(
+    askers: Askers, route: str, who: str
+) -> None:
+    status, answer = askers.ask(who, route, askers.real)
+    assert status == (404 if _may(who, route) else 403), answer
+
+
+@pytest.mark.parametrize("who", ["foreign admin", "foreign device"])
+@pytest.mark.parametrize("route", [r for r in ROUTES if r.startswith("GET") and "{" not in r])
+def test_no_list_shows_another_tenant_what_is_ours(askers: Askers, route: str, who: str) -> None:
+    _, answer = askers.ask(who, route, {})
+    if route != "GET /v1/openapi.json":
+        for name in ("device", "run", "key", "user"):
+            assert askers.real[name] not in json.dumps(answer)
+
+
+@pytest.mark.parametrize("who", ["device", "foreign device"])
+def test_a_device_writes_the_logs_of_its_own_tasks_only(askers: Askers, who: str) -> None:
+    # The task was offered to nobody: its machine has never been online.
+    route = "PUT /v1/agent/logs/{task}/{epoch}/{stream}"
+    status, answer = askers.ask(who, route, askers.real)
+    assert (status, answer["title"]) == (403, "not this device's task")
+
+
+def test_a_role_counts_from_the_next_request_and_is_in_the_audit(askers: Askers) -> None:
+    call = askers.place.client.call
+    call("POST", "/v1/users", {"name": "eve", "role": "viewer"})
+    token = call("POST", "/v1/users/eve/tokens", {})["key"]
+    secret = session.login(askers.place.folder / "eve", token).token
+    askers.headers["eve"] = {"Authorization": f"Bearer {secret}"}
+    askers.pools["eve"] = askers.pools["nobody"]
+    for role, status in (("viewer", 403), ("admin", 200), ("member", 403)):
+        call("PUT", "/v1/users/eve/role", {"role": role})
+        assert askers.ask("eve", "GET /v1/users", {})[0] == status
+    (first, second) = call("GET", "/v1/audit?action=user.role&limit=2")["entries"]
+    assert (first["object"], first["details"]) == ("eve", {"role": "member", "before": "admin"})
+    assert second["details"] == {"role": "admin", "before": "viewer"}

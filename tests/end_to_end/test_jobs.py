@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Job files as users of FedML and SkyPilot write them, on a broker and two machines.
+
+One machine has no GPU, the other has three: the names and sizes are what NVML tells of such cards,
+by `tests/fakes/nvml.py`. The files lie in `jobs/` and are launched by the command, unchanged.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.nvml import GIB, environment
+from tests.place import Place, command
+
+JOBS = Path(__file__).parent / "jobs"
+A100 = "NVIDIA A100 80GB PCIe"
+GPUS = [
+    {"uuid": "GPU-t4", "name": "Tesla T4", "memory": 15 * GIB},
+    {"uuid": "GPU-a", "name": A100, "memory": 80 * GIB},
+    {"uuid": "GPU-b", "name": A100, "memory": 80 * GIB},
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A broker with the machines `plain` and `gpus`."""
+    gpus = tmp_path_factory.mktemp("nvml") / "gpus.json"
+    gpus.write_text(json.dumps({"driver": "550.54.15", "cuda": 12040, "gpus": GPUS}))
+    with Place(tmp_path_factory.mktemp("place")) as place:
+        place.agent("plain")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment(gpus).items():
+                patch.setenv(name, value)
+            place.agent("gpus")
+        yield place
+
+
+def launch(
+    place: Place, name: str, *more: str, code: int = 0
+) -> "subprocess.CompletedProcess[str]":
+    """`fedml launch` of one of the files."""
+    done = subprocess.run(
+        command("fedml", "launch", str(JOBS / name / "job.yaml"), *more),
+        env={**os.environ, "FEDML_HOME": str(place.folder / "me")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def without_effect(said: str) -> list[str]:
+    """The keys that were warned of, in their order."""
+    return [line.split("`")[1] for line in said.splitlines() if line.startswith("warning: ")]
+
+
+def test_hello_world_gets_the_gpu_that_it_names_on_a_machine_with_others(place: Place) -> None:
+    done = launch(place, "hello_world")
+    assert "Hello, world, from rank 0 of 1 with <GPU-a>\n" in done.stdout
+    assert done.stdout.startswith("current job id: r-")
+    assert "runs on gpus" in done.stderr
+    assert without_effect(done.stderr) == ["computing.maximum_cost_per_hour"]
+
+
+def test_sections_reach_the_program_and_what_is_of_the_hosted_service_is_named(
+    place: Place,
+) -> None:
+    done = launch(place, "vision")
+    assert done.stdout.splitlines() == [
+        "ready",
+        "FEDML_ENV_DATA_ARGS_DATASET_NAME=mnist",
+        "FEDML_ENV_DATA_ARGS_DATASET_PATH=./dataset",
+        "FEDML_ENV_DATA_ARGS_DATA_BS=1e-2",
+        "FEDML_ENV_MODEL_ARGS_INPUT_DIM=784",
+        "FEDML_ENV_MODEL_ARGS_MODEL_CACHE_PATH=/tmp/models",
+        "FEDML_ENV_TRAINING_PARAMS_LAYERS=[128, 10]",
+        "FEDML_ENV_TRAINING_PARAMS_LEARNING_RATE=0.001",
+        "FEDML_ENV_TRAINING_PARAMS_SHUFFLE=true",
+    ]
+    assert without_effect(done.stderr) == [
+        "fedml_env",
+        "job_subtype",
+        "framework_type",
+        "job_args",
+        "containerize",
+        "docker",
+        "computing.maximum_cost_per_hour",
+    ]
+
+
+def test_expert_mode_runs_without_the_gpu_that_nobody_has_because_it_is_hybrid(
+    place: Place,
+) -> None:
+    done = launch(place, "expert")
+    assert done.stdout == (
+        "in work\n--cf config/fedml_config.yaml --rank 0 --role client\n"
+        "common_args:\n  training_type: cross_silo\ndata: ~/fedml_data\n"
+    )
+    assert "no machine has 1 × RTX-4090: it runs without GPUs" in done.stderr
+    assert without_effect(done.stderr) == []
+
+
+def test_a_task_of_skypilot_runs_with_its_own_variables(place: Place) -> None:
+    done = launch(place, "sky")
+    assert done.stdout == "train.toml for 3 epochs on 2 GPUs, node 0 of 1\n"
+    assert without_effect(done.stderr) == [
+        "resources.infra",
+        "resources.use_spot",
+        "file_mounts",
+    ]
+
+
+def test_a_dry_run_says_of_each_machine_what_it_lacks(place: Place, tmp_path: Path) -> None:
+    told = json.loads(launch(place, "sky", "--dry-run", "--json").stdout)
+    assert [(m["name"], m["fits"], m["why"]) for m in told["machines"]] == [
+        ("gpus", "now", ""),
+        ("plain", "never", "has no GPU, 2 are asked for"),
+    ]
+    file = tmp_path / "job.yaml"
+    file.write_text("run: nvidia-smi\nresources: {accelerators: 'A100-80GB:3'}\n")
+    done = launch(place, str(tmp_path), "--dry-run", code=6)
+    assert f"has 2 × {A100}, 1 × Tesla T4: 2 of 3 are A100-80GB" in done.stdout
+
+
+def test_a_busy_model_is_waited_for_though_another_gpu_is_free(place: Place) -> None:
+    needs = {"gpus": 2, "gpu_model": "A100"}
+    run = place.launch("echo begun; sleep 600", needs=needs)
+    place.until(run, lambda item: "begun" in item.get("log", {}).get("text", ""), logs=True)
+    done = launch(place, "hello_world", "--dry-run")
+    assert "gpus     later  busy: 0 of 2 GPUs of the model A100-80G are free" in done.stdout
+    assert "it would wait for one of them" in done.stderr
+    place.client.call("POST", f"/v1/runs/{run}/stop")
+    place.end(run)
