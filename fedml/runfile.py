@@ -49,6 +49,7 @@ _FEDERATED: dict[str, Any] = {
 }
 _SIMULATION: dict[str, Any] = {
     "engine": text,
+    "device": text,
     "workers": whole,
     "checkpoint_s": number,
     "data": texts,

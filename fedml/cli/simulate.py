@@ -28,8 +28,9 @@ _LONG_S = 0.5
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rounds", type=int, help="Instead of the file's.")
-@click.option("--workers", type=int, help="Processes; one per core unless given.")
+@click.option("--workers", type=int, help="Processes; one per core or GPU unless given.")
 @click.option("--engine", metavar="NAME", help="auto, exact, closed_form, inplace or stacked.")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--seed", type=int, help="Instead of the file's.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Results, checkpoint and report (simulations/NAME, numbered).")  # fmt: skip
@@ -45,6 +46,7 @@ def simulate(
     rounds: int | None,
     workers: int | None,
     engine: str | None,
+    device: str | None,
     seed: int | None,
     out: Path | None,
     resume: bool,
@@ -66,6 +68,7 @@ def simulate(
       fedml simulate run.yaml --resume                  # go on with the last one
       fedml simulate run.yaml --sweep lr=0.01,0.03,0.1  # a table and one report for all
       fedml simulate run.yaml --engine exact            # the bits of a deployed run
+      fedml simulate run.yaml --device cuda:0           # or say why not
       fedml simulate run.yaml --sweep groups.rounds=1,2,5   # rounds within groups of clients
       fedml simulate run.yaml --ray 10.0.0.1:6379       # on several machines
       fedml simulate attack.yaml --sweep simulation.attack.clients=0,1,2   # some clients lie
@@ -80,7 +83,7 @@ def simulate(
     from fedml.simulation.run import Simulation
 
     settings: dict[str, Any] = {
-        "rounds": rounds, "workers": workers, "engine": engine, "seed": seed,
+        "rounds": rounds, "workers": workers, "engine": engine, "device": device, "seed": seed,
         "ray": ray,
     }  # fmt: skip
     source = translation.accept(file, strict=strict)

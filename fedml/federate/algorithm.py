@@ -134,6 +134,7 @@ class Trained:
         steps: Optimiser steps taken (the tau_i of FedNova, the K of SCAFFOLD), >= 0.
         lr: Mean learning rate over those steps; None when the training does not say. SCAFFOLD,
             FedNova and MIME divide by it and refuse None.
+        momentum: Of the local optimiser, in [0, 1), as `torch.optim.SGD` has it.
         metrics: Named numbers, averaged over clients by weight.
     """
 
@@ -141,10 +142,19 @@ class Trained:
     examples: int
     steps: int
     lr: float | None = None
+    momentum: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def travel(self, algorithm: str) -> float:
-        """``steps * lr``, the length of the local path that an algorithm divides by.
+        """``plain_steps * lr``, the length of the local path that an algorithm divides by.
+
+        Raises:
+            UnsupportedByTraining: As `rate` does.
+        """
+        return self.rate(algorithm) * plain_steps(self.steps, self.momentum)
+
+    def rate(self, algorithm: str) -> float:
+        """The local learning rate, for an algorithm that cannot do without.
 
         Raises:
             UnsupportedByTraining: The training did not report its learning rate or took no step.
@@ -159,7 +169,19 @@ class Trained:
                 f"{algorithm} needs at least one local step with lr > 0, "
                 f"the training reported steps={self.steps}, lr={self.lr}"
             )
-        return self.steps * self.lr
+        return self.lr
+
+
+def plain_steps(steps: int, momentum: float) -> float:
+    """How many steps of plain SGD so many steps with momentum amount to.
+
+    With momentum ``rho`` a gradient goes on in all later steps, so the local path is a sum of
+    gradients whose coefficients add up to ``||a||_1`` (Wang et al. 2020, FedNova, section 3)::
+
+        [tau - rho (1 - rho^tau) / (1 - rho)] / (1 - rho)
+    """
+    rho = momentum
+    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
 
 @runtime_checkable

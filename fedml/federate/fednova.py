@@ -33,6 +33,7 @@ from fedml.federate.algorithm import (
     UnsupportedByTraining,
     Update,
     number,
+    plain_steps,
 )
 from fedml.federate.arrays import Arrays, difference, learned, scaled, without_tags
 from fedml.federate.fedavg import FedAvg, stepped
@@ -46,7 +47,8 @@ class FedNova(FedAvg):
     """Normalised averaging.
 
     Attributes:
-        momentum: What the local optimiser uses, in [0, 1); it is not changed by this.
+        momentum: What the local optimiser uses, in [0, 1), if the training does not report it; it
+            is not changed by this.
         mu: Proximal pull to the global model, >= 0; not together with momentum.
     """
 
@@ -103,7 +105,11 @@ class FedNova(FedAvg):
         if tau < 1:
             raise UnsupportedByTraining("fednova divides by the local steps; training took none")
         if self.mu:
-            shrink = trained.travel(self.name) / tau * self.mu
+            if trained.momentum:
+                raise UnsupportedByTraining(
+                    "fednova: the paper has no formula for mu and a local momentum together; "
+                    "leave out one of the two"
+                )
+            shrink = trained.rate(self.name) * self.mu
             return float((1 - (1 - shrink) ** tau) / shrink)
-        rho = self.momentum
-        return (tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho)
+        return plain_steps(tau, self.momentum or trained.momentum)

@@ -135,13 +135,14 @@ class LocalSGD:
         rng: np.random.Generator,
         correction: Correction | None = None,
     ) -> dict[str, float]:
-        """Train in place; examples, steps, lr and the mean loss of the batches."""
+        """Train in place; examples, steps, lr, momentum and the mean loss of the batches."""
         steps = self.steps(config)
         x, y = examples_of(data)
         found: dict[str, float] = self._backend(model).train(
             model, x, y, steps, self.loss, rng, correction
         )
-        return found
+        # Algorithms that read gradients off the path (SCAFFOLD, FedNova) must know.
+        return {**found, "momentum": steps.momentum}
 
     def examples(self, data: Any) -> int:
         """How many examples ``data`` holds."""

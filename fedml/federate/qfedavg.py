@@ -71,7 +71,7 @@ class QFedAvg(FedAvg):
         trained = local.train(model, rng=rng)
         lipschitz = self.lipschitz
         if lipschitz is None:
-            lipschitz = trained.steps / trained.travel(self.name)
+            lipschitz = 1 / trained.rate(self.name)
         f = max(loss, _LOWEST_LOSS)
         delta = difference(trained.model, model)
         moving = learned(delta)

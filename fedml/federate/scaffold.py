@@ -14,8 +14,10 @@ and on the server, over the clients S of N::
     x <- x + server_lr * mean Delta y_i
     c <- c + |S|/N * mean Delta c_i
 
-Option II reads the mean local gradient off the path travelled, which holds for plain SGD; a local
-optimiser with momentum or Adam makes ``c_i`` something else.
+Option II reads the mean local gradient off the path travelled. With plain SGD that path is K
+gradients long; with local momentum it is ``||a||_1`` (`algorithm.plain_steps`, which is FedNova's),
+up to 1 / (1 - momentum) times as long. Divided by K, ``c_i`` would be as many times too large, and
+the control variates grow from round to round. A local Adam makes ``c_i`` something else altogether.
 """
 
 from __future__ import annotations

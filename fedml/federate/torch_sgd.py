@@ -8,6 +8,7 @@ gradient kept on every parameter, which for small models cost as much as the mat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,23 +38,21 @@ def loss_function(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def tensors(x: Array, y: Array, module: nn.Module, loss: Loss) -> tuple[Tensor, Tensor]:
-    """A client's examples as the module takes them; memory is shared where types already fit.
+    """A client's examples as the module takes them, and where it is.
+
+    On the CPU memory is shared where types already fit.
 
     Raises:
         BadData: The targets cannot be what the loss needs.
     """
-    dtype = next((p.dtype for p in module.parameters()), torch.float32)
-    inputs = _tensor(x)
-    if inputs.dtype.is_floating_point or inputs.dtype == torch.uint8:
-        inputs = inputs.to(dtype)
-    targets = _tensor(y)
-    if loss == "cross_entropy":
-        if targets.dtype.is_floating_point:
-            raise BadData(f"cross-entropy needs classes, y is {y.dtype}{y.shape}")
-        targets = targets.long()
-    elif not callable(loss):
-        targets = targets.to(dtype)
-    return inputs, targets
+    inputs, targets = _fitting(x, y, module, loss)
+    device = place(module)
+    return inputs.to(device), targets.to(device)
+
+
+def place(module: nn.Module) -> torch.device:
+    """The device that a module is on."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 class Stepper:
@@ -66,6 +65,7 @@ class Stepper:
         # Detached: written to without autograd looking, and without a no_grad block.
         self.values = [p.detach() for p in self.parameters]
         self._loss = loss_function(loss)
+        self._kind = place(module).type
         self._channels_last = channels_last
 
     def train(
@@ -84,13 +84,13 @@ class Stepper:
         for order in steps.orders(n, rng):
             xs, ys = x, y
             if order is not None:
-                rows = torch.from_numpy(order)
+                rows = torch.from_numpy(order).to(x.device)
                 xs, ys = x[rows], y[rows]
             for start in range(0, n, steps.batch_size):
                 xb, yb = xs[start : start + steps.batch_size], ys[start : start + steps.batch_size]
                 if self._channels_last and xb.dim() == 4:
                     xb = xb.contiguous(memory_format=torch.channels_last)
-                with torch.autocast("cpu", torch.bfloat16, enabled=steps.bf16):
+                with self._products(bf16=steps.bf16):
                     loss = self._loss(self.module(xb), yb)
                 step: Tensors = torch.autograd.grad(loss, self.parameters)
                 if change is not None:
@@ -126,6 +126,9 @@ class Stepper:
             cost += float(loss.detach()) * share
         return total, cost
 
+    def _products(self, *, bf16: bool) -> AbstractContextManager[Any]:
+        return torch.autocast(self._kind, torch.bfloat16) if bf16 else nullcontext()
+
     def _change(self, correction: Correction | None, *, bf16: bool) -> Any:
         """`Correction.direction` in torch, on lists in the order of the parameters."""
         if correction is None:
@@ -144,7 +147,7 @@ class Stepper:
         def change(gradient: Tensors, xb: Tensor, yb: Tensor) -> Tensors:
             step: Tensors = gradient
             if at_anchor is not None:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                with self._products(bf16=bf16):
                     outputs = torch.func.functional_call(self.module, at_anchor, (xb,))
                     loss = self._loss(outputs, yb)
                 there = torch.autograd.grad(loss, list(at_anchor.values()))
@@ -206,7 +209,7 @@ def named(module: nn.Module, stepper: Stepper, gradient: Sequence[Tensor]) -> Ar
     for name, value in module.state_dict().items():
         array = value.detach().cpu().numpy()
         if is_learned(name, array.dtype):
-            out[name] = by_name[name].numpy() if name in by_name else np.zeros_like(array)
+            out[name] = by_name[name].cpu().numpy() if name in by_name else np.zeros_like(array)
     return out
 
 
@@ -215,14 +218,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and, for classes, accuracy; see `Evaluation`."""
     module.eval()
-    inputs, targets = tensors(x, y, module, loss)
+    inputs, targets = _fitting(x, y, module, loss)
+    device = place(module)  # batch by batch: the whole may not fit
     function = loss_function(loss)
     cost, right = 0.0, 0.0
     classes = loss in ("cross_entropy", "logistic")
     with torch.inference_mode():
         for start in range(0, len(inputs), batch_size):
-            yb = targets[start : start + batch_size]
-            z = module(inputs[start : start + batch_size])
+            yb = targets[start : start + batch_size].to(device)
+            z = module(inputs[start : start + batch_size].to(device))
             cost += float(function(z, yb)) * len(yb)
             if loss == "cross_entropy":
                 right += float((z.argmax(1) == yb).sum()) / max(yb[0].numel(), 1)
@@ -232,6 +236,21 @@ def evaluate(
     if classes:
         found["accuracy"] = right / len(inputs)
     return found
+
+
+def _fitting(x: Array, y: Array, module: nn.Module, loss: Loss) -> tuple[Tensor, Tensor]:
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    inputs = _tensor(x)
+    if inputs.dtype.is_floating_point or inputs.dtype == torch.uint8:
+        inputs = inputs.to(dtype)
+    targets = _tensor(y)
+    if loss == "cross_entropy":
+        if targets.dtype.is_floating_point:
+            raise BadData(f"cross-entropy needs classes, y is {y.dtype}{y.shape}")
+        targets = targets.long()
+    elif not callable(loss):
+        targets = targets.to(dtype)
+    return inputs, targets
 
 
 def _tensor(array: Array) -> Tensor:

@@ -7,7 +7,9 @@ ray_crew.py the same on several machines       states.py   what clients keep
 engine.py   ways to train: exact, closed_form.py, inplace.py, stacked.py
 devices.py  how fast and reliable    asynchronous.py   algorithms without rounds
 liars.py    clients that lie     grouped.py   groups with rounds of their own
-record.py   the results file         checkpoint.py, report.py, sweep.py
+order.py    what the two say to each other   evaluation.py   what models are worth
+accelerator.py   CPU, CUDA or MPS
+record.py   the results file         checkpoint.py, report.py, sweep.py, entry.py
 
 result = fedml.simulate("run.yaml", rounds=20)
 """
@@ -21,7 +23,7 @@ _LAZY = {
     "Result": "fedml.simulation.result",
     "Round": "fedml.simulation.result",
     "Simulation": "fedml.simulation.run",
-    "simulate": "fedml.simulation.run",
+    "simulate": "fedml.simulation.entry",
 }
 
 __all__ = [*_LAZY]

@@ -22,7 +22,7 @@ from fedml.federate import cohort
 from fedml.federate.arrays import Arrays
 from fedml.federate.round import ServerVersion
 from fedml.simulation.devices import online
-from fedml.simulation.member import Done, Order, Task
+from fedml.simulation.order import Done, Order, Task
 
 if TYPE_CHECKING:
     from fedml.simulation.run import Simulation

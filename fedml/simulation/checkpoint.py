@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fedml.errors import ConfigError
+from fedml.federate.algorithm import Algorithm, Kind
 from fedml.federate.arrays import Arrays, tagged, untagged
+from fedml.simulation.plan import Plan
 from fedml.simulation.record import NAME as RESULTS
 
 NAME = "checkpoint.safetensors"
@@ -84,6 +86,52 @@ class Checkpoint:
             identity=about["identity"],
             engine=about["engine"],
         )
+
+
+def prepare(
+    folder: Path,
+    plan: Plan,
+    algorithm: Algorithm,
+    *,
+    passes: int,
+    resume: bool,
+    say: Callable[[str], None],
+) -> Checkpoint | None:
+    """Make the folder ready for a run, and return what to go on from.
+
+    Args:
+        folder: Of the run; made, if it is not there.
+        plan: What is to be run.
+        algorithm: Of that plan, as the server walks it.
+        passes: How often clients are asked in one turn of it.
+        resume: Whether to go on with what is there.
+        say: Hears that there was nothing.
+
+    Raises:
+        ConfigError: There is a run that was not asked for, or one of something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Checkpoint.load(folder)
+    if not resume:
+        if found is not None:
+            done = found.turn // algorithm.stages
+            raise ConfigError(
+                f"{folder} holds a run of {done} rounds",
+                "--resume goes on with it, another --out starts anew",
+            )
+    elif found is None:
+        say(f"nothing to resume in {folder}: starting with round 1")
+    if found is None:
+        clear(folder)
+        return None
+    if found.identity != plan.identity():
+        raise ConfigError(
+            f"{folder} holds a run of another configuration",
+            "only rounds, workers, engine and device may differ; another --out starts anew",
+        )
+    if algorithm.kind is Kind.SYNCHRONOUS:
+        drop_states_after(folder, found.turn * passes)
+    return found
 
 
 def drop_states_after(folder: Path, turn: int) -> None:

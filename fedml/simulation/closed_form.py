@@ -99,3 +99,7 @@ class ClosedForm:
         """See `engine.Engine`."""
         for client in clients:
             self._prepared.pop(client, None)
+
+    def free(self) -> bool:
+        """See `engine.Engine`."""
+        return False

@@ -30,7 +30,8 @@ from fedml.federate.application import Application
 from fedml.federate.arrays import Arrays
 from fedml.federate.layout import Layout
 from fedml.simulation.arena import Arena, Board, Place
-from fedml.simulation.member import Done, Member, Order, Setup, hear, in_doubles, say
+from fedml.simulation.member import Member, hear, in_doubles, say
+from fedml.simulation.order import Done, Order, Setup
 
 _MEMBER = "from fedml.simulation.member import main; main()"
 _GRACE_S = 2.0
@@ -88,20 +89,25 @@ class Crew:
         self._app = app
         self._setup: Setup
         self._made = 0
-        self._room = arena.room // (2 * max(count, 1))
+        self._arena = arena
+        self._room = 0
+        self._devices: Sequence[str] = ("cpu",)
         self._sizes: dict[int, int] = {}
         self._places: dict[int, Place] = {}
         self._folder = arena.folder
         self._boards: dict[int, tuple[Board, Board]] = {}
         self.members: list[Hand] = [self._hired() for _ in range(count)]
 
-    def start(self, setup: Setup, inside: Application | None = None) -> None:
+    def start(
+        self, setup: Setup, inside: Application | None = None, devices: Sequence[str] = ("cpu",)
+    ) -> None:
         """Tell each member what it needs, and wait until all are ready.
 
         Args:
-            setup: Number and room are set here.
+            setup: Number, room and device are set here.
             inside: The user's file, if the first member shall be this very process: that saves
                 handing over where a round takes less than a millisecond.
+            devices: Where members train, each on one, in turn.
 
         Raises:
             RunFailed: A member could not start.
@@ -109,10 +115,21 @@ class Crew:
         self._setup = setup
         if inside is not None:
             self.members.insert(0, _Inside(inside))
-        for member in self.members:
-            member.start(self._next())
+        self._devices = devices
+        self._room = self._arena.room // (2 * len(self.members))
+        for place, member in enumerate(self.members):
+            member.start(self._next(place))
         for member in self.members:
             member.ready()
+
+    def resize(self, count: int) -> None:
+        """Before the start: end processes that are not needed after all, or start more."""
+        self.members, surplus = self.members[:count], self.members[count:]
+        for member in surplus:
+            member.close()
+        for member in surplus:
+            member.wait()
+        self.members += [self._hired() for _ in range(count - len(self.members))]
 
     def publish(self, version: int, model: Arrays, sent: Arrays) -> None:
         """Put a model, and what is sent with it, where members read it."""
@@ -126,13 +143,6 @@ class Crew:
             boards = self._boards[version] = (made[0], made[1])
         boards[0].write(model)
         boards[1].write(sent)
-
-    def dismiss(self) -> None:
-        """End one process that is not needed after all."""
-        if self.members:
-            member = self.members.pop()
-            member.close()
-            member.wait()
 
     def run(
         self,
@@ -216,9 +226,10 @@ class Crew:
     def _hired(self) -> Hand:
         return _Child(self._app)
 
-    def _next(self) -> Setup:
+    def _next(self, place: int) -> Setup:
         self._made += 1
-        return dataclasses.replace(self._setup, number=self._made, room=self._room)
+        device = self._devices[place % len(self._devices)]
+        return dataclasses.replace(self._setup, number=self._made, room=self._room, device=device)
 
     def _order_for(self, place: int, order: Order, share: tuple[int, ...]) -> Order:
         told = self.members[place].told
@@ -263,7 +274,7 @@ class Crew:
                 "memory? `--workers 1` needs least",
             )
         self.members[place] = self._hired()
-        self.members[place].start(self._next())
+        self.members[place].start(self._next(place))
         self.members[place].ready()
 
 

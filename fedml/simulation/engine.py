@@ -6,7 +6,8 @@
     inplace       one torch model per process, weights put back in place between clients
     stacked       many clients at once as one batched computation (torch.func.vmap)
 
-All but `exact` need the built-in training (`federate.local_sgd`). They add up what clients learned
+`inplace` and `stacked` train on CUDA and MPS too (`accelerator`). All but `exact` need the built-in
+training (`federate.local_sgd`). They add up what clients learned
 while the next client trains, for algorithms whose clients just train and send the difference
 (`averages`); other algorithms walk client by client in any engine, and only their sums differ.
 Where the server looks at each update (`federate.treatment`), nothing may be added up before it
@@ -25,13 +26,17 @@ from fedml.federate.algorithm import Algorithm
 from fedml.federate.arrays import Array, Arrays
 from fedml.federate.fedavg import FedAvg
 from fedml.federate.local_sgd import LocalSGD
+from fedml.simulation import accelerator
+
+_SMALL = 1_000_000  # parameters; a larger model keeps a GPU busy with one client
 
 
 class Engine(Protocol):
-    """Trains clients in one process and adds up what they learned.
+    """Trains clients in one process, on one device, and adds up what they learned.
 
     Attributes:
-        chunk: How many clients `train` is best given at once.
+        chunk: How many clients `train` is best given at once; a member that runs out of memory
+            makes it smaller.
     """
 
     chunk: int
@@ -56,6 +61,10 @@ class Engine(Protocol):
 
     def forget(self, clients: Sequence[int]) -> None:
         """Drop what was prepared for these clients."""
+        ...
+
+    def free(self) -> bool:
+        """Memory has run out: drop what can be had again; whether that was anything."""
         ...
 
 
@@ -110,6 +119,8 @@ def choose(
     config: Mapping[str, Any] | None = None,
     *,
     each: bool = False,
+    device: str = "cpu",
+    insisted: bool = False,
 ) -> tuple[str, str]:
     """The engine's name and why.
 
@@ -120,6 +131,8 @@ def choose(
         algorithm: What is to be run.
         config: The run's, which the built-in training reads.
         each: Whether the server wants the updates one by one, which none but `exact` keeps.
+        device: Where torch could train (`accelerator.found`).
+        insisted: That device was asked for by name, so that `closed_form` will not do.
 
     Raises:
         ConfigError: The engine asked for cannot do this; with the ways out.
@@ -137,19 +150,31 @@ def choose(
         return "exact", "`train` is your own code"
     bf16 = bool(trainer.bf16 if trainer.bf16 is not None else (config or {}).get("bf16", False))
     if wanted == "auto":
-        return _automatic(trainer, model, algorithm, bf16)
+        return _automatic(trainer, model, algorithm, bf16, device, insisted)
     why_not = _objection(wanted, trainer, model, algorithm, bf16)
     if why_not:
-        other = _automatic(trainer, model, algorithm, bf16)[0]
+        other = _automatic(trainer, model, algorithm, bf16, device, insisted)[0]
         raise ConfigError(f"the engine {wanted} cannot run this: {why_not}", f"engine: {other}")
     return wanted, "as asked"
 
 
-def _automatic(trainer: LocalSGD, model: Any, algorithm: Algorithm, bf16: bool) -> tuple[str, str]:
-    if not _objection("closed_form", trainer, model, algorithm, bf16):
+def _automatic(
+    trainer: LocalSGD,
+    model: Any,
+    algorithm: Algorithm,
+    bf16: bool,
+    device: str,
+    insisted: bool,
+) -> tuple[str, str]:
+    linear = not _objection("closed_form", trainer, model, algorithm, bf16)
+    if linear and (not insisted or isinstance(model, dict)):
         return "closed_form", "the model is linear"
     if isinstance(model, dict):
         return "exact", f"{algorithm.name} walks client by client"
+    if device.startswith("cuda") and not _objection("stacked", trainer, model, algorithm, bf16):
+        count = sum(p.numel() for p in model.parameters())
+        if count < _SMALL:
+            return "stacked", f"a model of {count:,} parameters, many clients at once"
     return "inplace", "the built-in training of a torch model"
 
 
@@ -182,7 +207,9 @@ def _objection(wanted: str, trainer: LocalSGD, model: Any, algorithm: Algorithm,
     return ""
 
 
-def build(name: str, trainer: Any, config: Mapping[str, Any], model: Any) -> Engine:
+def build(
+    name: str, trainer: Any, config: Mapping[str, Any], model: Any, device: str = "cpu"
+) -> Engine:
     """The engine; `exact` is none, it only walks.
 
     Args:
@@ -190,7 +217,9 @@ def build(name: str, trainer: Any, config: Mapping[str, Any], model: Any) -> Eng
         trainer: The built-in training.
         config: The run's.
         model: A model of its own to work in.
+        device: Where to train; `closed_form` trains on the CPU.
     """
+    accelerator.prepare(device)
     steps = trainer.steps(config)
     if name == "closed_form":
         from fedml.simulation.closed_form import ClosedForm
@@ -199,10 +228,10 @@ def build(name: str, trainer: Any, config: Mapping[str, Any], model: Any) -> Eng
     if name == "stacked":
         from fedml.simulation.stacked import Stacked
 
-        return Stacked(model, steps, trainer.loss)
+        return Stacked(model, steps, trainer.loss, device)
     from fedml.simulation.inplace import InPlace
 
-    return InPlace(model, steps, trainer.loss)
+    return InPlace(model, steps, trainer.loss, device)
 
 
 __all__ = ["Arrays", "Diverged", "Engine", "Rng", "averages", "build", "choose", "linear_names"]

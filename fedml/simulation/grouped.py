@@ -17,7 +17,7 @@ from fedml.federate.algorithm import Algorithm, Facts, Update
 from fedml.federate.arrays import Arrays, tagged, untagged
 from fedml.federate.hierarchical import GroupRounds
 from fedml.federate.round import Made
-from fedml.simulation.member import Done, Order, Task
+from fedml.simulation.order import Done, Order, Task
 from fedml.simulation.sums import added_up
 
 if TYPE_CHECKING:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedml.federate.application import seed_everything
 from fedml.federate.arrays import Array
 from fedml.federate.local_sgd import Loss, Steps, examples_of
 from fedml.federate.torch_sgd import Stepper, tensors
+from fedml.simulation.accelerator import Kept
 from fedml.simulation.engine import Diverged, Rng
 
 _BLOCK = 8  # clients: their sum in float32 is good to some parts in ten million
@@ -23,11 +24,13 @@ class InPlace:
 
     chunk = 1
 
-    def __init__(self, module: nn.Module, steps: Steps, loss: Loss) -> None:
+    def __init__(self, module: nn.Module, steps: Steps, loss: Loss, device: str = "cpu") -> None:
         self._steps, self._loss = steps, loss
-        images = any(p.dim() == 4 for p in module.parameters())
+        module.to(device)
+        images = device != "mps" and any(p.dim() == 4 for p in module.parameters())
         if images:
-            # Convolutions on the CPU are a third faster when channels lie innermost.
+            # Convolutions on the CPU are a third faster when channels lie innermost; CUDA has
+            # them so, too.
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.train()
         self._module = module
@@ -39,9 +42,11 @@ class InPlace:
         self._floats = [i for i, t in enumerate(self._tensors) if t.is_floating_point()]
         # Some clients are added up in the model's own type, then all of that in float64.
         self._part = [torch.zeros_like(t, dtype=_wide(t)) for t in self._tensors]
-        self._sum = [torch.zeros_like(t, dtype=torch.float64) for t in self._tensors]
+        # MPS has no float64.
+        home = "cpu" if device == "mps" else device
+        self._sum = [torch.zeros_like(t, dtype=torch.float64, device=home) for t in self._tensors]
         self._in_part = 0
-        self._prepared: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept = Kept(device)
 
     def begin(self, model: Mapping[str, Array]) -> None:
         """See `engine.Engine`."""
@@ -56,10 +61,9 @@ class InPlace:
     ) -> list[dict[str, float]]:
         """See `engine.Engine`."""
         client = clients[0]
-        prepared = self._prepared.get(client)
-        if prepared is None:
-            prepared = tensors(*examples_of(data[0]), self._module, self._loss)
-            self._prepared[client] = prepared
+        prepared = self._kept.get(
+            client, lambda: tensors(*examples_of(data[0]), self._module, self._loss)
+        )
         torch._foreach_copy_(self._tensors, self._start)
         rng = rngs[0]()
         # The draw that `Application.train` seeds everything with.
@@ -80,21 +84,24 @@ class InPlace:
         """See `engine.Engine`."""
         self._flush()
         for name, part in zip(self._names, self._sum, strict=True):
-            total[name][...] = part.numpy()
+            total[name][...] = part.cpu().numpy()
 
     def _flush(self) -> None:
         for total, part in zip(self._sum, self._part, strict=True):
-            total.add_(part)
+            total.add_(part.to(total.device))
             part.zero_()
         self._in_part = 0
 
     def forget(self, clients: Sequence[int]) -> None:
         """See `engine.Engine`."""
-        for client in clients:
-            self._prepared.pop(client, None)
+        self._kept.forget(clients)
+
+    def free(self) -> bool:
+        """See `engine.Engine`."""
+        return self._kept.free()
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _wide(tensor: torch.Tensor) -> torch.dtype:
     """Float32 where a model is in half precision: a sum of clients would not be one."""
     half = tensor.is_floating_point() and tensor.element_size() < 4
     return torch.float32 if half else tensor.dtype

@@ -22,11 +22,9 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum, auto
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -42,110 +40,18 @@ from fedml.federate.application import (
 )
 from fedml.federate.arrays import Arrays
 from fedml.federate.layout import BadUpdate, Spec, admit
-from fedml.federate.local_sgd import BadData
+from fedml.federate.local_sgd import BadData, Evaluation
 from fedml.federate.treatment import Treatment
 from fedml.protect.privacy import NotPrivate
+from fedml.simulation import accelerator
 from fedml.simulation import engine as engines
 from fedml.simulation.arena import Board, Place, Shelf
-from fedml.simulation.liars import Liars
+from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.states import States
 
 _SPIN_S = 0.0003  # how long to look for the next order before sleeping for it
 _REPORT_S = 0.2
-_NOTHING: Mapping[Any, Any] = {}  # never written to
 _LOOK_EVERY = 64  # clients between two looks at the memory that this process takes
-
-
-class Task(Enum):
-    """What to do with the clients of an order."""
-
-    SUM = auto()  # train, and add up
-    EACH = auto()  # train, and keep each update as a file
-    EVALUATE = auto()
-    COUNT = auto()  # load, and say how many examples there are
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What a member is told once.
-
-    Attributes:
-        number: Of the member; no two of a run have the same.
-        folder: Of the arena.
-        treatment: JSON, what is done to updates that are kept one by one.
-        liars: Who learns from false labels, if anybody does.
-        paths: Where data sets are, by name.
-        states: Where clients keep what they keep between rounds.
-        room: Bytes that its shelf may take.
-        memory: Bytes that the process should not exceed.
-        model, sent, update: What the boards hold.
-    """
-
-    number: int
-    config: Mapping[str, Any]
-    algorithm: str
-    algorithm_config: Mapping[str, Any]
-    treatment: str
-    liars: Liars | None
-    seed: int
-    clients: int
-    engine: str
-    folder: str
-    paths: Mapping[str, str]
-    states: str
-    room: int
-    memory: int
-    model: Mapping[str, Spec]
-    sent: Mapping[str, Spec]
-    update: Mapping[str, Spec]
-
-
-class Order(NamedTuple):
-    """What a member is told for a round. A tuple, since it is pickled in every one.
-
-    Attributes:
-        turn: The round, from 0; of it and the client come the random numbers.
-        clients: In this order.
-        version: Which model and what is sent with it.
-        starts: Another turn than `turn` for some clients, where there are no rounds.
-        draw: Seed and turn of the random numbers, where they are not the run's and `turn`.
-        evaluate: Evaluate the model on each client before it trains.
-        careful: Report client by client: the last member died over these.
-        kept: The last turn that a checkpoint holds; states from then on are kept.
-        places: Where data of clients lies that this member may not know of.
-    """
-
-    task: Task
-    turn: int
-    clients: tuple[int, ...]
-    version: int
-    starts: Mapping[int, int] = _NOTHING
-    draw: tuple[int, int] | None = None
-    evaluate: bool = False
-    careful: bool = False
-    kept: int = -1
-    places: Mapping[int, Place] = _NOTHING
-
-
-class Done(NamedTuple):
-    """One client is through.
-
-    Attributes:
-        examples: How many it holds; -1 where nobody has counted.
-        weight: How much its update counts.
-        seconds: That it took.
-        metrics: Of its training; names that begin with ``eval.`` of the evaluation before.
-        place: Where its data now lies, if this member has just put it there.
-        cause: Why it failed, and the traceback; None when it did not.
-    """
-
-    client: int
-    examples: int = -1
-    weight: float = 0.0
-    seconds: float = 0.0
-    metrics: Mapping[str, float] = _NOTHING
-    place: Place | None = None
-    cause: tuple[str, str] | None = None
 
 
 class Member:
@@ -157,12 +63,18 @@ class Member:
         self._application = application
         self._algorithm = algorithm.create(setup.algorithm, setup.algorithm_config)
         self._treatment = Treatment.parse(setup.treatment)
-        self._module: Any = None
+        self._modules: dict[str, Any] = {}
+        # Only the built-in evaluation knows of other devices than the CPU.
+        own = not isinstance(application.evaluator, Evaluation)
+        self._evaluates_on = "cpu" if own else setup.device
+        # Where memory is the engine's business, and not that of the user's own training.
+        self._place = setup.device if setup.engine in accelerator.ENGINES else ""
+        self._notes: list[str] = []
         self._engine: engines.Engine | None = None
         if setup.engine != "exact":
             module = application.new_model(setup.seed)
             trainer, config = application.trainer, setup.config
-            self._engine = engines.build(setup.engine, trainer, config, module)
+            self._engine = engines.build(setup.engine, trainer, config, module, setup.device)
         # Whether the engine itself adds clients up, or they walk one by one.
         self._direct = self._engine is not None and engines.averages(self._algorithm)
         self._boards: dict[int, tuple[Board, Board]] = {}
@@ -190,7 +102,7 @@ class Member:
             return
         model, sent = self._board(order.version)
         if order.task is Task.EVALUATE:
-            set_weights(self._own_module(), model)
+            set_weights(self._module(self._evaluates_on), model)
             yield from self._each(order, lambda c: Done(c, metrics=self._evaluated(c)))
         elif self._direct and order.task is Task.SUM:
             yield from self._summed(order, model)
@@ -206,7 +118,7 @@ class Member:
             try:
                 done = one(client)
             except Exception as error:  # the user's code may raise anything, and it is his to read
-                yield Done(client, cause=cause_of(error))
+                yield Done(client, cause=cause_of(error, self._place))
                 continue
             seconds = time.perf_counter() - began
             yield Done(
@@ -224,10 +136,11 @@ class Member:
             data = self._client_data(client)
             metrics: Mapping[str, float] = {}
             if order.evaluate:
-                set_weights(self._own_module(), model)  # the last client has trained in it
+                # The last client has trained in it.
+                set_weights(self._module(self._evaluates_on), model)
                 metrics = self._evaluated(client)
             data = self._learned_from(client, data)
-            local = UserTraining(self._application, self._own_module(), data)
+            local = UserTraining(self._application, self._module(self._setup.device), data)
             algorithm.require_support(self._algorithm, local, "train()")
             turn = order.starts.get(client, order.turn)
             rng = cohort.generator(*(order.draw or (self._setup.seed, turn)), client)
@@ -260,9 +173,11 @@ class Member:
             raise RuntimeError("only an engine adds up")
         engine.begin(model)
         if order.evaluate:
-            set_weights(self._own_module(), model)
-        for start in range(0, len(order.clients), engine.chunk):
+            set_weights(self._module(self._evaluates_on), model)
+        start = 0
+        while start < len(order.clients):  # a chunk may become smaller on the way
             chunk = order.clients[start : start + engine.chunk]
+            start += len(chunk)
             yield from self._chunk(engine, order, chunk)
         engine.finish(self._sum.arrays)
 
@@ -282,29 +197,58 @@ class Member:
                 metrics[client] = self._evaluated(client) if order.evaluate else {}
             except Exception as error:  # as in `_each`
                 del data[len(ready) :]
-                yield Done(client, cause=cause_of(error))
+                yield Done(client, cause=cause_of(error, self._place))
                 continue
             ready.append(client)
             rngs.append(_later(*(order.draw or (self._setup.seed, order.turn)), client))
             fresh[client] = self._fresh
         if not ready:
             return
+        failed: tuple[tuple[str, str], bool] | None = None
         try:
             found = engine.train(ready, data, rngs)
         except Exception as error:  # as in `_each`
-            if len(ready) == 1:
-                yield Done(ready[0], place=fresh[ready[0]], cause=cause_of(error))
-                return
-            # One of them spoils it for all: find out who.
-            for client in ready:
-                yield from self._chunk(engine, order, (client,))
+            failed = cause_of(error, self._place), accelerator.is_out_of_memory(error)
+        if failed is not None:
+            # Not in the handler: the traceback holds what the failed training had in memory.
+            cause, memory = failed
+            place = fresh[ready[0]]
+            yield from self._again(engine, order, tuple(ready), place, cause, memory=memory)
             return
         seconds = (time.perf_counter() - began) / len(ready)
         for client, numbers in zip(ready, found, strict=True):
             examples = numbers.pop("examples")
             del numbers["steps"], numbers["lr"]
             numbers |= metrics[client]
-            yield Done(client, int(examples), examples, seconds, numbers, fresh[client])
+            note, self._notes = "; ".join(self._notes), []
+            yield Done(client, int(examples), examples, seconds, numbers, fresh[client], None, note)
+
+    def _again(
+        self,
+        engine: engines.Engine,
+        order: Order,
+        clients: tuple[int, ...],
+        place: Place | None,
+        cause: tuple[str, str],
+        *,
+        memory: bool,
+    ) -> Iterator[Done]:
+        """After a failure: with less in memory, or one by one."""
+        out = f"out of memory on {self._setup.device}"
+        if memory and engine.free():
+            size = len(clients)
+            self._notes.append(f"{out}: no examples are kept there any more")
+        elif len(clients) == 1:
+            yield Done(clients[0], place=place, cause=cause)
+            return
+        elif memory:
+            size = len(clients) // 2
+            engine.chunk = min(engine.chunk, size)
+            self._notes.append(f"{out} with {len(clients)} clients at once: on with {size}")
+        else:
+            size = 1  # one of them spoils it for all: find out who
+        for start in range(0, len(clients), size):
+            yield from self._chunk(engine, order, clients[start : start + size])
 
     def _counted(self, client: int) -> Done:
         data = self._client_data(client)
@@ -312,7 +256,9 @@ class Member:
         return Done(client, local.examples)
 
     def _evaluated(self, client: int) -> Mapping[str, float]:
-        found = self._application.evaluate(self._own_module(), self._client_data(client))
+        found = self._application.evaluate(
+            self._module(self._evaluates_on), self._client_data(client)
+        )
         return {f"eval.{name}": value for name, value in found.items()}
 
     # ------------------------------------------------------------------ what clients have
@@ -350,11 +296,12 @@ class Member:
         if self._engine is not None:
             self._engine.forget(old)
 
-    def _own_module(self) -> Any:
+    def _module(self, device: str) -> Any:
         """The model for everything but the engine, which has one of its own."""
-        if self._module is None:
-            self._module = self._application.new_model(self._setup.seed)
-        return self._module
+        if device not in self._modules:
+            module = self._application.new_model(self._setup.seed)
+            self._modules[device] = module if device == "cpu" else module.to(device)
+        return self._modules[device]
 
     def _board(self, version: int) -> tuple[Arrays, Arrays]:
         boards = self._boards.get(version)
@@ -386,9 +333,18 @@ def _later(seed: int, turn: int, client: int) -> engines.Rng:
     return lambda: cohort.generator(seed, turn, client)
 
 
-def cause_of(error: Exception) -> tuple[str, str]:
+def cause_of(error: Exception, place: str = "") -> tuple[str, str]:
+    """What to say of an error, and the traceback where it is the user's to read.
+
+    Args:
+        error: Of a client.
+        place: The device, if it was an engine's business what lay there.
+    """
     from fedml.data.errors import DatasetMissing  # of use here only, and its package is large
 
+    if place and accelerator.is_out_of_memory(error):
+        other = "" if place == "cpu" else ", or --device cpu"
+        return f"out of memory on {place} with this client alone: a smaller batch_size{other}", ""
     text = f"{type(error).__name__}: {error}"
     ours = isinstance(
         error,
@@ -447,11 +403,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gives orders
     talk = Connection(int(sys.argv[1]))
     folder: list[str] = []
+    place = ""
     _end_with(int(sys.argv[2]), folder)
     try:
         application = Application(Path(sys.argv[3]), {})
         setup: Setup = talk.recv()
         folder.append(setup.folder)
+        place = setup.device
         application.config = dict(setup.config)
         member = Member(setup, application)
         torch = sys.modules.get("torch")
@@ -460,7 +418,7 @@ def main() -> None:
     except EOFError:
         return
     except Exception as error:  # the user's file may raise anything when it is imported
-        talk.send(cause_of(error))
+        talk.send(cause_of(error, place))
         return
     talk.send("ready")
     while True:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedml.federate.algorithm import Algorithm, BadParameter, Kind, UnknownAlgor
 from fedml.federate.hierarchical import Groups
 from fedml.federate.round import check
 from fedml.federate.treatment import Treatment
+from fedml.simulation import accelerator
 from fedml.simulation.devices import Devices
 from fedml.simulation.liars import Liars
 
@@ -49,7 +50,9 @@ class Plan:
         on_clients: Evaluate on the clients' data.
         on_central: Evaluate on central data.
         engine: One of `ENGINES`.
-        workers: Processes; 0 with `ray`, as many as its cluster has CPUs.
+        device: Where to train: auto, cpu, cuda, cuda:N or mps (`accelerator`).
+        workers: Processes; 0 is one for each core, or for each GPU, or with `ray` for each CPU of
+            its cluster.
         ray: Address of a Ray cluster that has them; ``local`` starts one, empty needs none.
         checkpoint_s: Seconds between checkpoints.
         paths: Where data sets are, by name: what a machine's owner lists under ``[data]``.
@@ -75,6 +78,7 @@ class Plan:
     on_clients: bool = True
     on_central: bool = True
     engine: str = "auto"
+    device: str = "auto"
     workers: int = 0
     ray: str = ""
     checkpoint_s: float = 30.0
@@ -106,6 +110,15 @@ class Plan:
                     self.engine in ENGINES,
                     f"there is no engine {self.engine!r}; there are {', '.join(ENGINES)}",
                 ),
+                (
+                    accelerator.is_name(self.device),
+                    f"there is no device {self.device!r}; there are auto, cpu, cuda, cuda:N, mps",
+                ),
+                (
+                    not self.ray or self.device in ("auto", "cpu"),
+                    f"Ray's actors train on processors, and device {self.device} was asked for: "
+                    "leave out one of ray and device",
+                ),
             )
             if not good
         ]
@@ -113,7 +126,10 @@ class Plan:
             raise ConfigError("; ".join(wrong))
         object.__setattr__(self, "per_round", per_round)
         object.__setattr__(self, "minimum", self.minimum or per_round)
-        object.__setattr__(self, "workers", self.workers or (0 if self.ray else _cores()))
+
+    def processes(self, devices: Sequence[str]) -> int:
+        """How many train: as asked, or one on each of these devices; on processors, one a core."""
+        return self.workers or (_cores() if tuple(devices) == accelerator.CPU else len(devices))
 
     def create_algorithm(self) -> Algorithm:
         """The algorithm, its parameters checked.
@@ -178,7 +194,7 @@ class Plan:
 
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
-        free = {"rounds", "workers", "ray", "checkpoint_s", "name", "engine", "paths"}
+        free = {"rounds", "workers", "ray", "checkpoint_s", "name", "engine", "device", "paths"}
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         kept["app"] = self.app.name  # a workspace may be moved, and its code mended
         return json.dumps(kept, sort_keys=True, default=str)
@@ -220,7 +236,9 @@ def read(
     simulation = found.get("simulation") or {}
     if "count" not in clients:
         raise ConfigError(f"{_called(source)}: there is no `clients.count`")
-    seed = found.get("seed", 0)
+    # Devices draw from it too, so it is settled before them.
+    given = settings.get("seed")
+    seed = found.get("seed", 0) if given is None else given
     values: dict[str, Any] = {
         "name": found.get("name", "simulation"),
         "app": workspace / found["app"],
@@ -242,7 +260,7 @@ def read(
         values[key] = found.get(key)
     for key in ("per_round", "over_select", "minimum", "deadline_s"):
         values[key] = clients.get(key)
-    for key in ("engine", "workers", "checkpoint_s", "attack"):
+    for key in ("engine", "device", "workers", "checkpoint_s", "attack"):
         values[key] = simulation.get(key)
     values |= {key: value for key, value in settings.items() if value is not None}
     if not values["app"].is_file():

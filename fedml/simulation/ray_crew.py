@@ -31,7 +31,8 @@ from fedml.federate.arrays import Array, Arrays
 from fedml.federate.layout import Layout
 from fedml.simulation.arena import Arena, Board
 from fedml.simulation.crew import Crew, Hand
-from fedml.simulation.member import Done, Member, Order, Setup, Task, cause_of
+from fedml.simulation.member import Member, cause_of
+from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.states import States
 
 LOCAL = "local"

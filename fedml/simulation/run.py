@@ -9,33 +9,40 @@ round have the same bits.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from fedml.errors import ConfigError
 from fedml.federate import algorithm as algorithms
 from fedml.federate.algorithm import Kind, UnsupportedByTraining
-from fedml.federate.application import Application, ApplicationError, UserTraining, set_weights
+from fedml.federate.application import Application, ApplicationError, UserTraining
 from fedml.federate.arrays import Arrays, without_tags
 from fedml.federate.layout import Layout
+from fedml.federate.local_sgd import Evaluation
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.privacy import NotPrivate
-from fedml.simulation import asynchronous, checkpoint, engine, synchronous
+from fedml.simulation import (
+    accelerator,
+    asynchronous,
+    checkpoint,
+    engine,
+    evaluation,
+    synchronous,
+)
 from fedml.simulation.arena import Arena
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.crew import Crew
+from fedml.simulation.evaluation import Central
 from fedml.simulation.grouped import GROUPS
-from fedml.simulation.member import Done, Order, Setup, Task
+from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.plan import Plan
 from fedml.simulation.ray_crew import RayCrew
 from fedml.simulation.record import Record
-from fedml.simulation.result import ClientFailed, Listener, Result, Round, mean_metrics
+from fedml.simulation.result import ClientFailed, Listener, Result, Round
 
 
 class Simulation:
@@ -78,6 +85,7 @@ class Simulation:
         self.model: Arrays = {}
         self.state: Arrays = {}
         self.engine = ""
+        self.device = ""
         self.crew: Crew
         self.record: Record
         self.update: Layout
@@ -88,8 +96,7 @@ class Simulation:
         self._debug = debug or application is not None
         self._given = application
         self._application: Application
-        self._central: Any = None
-        self._central_model: Any = None
+        self._central: Central | None = None
         self._sent_specs: Layout
         self._arena: Arena
         self._saved = 0.0
@@ -110,7 +117,16 @@ class Simulation:
             RunFailed: It ended otherwise.
             KeyboardInterrupt: Somebody stopped it; the last round that was done is kept.
         """
-        found = self._checkpoint()
+        found = None
+        if self._folder is not None:
+            found = checkpoint.prepare(
+                self._folder,
+                self.plan,
+                self.algorithm,
+                passes=self.passes,
+                resume=self._resume,
+                say=self.listener.say,
+            )
         with ExitStack() as stack:
             self._arena = stack.enter_context(Arena())
             self.crew = stack.enter_context(self._hire())
@@ -138,7 +154,9 @@ class Simulation:
         """The crew: processes here, or actors of Ray's."""
         plan = self.plan
         if not plan.ray:
-            return Crew(plan.app, 0 if self._debug else plan.workers, self._arena)
+            # How many GPUs there are is not known before torch is imported.
+            guess = accelerator.CPU if plan.device in ("auto", "cpu") else (plan.device,)
+            return Crew(plan.app, 0 if self._debug else plan.processes(guess), self._arena)
         if self._debug:
             raise ConfigError("--debug is one process, and --ray is several machines")
         return RayCrew(plan.app, plan.workers, self._arena, plan.ray)
@@ -157,16 +175,25 @@ class Simulation:
         if torch is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
-        self._central_model = self._application.new_model(plan.seed)
+        own_model = self._application.new_model(plan.seed)
         trainer = self._application.trainer
+        there = accelerator.CPU if plan.ray else accelerator.found(plan.device)
         self.engine, why = engine.choose(
             plan.engine,
             trainer,
-            self._central_model,
+            own_model,
             self.within,
             plan.config,
             each=self.wants_each,
+            device=there[0],
+            insisted=plan.device not in ("auto", "cpu"),
         )
+        devices, why_there = accelerator.choose(plan.device, there, self.engine, why)
+        if plan.ray:
+            why_there = "Ray's actors train on processors"
+        self.device = ", ".join(devices)
+        if devices != accelerator.CPU and isinstance(self._application.evaluator, Evaluation):
+            own_model.to(devices[0])
         self.state = self.treatment.start(self.algorithm.start(model))
         self.model = model
         if found is not None:
@@ -193,11 +220,12 @@ class Simulation:
             seed=plan.seed,
             clients=plan.clients,
             engine=self.engine,
+            device="",
             folder=str(self._arena.folder),
             paths=plan.paths,
             states=str(states),
             room=0,
-            memory=total // (2 * max(plan.workers, 1)),
+            memory=total // (2 * max(plan.processes(devices), 1)),
             model=model_specs.tensors,
             sent=self._sent_specs.tensors,
             update=self.update.tensors,
@@ -205,15 +233,18 @@ class Simulation:
         # A round of a linear model is over before another process has woken up.
         quick = self.engine == "closed_form" and _blas_is_single() and not plan.ray
         inside = self._debug or quick
-        if inside and not self._debug:
-            self.crew.dismiss()
-        self.crew.start(setup, self._application if inside else None)
+        if not self._debug and not plan.ray:
+            self.crew.resize(plan.processes(devices) - inside)
+        self.crew.start(setup, self._application if inside else None, devices)
         members = len(self.crew.members)
         one, more = ("Ray actor", "s") if plan.ray else ("process", "es")
         processes = f"{members} {one}{more if members > 1 else ''}"
-        self.listener.say(f"engine {self.engine} on {processes}: {why}")
+        self.listener.say(
+            f"engine {self.engine} on {processes}: {why}; "
+            f"device {', '.join(devices[:members])}: {why_there}"
+        )
         if self.plan.on_central and self._application.evaluates:
-            self._central = self._application.central()
+            self._central = Central(self._application, own_model)
 
     def duration(self, client: int) -> float:
         """Simulated seconds of one client's part."""
@@ -243,6 +274,9 @@ class Simulation:
         Raises:
             ClientFailed: A client failed, and fewer than ``least`` are left without it.
         """
+        for one in done:
+            if one.note:
+                self.listener.say(f"round {number}: {one.note}")
         good = sorted((one for one in done if one.cause is None), key=lambda one: one.client)
         bad = sorted((one for one in done if one.cause is not None), key=lambda one: one.client)
         for one in bad:
@@ -361,21 +395,11 @@ class Simulation:
         )
 
     def _central_metrics(self) -> dict[str, float]:
-        if self._central is None:
-            return {}
-        set_weights(self._central_model, self.model)
-        with _all_cores():
-            found = self._application.evaluate(self._central_model, self._central)
-        return {f"central.{name}": value for name, value in found.items()}
+        return {} if self._central is None else self._central.metrics(self.model)
 
     def add_devices(self, number: int, done: Sequence[Done]) -> None:
         """What clients found of the model of round ``number``."""
-        reports = [one.metrics for one in done]
-        weighted = [(report.get("eval.examples", 0.0), _only_eval(report)) for report in reports]
-        means = mean_metrics(weighted)
-        if means:
-            means["examples"] = math.fsum(weight for weight, _ in weighted)
-        self.record.add_metrics(number, {f"devices.{name}": v for name, v in means.items()})
+        self.record.add_metrics(number, evaluation.of_clients(done))
 
     def _last_evaluation(self) -> None:
         """The last model on every client's data, as in deployed runs."""
@@ -412,33 +436,6 @@ class Simulation:
         self.kept_turn = self.turn * self.passes - 1
         self._saved = now
 
-    def _checkpoint(self) -> Checkpoint | None:
-        """What to go on from; makes the folder."""
-        if self._folder is None:
-            return None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        found = Checkpoint.load(self._folder)
-        if not self._resume:
-            if found is not None:
-                done = found.turn // self.algorithm.stages
-                raise ConfigError(
-                    f"{self._folder} holds a run of {done} rounds",
-                    "--resume goes on with it, another --out starts anew",
-                )
-        elif found is None:
-            self.listener.say(f"nothing to resume in {self._folder}: starting with round 1")
-        if found is None:
-            checkpoint.clear(self._folder)
-            return None
-        if found.identity != self.plan.identity():
-            raise ConfigError(
-                f"{self._folder} holds a run of another configuration",
-                "only rounds, workers and engine may differ; another --out starts anew",
-            )
-        if self.algorithm.kind is Kind.SYNCHRONOUS:
-            checkpoint.drop_states_after(self._folder, found.turn * self.passes)
-        return found
-
     def _take_up(self, found: Checkpoint) -> None:
         if Layout.of(found.model) != Layout.of(self.model):
             raise ConfigError(
@@ -466,6 +463,7 @@ class Simulation:
             per_round=plan.per_round,
             seed=plan.seed,
             engine=self.engine,
+            device=self.device,
             workers=len(self.crew.members),
         )
         if self.liars is not None:
@@ -496,81 +494,9 @@ class Simulation:
         )
 
 
-def _only_eval(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {
-        name[5:]: value
-        for name, value in metrics.items()
-        if name.startswith("eval.") and name != "eval.examples"
-    }
-
-
 def _bytes(layout: Layout) -> int:
     return sum(spec.size * spec.dtype.itemsize for spec in layout.tensors.values())
 
 
 def _blas_is_single() -> bool:
     return any(os.environ.get(n) == "1" for n in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """The members wait while the server evaluates: it may use their cores."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        yield
-        return
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(1)
-
-
-def simulate(
-    source: Path | str | Mapping[str, Any],
-    *,
-    out: Path | str | None = None,
-    resume: bool = False,
-    debug: bool = False,
-    changes: Mapping[str, Any] | None = None,
-    on_round: Callable[[Round], None] | None = None,
-    **settings: Any,
-) -> Result:
-    """Simulate a federated run; see docs/simulate.md.
-
-    Args:
-        source: A run file, or a mapping of its keys; a configuration of FedML's will do.
-        out: Where results file, checkpoints and report go; None keeps everything in memory.
-        resume: Go on from the checkpoint in ``out``.
-        debug: Everything in this process, where breakpoints and profilers work.
-        changes: Keys of the run file to set otherwise, such as ``{"lr": 0.1}`` for
-            ``config.lr``, or ``{"clients.per_round": 5}``.
-        on_round: Called after each round.
-        **settings: ``rounds``, ``engine``, ``workers``, ``checkpoint_s``, ``seed``; ``ray``:
-            the address of a Ray cluster, or ``"local"``.
-
-    Raises:
-        ConfigError: The run cannot be; the text says why and the hint what to change.
-        RunFailed: It ended badly; `ClientFailed` if a client's code raised.
-    """
-    from fedml import translation
-    from fedml.simulation.plan import read
-    from fedml.simulation.report import write
-
-    known = {"rounds", "engine", "workers", "checkpoint_s", "seed", "ray"}
-    unknown = settings.keys() - known
-    if unknown:
-        raise TypeError(f"simulate() has no setting {min(unknown)!r}; it has {sorted(known)}")
-
-    class Heard(Listener):
-        def ended(self, round_: Round) -> None:
-            if on_round is not None:
-                on_round(round_)
-
-    plan = read(translation.accept(source), changes=changes, **settings)
-    folder = None if out is None else Path(out)
-    run = Simulation(plan, folder=folder, resume=resume, debug=debug, listener=Heard())
-    result = run.run()
-    if folder is not None:
-        write(folder)
-    return result

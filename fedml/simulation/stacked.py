@@ -20,26 +20,36 @@ from torch.nn import functional
 from fedml.federate.arrays import Array
 from fedml.federate.local_sgd import Loss, Steps, examples_of
 from fedml.federate.torch_sgd import tensors
+from fedml.simulation.accelerator import Kept, free_bytes
 from fedml.simulation.engine import Diverged, Rng
 
 _CACHE = 1 << 20  # bytes of weights, gradients and scratch that one chunk may take: an L2 cache
 _MOST = 64
+_MOST_BESIDE = 512  # on an accelerator; examples need room too, and if it is too little, see `free`
 
 
 class Stacked:
     """See `engine.Engine`."""
 
-    def __init__(self, module: nn.Module, steps: Steps, loss: Loss) -> None:
-        module.train()
+    def __init__(self, module: nn.Module, steps: Steps, loss: Loss, device: str = "cpu") -> None:
+        module.to(device).train()
+        self._device = torch.device(device)
+        # MPS has no float64: there, a chunk is added up in float32, and chunks on the CPU.
+        self._wide = torch.float32 if device == "mps" else torch.float64
+        home = "cpu" if device == "mps" else device
         self._module, self._steps, self._loss = module, steps, loss
         self._buffers = dict(module.named_buffers())
         self._names = [name for name, _ in module.named_parameters()]
         self._start = {n: torch.empty_like(p.detach()) for n, p in module.named_parameters()}
         size = sum(p.numel() * p.element_size() for p in module.parameters())
-        self.chunk = max(1, min(_MOST, _CACHE // max(3 * size, 1)))
-        self._sum = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in self._start.items()}
+        beside = device != "cpu"
+        most, room = (_MOST_BESIDE, free_bytes(device) / 8) if beside else (_MOST, _CACHE)
+        self.chunk = int(max(1, min(most, room / max(3 * size, 1))))
+        self._sum = {
+            n: torch.zeros_like(t, dtype=torch.float64, device=home) for n, t in self._start.items()
+        }
         self._step = vmap(grad_and_value(self._cost), in_dims=(0, 0, 0, 0))
-        self._prepared: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept = Kept(device)
 
     def begin(self, model: Mapping[str, Array]) -> None:
         """See `engine.Engine`."""
@@ -71,53 +81,61 @@ class Stacked:
             for name, start in self._start.items()
         }
         velocity: dict[str, Tensor] = {}
-        count = torch.tensor(sizes)
-        cost = torch.zeros(len(clients), dtype=torch.float64)
+        count = torch.tensor(sizes, device=self._device)
+        cost = torch.zeros(len(clients), dtype=self._wide, device=self._device)
         ragged = min(sizes) < longest
         for epoch in range(steps.epochs):
             x, y = xs, ys
             if steps.shuffle:
                 rows = torch.stack([_rows(each[epoch], longest) for each in orders])
-                every = torch.arange(len(clients))[:, None]
+                rows = rows.to(self._device)
+                every = torch.arange(len(clients), device=self._device)[:, None]
                 x, y = xs[every, rows], ys[every, rows]
             for start in range(0, longest, steps.batch_size):
                 stop = min(start + steps.batch_size, longest)
-                here = (count[:, None] > torch.arange(start, stop)).to(self._dtype)
+                column = torch.arange(start, stop, device=self._device)
+                here = (count[:, None] > column).to(self._dtype)
                 gradient, value = self._step(weights, x[:, start:stop], y[:, start:stop], here)
-                cost += value.double() * here.sum(1)
+                cost += value.to(self._wide) * here.sum(1)
                 active = here[:, 0] if ragged else None
                 self._walk(weights, gradient, velocity, active)
         deltas = {name: value - self._start[name] for name, value in weights.items()}
         if not all(bool(torch.isfinite(d).all()) for d in deltas.values()):
             raise Diverged
-        examples = count.double()
-        for name, delta in deltas.items():
-            self._sum[name] += torch.tensordot(examples, delta.double(), dims=1)
+        examples = count.to(self._wide)
+        # All of them first: where memory runs out, nothing may have been added.
+        parts = {
+            name: torch.tensordot(examples, delta.to(self._wide), dims=1)
+            for name, delta in deltas.items()
+        }
+        for name, part in parts.items():
+            self._sum[name] += part.to(self._sum[name].device)
         passes = np.maximum(np.array(sizes) * steps.epochs, 1)
         return [
             {"examples": float(n), "steps": float(steps.count(n)), "lr": steps.lr, "loss": loss}
-            for n, loss in zip(sizes, (cost.numpy() / passes).tolist(), strict=True)
+            for n, loss in zip(sizes, (cost.cpu().numpy() / passes).tolist(), strict=True)
         ]
 
     def finish(self, total: Mapping[str, Array]) -> None:
         """See `engine.Engine`."""
         for name, part in total.items():
             # Buffers that no client changes: their difference is zero.
-            part[...] = self._sum[name].numpy() if name in self._sum else 0
+            part[...] = self._sum[name].cpu().numpy() if name in self._sum else 0
 
     def forget(self, clients: Sequence[int]) -> None:
         """See `engine.Engine`."""
-        for client in clients:
-            self._prepared.pop(client, None)
+        self._kept.forget(clients)
+
+    def free(self) -> bool:
+        """See `engine.Engine`."""
+        return self._kept.free()
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(iter(self._start.values())).dtype
 
     def _pair(self, client: int, data: Any) -> tuple[Tensor, Tensor]:
-        if client not in self._prepared:
-            self._prepared[client] = tensors(*examples_of(data), self._module, self._loss)
-        return self._prepared[client]
+        return self._kept.get(client, lambda: tensors(*examples_of(data), self._module, self._loss))
 
     def _walk(
         self,

@@ -13,7 +13,7 @@ from fedml.errors import RunFailed
 from fedml.federate.aggregate import PartialSum
 from fedml.federate.algorithm import Update
 from fedml.federate.arrays import Arrays, rounded
-from fedml.simulation.member import Done
+from fedml.simulation.order import Done
 from fedml.simulation.result import mean_metrics
 
 if TYPE_CHECKING:

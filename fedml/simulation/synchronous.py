@@ -18,7 +18,7 @@ from fedml.federate.round import Made, ServerRound
 from fedml.protect.rules import TooFewClients
 from fedml.simulation import grouped
 from fedml.simulation.devices import online
-from fedml.simulation.member import Done, Order, Task
+from fedml.simulation.order import Done, Order, Task
 from fedml.simulation.sums import added_up, barren
 
 if TYPE_CHECKING:

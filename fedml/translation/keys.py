@@ -36,7 +36,9 @@ class Unused:
 
 _HOSTED = Unused("nothing here leaves your machines: rounds and metrics are in the results file")
 _WIRE = Unused("machines speak to the broker that `fedml login` names; there is one wire")
-_GPU = Unused("training by name runs on CPUs", by_name=True)
+_GPU = Unused(
+    "`--device` says where a simulation trains; machines train by name on CPUs", by_name=True
+)
 _CACHE = Unused(
     "data sets are read out of packages; `fedml data list` shows where they are", by_name=True
 )

@@ -30,6 +30,7 @@ class Quadratic:
     examples: int = 1
     floor: float = 0.0
     reports_lr: bool = True
+    momentum: float = 0.0
     supports: frozenset[Need] = frozenset(Need)
     corrections: list[Correction | None] = field(default_factory=list)
 
@@ -38,17 +39,20 @@ class Quadratic:
     ) -> Trained:
         self.corrections.append(correction)
         w = dict(model)
+        velocity = {name: np.zeros_like(values) for name, values in model.items()}
         for _ in range(self.steps):
             direction, _ = self.gradient(w)
             if correction is not None:
                 at_anchor, _ = self.gradient(correction.anchor or model)
                 direction = correction.direction(direction, w, model, at_anchor)
-            w = moved(w, direction, -self.lr)
+            velocity = moved(direction, velocity, self.momentum)
+            w = moved(w, velocity, -self.lr)
         return Trained(
             model=w,
             examples=self.examples,
             steps=self.steps,
             lr=self.lr if self.reports_lr else None,
+            momentum=self.momentum,
             metrics={"loss": self.gradient(w)[1]},
         )
 

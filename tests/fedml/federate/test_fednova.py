@@ -64,3 +64,11 @@ def test_a_proximal_pull_is_passed_on_to_the_client() -> None:
 def test_a_client_that_took_no_step_is_told_so() -> None:
     with pytest.raises(UnsupportedByTraining, match="training took none"):
         FedNova().path_norm(trained(0))
+
+
+def test_a_momentum_that_the_training_reports_counts() -> None:
+    reported = Trained(model={}, examples=1, steps=7, lr=0.1, momentum=0.9)
+    expected = FedNova(momentum=0.9).path_norm(trained(7))
+    assert FedNova().path_norm(reported) == expected
+    with pytest.raises(UnsupportedByTraining, match="no formula for mu and a local momentum"):
+        FedNova(mu=0.1).path_norm(reported)

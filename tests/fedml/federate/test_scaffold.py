@@ -48,6 +48,19 @@ def test_by_examples_the_optimum_is_that_of_all_examples() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_the_optimum_is_found_with_local_momentum_too(momentum: float, count: int) -> None:
+    # Divided by the mere number of steps, the control variates grow without bound at 0.9.
+    clients = {
+        0: Quadratic(at(-1.0), curvature=1.0, lr=0.02, steps=10, momentum=momentum),
+        1: Quadratic(at(3.0), curvature=3.0, lr=0.02, steps=10, momentum=momentum),
+    }
+    model, kept = run(Scaffold(), clients, at(0.0), 1500, count=count)
+    np.testing.assert_allclose(model["w"], [2.0], rtol=1e-6)
+    np.testing.assert_allclose(kept[0]["w"], [3.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2])
 def test_each_step_is_the_papers(count: int) -> None:
     # Algorithm 1, option II, transcribed for scalars.
     lr, steps, eta_g = 0.1, 3, 0.5

@@ -14,6 +14,7 @@ from fedml.errors import RunFailed
 from fedml.federate.fedasync import FedAsync
 from fedml.simulation import simulate
 from fedml.simulation.devices import Devices, online
+from fedml.simulation.plan import read
 from tests.fedml.simulation import apps
 
 
@@ -151,3 +152,12 @@ def test_staleness_counts_the_versions_since_a_client_started(
     asked = plan(tmp_path, {"seconds_per_example": 0.0, "latency_s": 1.0}, algorithm="fedasync")
     simulate(asked, debug=True)
     assert seen == [0, 1, 2, 3, 3, 3]
+
+
+def test_a_seed_given_beside_the_file_draws_other_devices(tmp_path: Path) -> None:
+    source = plan(tmp_path, {"speed_spread": 1.0}, seed=3)
+    found = {seed: read(source, seed=seed).devices for seed in (None, 3, 4)}
+    assert found[None] == found[3]
+    speeds = [[d.speed(client) for client in range(8)] for d in found.values() if d is not None]
+    assert speeds[0] == speeds[1] != speeds[2]
+    assert times(simulate(source, seed=3)) != times(simulate(source, seed=4))

@@ -130,7 +130,8 @@ def test_a_lost_actor_is_replaced_and_its_clients_are_run_again(nodes: str, tmp_
 def test_an_actor_that_is_lost_twice_over_the_same_clients_ends_the_run(
     nodes: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunFailed, match=r"died twice.*at client 2"):
+    # What an actor had said just before it died may be lost with it: then an earlier one is named.
+    with pytest.raises(RunFailed, match=r"died twice.*at client [0-2]"):
         simulate(dying(tmp_path, dies=9), workers=2, ray=nodes)
 
 

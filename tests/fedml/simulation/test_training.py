@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,8 @@ from fedml.federate.algorithm import Correction
 from fedml.federate.arrays import Arrays
 from fedml.federate.local_sgd import BadData, Evaluation, LocalSGD, examples_of
 from fedml.model.arrays import to_arrays
+from fedml.simulation import simulate
+from tests.fedml.simulation import apps
 
 RNG = np.random.default_rng(4)
 X = RNG.standard_normal((23, 5)).astype(np.float32)
@@ -149,3 +152,27 @@ def test_cross_entropy_of_targets_that_are_no_classes_is_refused() -> None:
     for model in (network(), {"w": np.zeros((5, 3), np.float32)}):
         with pytest.raises(BadData, match="needs"):
             LocalSGD(lr=0.1)(model, (X, X[:, 0]), {}, np.random.default_rng(0))
+
+
+def test_scaffold_with_the_momentum_of_the_built_in_training_learns(tmp_path: Path) -> None:
+    # Unaware of it, SCAFFOLD's control variates take the loss to 1e26 in these rounds.
+    apps.write(tmp_path, apps.LINEAR)
+    found = simulate(
+        {
+            "app": "app.py",
+            "workspace": str(tmp_path),
+            "rounds": 60,
+            "algorithm": "scaffold",
+            "config": {"lr": 0.1, "momentum": 0.9},
+            "clients": {"count": 4},
+            "evaluate": {"devices": False},
+        },
+        debug=True,
+    )
+    assert found.metrics["central.loss"] < 0.4
+    assert "train.momentum" not in found.metrics
+
+
+def test_the_built_in_training_reports_its_momentum() -> None:
+    found = LocalSGD(lr=0.1, momentum=0.9)(network(), (X, Y), {}, np.random.default_rng(0))
+    assert found["momentum"] == 0.9
