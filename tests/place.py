@@ -14,6 +14,7 @@ Everything lives below the folder, ports are chosen by the system, and what is l
 Mosquitto instead of the broker's own endpoint.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -208,7 +209,8 @@ class Place:
             self._mosquitto.kill()
         left = [p for p in psutil.process_iter() if self.is_ours(p)]
         for process in left:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+                process.kill()
         psutil.wait_procs(left, timeout=10)
 
     def is_ours(self, process: psutil.Process) -> bool:

@@ -146,12 +146,21 @@ def test_a_client_whose_training_fails_is_not_asked_again_in_this_version(calm: 
         "    if (data[0] == np.random.default_rng(2).normal(size=(40, 64))).all():\n"
         "        raise ValueError('no luck')",
     )
-    run = _asked(calm, failing, clients={"count": 3, "minimum": 2}, rounds=3)
-    calm.finishes(run)
-    versions = _versions(calm, run)
-    assert [v["replies"] for v in versions] == [2, 2, 2]
-    assert all(v["refused"] <= 1 for v in versions)
-    assert sum(v["refused"] for v in versions) >= 1
+    run = _asked(calm, failing, clients={"count": 3, "minimum": 2}, rounds=1000)
+    failed: list[int] = []
+
+    def twice(item: dict[str, Any]) -> bool:
+        event = item.get("event", {})
+        if event.get("kind") == "client_failed":
+            failed.append(event["data"]["round"])
+        return len(failed) == 2
+
+    calm.until(run, twice)
+    calm.client.call("POST", f"/v1/runs/{run}/stop")
+    assert calm.end(run)["state"] == "STOPPED"
+    assert failed[0] < failed[1]
+    assert {v["replies"] for v in _versions(calm, run)} == {2}
+    assert {v["refused"] for v in _versions(calm, run)} <= {0, 1}
 
 
 _ENDED = {TaskState.FINISHED, TaskState.FAILED, TaskState.STOPPED, TaskState.LOST}
