@@ -27,7 +27,7 @@ from fedml_protocol.blob import Blob
 
 log = logging.getLogger(__name__)
 
-# What is lost of a transfer that is cut; 64 KB would cost noticeably more CPU.
+# The most that is lost of a transfer that is cut.
 _CHUNK = 256 * 1024
 # What is sent in one piece: with http.client's own 16 KB, an upload takes half as much CPU again.
 _BLOCK = 256 * 1024

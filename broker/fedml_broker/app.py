@@ -58,7 +58,7 @@ HTTPS_PORT = 8443
 MQTTS_PORT = 8883
 
 
-# Of a body, for each connection; with aiohttp's 64 KB an upload costs a fifth more CPU.
+# Of a body, for each connection; with aiohttp's 64 KB a large upload costs noticeably more CPU.
 _READ_BYTES = 256 * 1024
 
 
@@ -282,15 +282,14 @@ class Broker:
         return name
 
     async def _setting(self, name: str) -> Any:
-        query = sa.select(settings.c.value).where(settings.c.name == name)
-        return await self.store.read(lambda tx: tx.execute(query).scalar())
+        return await self.store.read(lambda tx: _setting(tx, name))
 
     def _note_identity(self, tx: Connection) -> None:
         """Have the audit name a CA or signing keys that this store has not seen before.
 
         Compared at each start, because they are made before there is a store to tell.
         """
-        kept = tx.execute(sa.select(settings.c.value).where(settings.c.name == "identity")).scalar()
+        kept = _setting(tx, "identity")
         known = kept or {"ca": "", "signing": []}
         ca, signing = self.identity.ca_sha256.hex(), list(self.identity.verify_keys_raw)
         if ca != known["ca"]:
@@ -299,16 +298,10 @@ class Broker:
             if key not in known["signing"]:
                 audit.note(tx, DEFAULT_TENANT, audit.BROKER, "signing-key.new", key)
         if {"ca": ca, "signing": signing} != kept:
-            tx.execute(settings.delete().where(settings.c.name == "identity"))
-            value = {"ca": ca, "signing": signing}
-            tx.execute(settings.insert().values(name="identity", value=value))
+            _keep_setting(tx, "identity", {"ca": ca, "signing": signing})
 
     async def _keep_setting(self, name: str, value: Any) -> None:
-        def put(tx: Connection) -> None:
-            tx.execute(settings.delete().where(settings.c.name == name))
-            tx.execute(settings.insert().values(name=name, value=value))
-
-        await self.store.write(put)
+        await self.store.write(lambda tx: _keep_setting(tx, name, value))
 
     # ------------------------------------------------------------------ house-keeping
 
@@ -346,3 +339,12 @@ def _port_error(error: OSError, host: str, port: int) -> Exception:
     if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL):
         return PortInUse(f"cannot listen on {host} port {port}: {error.strerror}")
     return error
+
+
+def _setting(tx: Connection, name: str) -> Any:
+    return tx.execute(sa.select(settings.c.value).where(settings.c.name == name)).scalar()
+
+
+def _keep_setting(tx: Connection, name: str, value: Any) -> None:
+    tx.execute(settings.delete().where(settings.c.name == name))
+    tx.execute(settings.insert().values(name=name, value=value))

@@ -95,13 +95,13 @@ class Versions:
                 first = next(iter(self._bad.values()))
                 raise RunFailed.too_few(f"version {number}", self._minimum, left, first)
             await self._fill(latest)
-            driver.progress = {
-                "number": number,
-                "asked": self._buffer,
-                "answered": len(self._heard) - len(self._bad),
-                "received_bytes": self._received_bytes,
-            }
-            driver.wait_for(partial(self._missing, number))
+            driver.wait_in_round(
+                partial(self._missing, number),
+                number=number,
+                asked=self._buffer,
+                answered=len(self._heard) - len(self._bad),
+                received=self._received_bytes,
+            )
             # A machine that fell silent rings no bell.
             await driver.either(
                 driver.told, bell, within_s=driver.all.dispatcher.timing.heartbeat_s
@@ -129,7 +129,6 @@ class Versions:
         driver, heard = self._driver, self._heard
         finish = FinishRound(out_dir=str(driver.out_dir(number)))
         made = await self._aggregator.ask(finish, ModelMade)
-        good = {a.client for a in heard.values()} - {*self._bad}
         driver.done_waiting()
         return await driver.finish(
             number,
@@ -139,9 +138,8 @@ class Versions:
                 refused=len(self._bad),
                 received_bytes=self._received_bytes,
             ),
-            clients=tuple(sorted(good)),
-            also=lambda tx: rounds.count(tx, driver.run, number, [*heard]),
             turns=[a.start for a in heard.values()],
+            counted=[*heard],
         )
 
     # ------------------------------------------------------------------ who is at work
@@ -174,14 +172,8 @@ class Versions:
             await driver.queue(new, lambda tx: tasks.insert(tx, new))
 
     def _missing(self, number: int) -> str:
-        fleet = self._driver.all.fleet
-        names = []
-        for task in self._busy():
-            machine = fleet.get(task.device or "")
-            if machine is not None:
-                away = fleet.away(machine)
-                names.append(f"{machine.name} ({away})" if away else machine.name)
+        names = self._driver.names(task.client for task in self._busy())
         return (
             f"version {number}: {len(self._heard)} have answered; "
-            f"waiting for {', '.join(names) or 'machines to come online'}"
+            f"waiting for {names or 'machines to come online'}"
         )

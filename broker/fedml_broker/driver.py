@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -251,49 +251,37 @@ class Driver:
         made: ModelMade,
         tally: Tally,
         *,
-        clients: tuple[int, ...] = (),
         devices: Mapping[str, float] = NOTHING,
-        also: Callable[[Connection], None] = lambda tx: None,
         turns: Sequence[int] = (),
+        counted: Sequence[str] = (),
     ) -> Round:
         """The round's model into the store, together with all that it makes true.
 
         Args:
-            clients: Who is in it.
             devices: What the devices found of the model before.
-            also: What else belongs into the transaction.
             turns: Whose updates are in it.
+            counted: See `rounds.finish`.
         """
         kept = await self.adopt(made)
 
         def commit(tx: Connection) -> list[str]:
-            also(tx)
             rounds.add_metrics(tx, self.run, number - 1, devices)
             return rounds.finish(
                 tx,
                 self.run,
                 number,
-                model=kept.model,
-                state=kept.state,
-                sent=kept.sent,
                 metrics=made.metrics,
                 tally=tally,
                 turns=turns,
-                oldest=rounds.oldest_at_work(tx, self.run),
+                counted=counted,
+                **kept._asdict(),
             )
 
         await self.commit(kept, commit)
         if number > 0:  # 0 is the model before the first round
             self.all.on_round()
         shutil.rmtree(Path(made.model_path).parent, ignore_errors=True)
-        return Round(
-            number=number,
-            clients=clients,
-            model=kept.model,
-            state=kept.state,
-            sent=kept.sent,
-            done=True,
-        )
+        return Round(number=number, clients=(), done=True, **kept._asdict())
 
     async def adopt(self, made: ModelMade) -> Kept:
         """Take files of the aggregator as blobs; `commit` refers to them."""
@@ -428,6 +416,28 @@ class Driver:
     def done_waiting(self) -> None:
         """It goes on."""
         self._waits = str
+
+    def wait_in_round(
+        self, words: Callable[[], str], *, number: int, asked: int, answered: int, received: int = 0
+    ) -> None:
+        """As `wait_for`, with the open round in numbers; ``received`` counts bytes."""
+        self.progress = {
+            "number": number,
+            "asked": asked,
+            "answered": answered,
+            "received_bytes": received,
+        }
+        self.wait_for(words)
+
+    def names(self, clients: Iterable[int | None]) -> str:
+        """The machines of some clients, with the reason where one takes nothing now."""
+        fleet, found = self.all.fleet, []
+        for client in clients:
+            machine = fleet.get(self.clients[client]) if client is not None else None
+            if machine is not None:
+                away = fleet.away(machine)
+                found.append(f"{machine.name} ({away})" if away else machine.name)
+        return ", ".join(found)
 
     def wait_for(self, words: Callable[[], str]) -> None:
         """Whoever follows asks for the words now, and whenever a machine comes or goes."""

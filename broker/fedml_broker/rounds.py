@@ -136,13 +136,13 @@ def finish(
     metrics: Mapping[str, float],
     tally: Tally,
     turns: Sequence[int] = (),
-    oldest: int | None = None,
+    counted: Sequence[str] = (),
 ) -> list[str]:
     """Close a round with its model; the blobs that nobody needs any more.
 
     Args:
         turns: Whose updates are in it; empty: the turn of its own number.
-        oldest: The oldest round whose model a client may still start from; None: this one.
+        counted: Of a version of an asynchronous run, the tasks that are in it or were refused.
     """
     runs.refer(tx, model.sha256, f"run/{run}/model/{number}")
     for what, blob in (("state", state), ("sent", sent)):
@@ -175,7 +175,12 @@ def finish(
     idle += runs.release(tx, f"run/{run}/stage/{number}")
     # A model is kept for every round; what the algorithm needs is the latest.
     idle += runs.release(tx, f"run/{run}/state/{number - 1}")
-    for old in _sent_before(tx, run, number if oldest is None else oldest):
+    oldest = number
+    if counted:
+        mine = sa.and_(tasks.c.run == run, tasks.c.id.in_(counted))
+        tx.execute(tasks.update().where(mine).values(counted=number))
+        oldest = _oldest_at_work(tx, run, number)
+    for old in _sent_before(tx, run, oldest):
         idle += runs.release(tx, f"run/{run}/sent/{old}")
     return idle
 
@@ -187,19 +192,13 @@ def _sent_before(tx: Connection, run: str, number: int) -> list[int]:
     return sorted(n for n in kept if n < number)
 
 
-def count(tx: Connection, run: str, number: int, answered: Sequence[str]) -> None:
-    """These tasks are in the model of this version, or were refused by then."""
-    tx.execute(
-        tasks.update().where(tasks.c.run == run, tasks.c.id.in_(answered)).values(counted=number)
-    )
-
-
-def oldest_at_work(tx: Connection, run: str) -> int | None:
+def _oldest_at_work(tx: Connection, run: str, newest: int) -> int:
     """The oldest version that a client of an asynchronous run still works from."""
     query = sa.select(sa.func.min(tasks.c.version)).where(
         tasks.c.run == run, tasks.c.state.not_in([int(s) for s in FINAL])
     )
-    return tx.execute(query).scalar()
+    oldest = tx.execute(query).scalar()
+    return newest if oldest is None else oldest
 
 
 def add_metrics(tx: Connection, run: str, number: int, metrics: Mapping[str, float]) -> None:

@@ -14,7 +14,8 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -67,9 +68,7 @@ class Store:
             sqlalchemy.exc.DatabaseError: Not a database, or a damaged one.
         """
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        engine = sqlalchemy.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-        event.listen(engine, "connect", configure)
-        event.listen(engine, "begin", _begin)
+        engine = _engine(path)
         _upgrade(engine)
         return cls(engine, path)
 
@@ -192,8 +191,25 @@ def _first(error: BaseException) -> sqlite3.Error:
     return found
 
 
-def configure(connection: sqlite3.Connection, _: object) -> None:
-    """How every connection that may write is set up."""
+@contextmanager
+def beside(path: Path) -> Iterator[Connection]:
+    """One transaction of a command beside the running broker, which waits for it as it does."""
+    engine = _engine(path)
+    try:
+        with engine.connect().execution_options(writes=True) as tx, tx.begin():
+            yield tx
+    finally:
+        engine.dispose()
+
+
+def _engine(path: Path) -> Engine:
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
+    event.listen(engine, "connect", _configure)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _configure(connection: sqlite3.Connection, _: object) -> None:
     # SQLAlchemy's own BEGIN (see `open`) replaces the driver's guesses about transactions.
     connection.isolation_level = None
     for pragma in (

@@ -68,7 +68,6 @@ class Rounds:
             number,
             made,
             self._tally,
-            clients=tuple(replies),
             # In a round of several stages the model was evaluated in the first one.
             devices=_evaluated(replies) if self._stages == 1 else {},
             turns=(turn,),
@@ -169,14 +168,14 @@ class Rounds:
             late = loop.time() >= deadline
             if len(good) >= min(enough, left) or (late and len(good) >= minimum):
                 break
-            driver.progress = {
-                "number": number,
-                "asked": len(cohort),
-                "answered": len(good) + len(bad),
-                "received_bytes": received_bytes,
-            }
-            need = minimum if late else 0
-            driver.wait_for(partial(_missing, driver, number, cohort, {*good, *bad}, need))
+            answered = {*good, *bad}
+            driver.wait_in_round(
+                partial(_missing, driver, number, cohort, answered, minimum if late else 0),
+                number=number,
+                asked=len(cohort),
+                answered=len(answered),
+                received=received_bytes,
+            )
             await driver.either(driver.told, within_s=None if late else deadline - loop.time())
         driver.done_waiting()
         await driver.go_on_without(turn)
@@ -205,13 +204,12 @@ async def evaluate_last(driver: "Driver", latest: Round, opened: Round | None, t
         if len(replies) == len(cohort) or loop.time() >= deadline:
             break
         answered = {client for client, _, _ in replies}
-        driver.progress = {
-            "number": number,
-            "asked": len(cohort),
-            "answered": len(answered),
-            "received_bytes": 0,
-        }
-        driver.wait_for(partial(_missing, driver, number, cohort, answered, 0))
+        driver.wait_in_round(
+            partial(_missing, driver, number, cohort, answered, 0),
+            number=number,
+            asked=len(cohort),
+            answered=len(answered),
+        )
         await driver.either(driver.told, within_s=deadline - loop.time())
     driver.done_waiting()
     await driver.go_on_without(turn)
@@ -242,16 +240,8 @@ def _missing(
     minimum: int,
 ) -> str:
     """Whom a round waits for; `minimum`: it is past its deadline and needs so many."""
-    fleet = driver.all.fleet
-    names = []
-    for client in cohort:
-        machine = fleet.get(driver.clients[client])
-        if client in answered or machine is None:
-            continue
-        away = fleet.away(machine)
-        names.append(f"{machine.name} ({away})" if away else machine.name)
+    names = driver.names(client for client in cohort if client not in answered)
     late = f", past its deadline; it needs {minimum}" if minimum else ""
     return (
-        f"round {number}: {len(answered)} of {len(cohort)} have answered{late}; "
-        f"waiting for {', '.join(names)}"
+        f"round {number}: {len(answered)} of {len(cohort)} have answered{late}; waiting for {names}"
     )

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedml.cli.following import indented, users_part
-from fedml.cli.tables import duration, size
+from fedml.cli.tables import duration, size, worth_showing
 
 _SOURCES = ("devices", "central", "train")
 _FIRST = ("accuracy", "loss")
@@ -235,9 +235,7 @@ def _chosen(names: set[str]) -> list[str]:
         first = _FIRST.index(metric) if metric in _FIRST else len(_FIRST)
         return first, _SOURCES.index(source) if source in _SOURCES else len(_SOURCES), name
 
-    # Of single groups of clients there may be hundreds: `--json` has them.
-    shown = (n for n in names if not n.endswith(".examples") and not n.startswith("groups."))
-    chosen = sorted(shown, key=rank)
+    chosen = sorted(filter(worth_showing, names), key=rank)  # `--json` has them all
     if sys.stdout.isatty():
         room = shutil.get_terminal_size().columns - len(_line("", [], "", "", "", ""))
         while len(chosen) > 2 and sum(max(len(name), 8) + 2 for name in chosen) > room:

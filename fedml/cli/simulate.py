@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedml.cli.options import json_lines_option, strict_option
+from fedml.cli.tables import worth_showing
 from fedml.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -215,9 +216,9 @@ def _shown(as_json: bool) -> Iterator[Any]:
 
 def _line(round_: Round) -> str:
     numbers = "  ".join(
-        f"{k} {v:.4f}"
-        for k, v in sorted(round_.metrics.items())
-        if not k.endswith(".examples") and not k.startswith("groups.")  # too many for a line
+        f"{name} {value:.4f}"
+        for name, value in sorted(round_.metrics.items())
+        if worth_showing(name)
     )
     return f"round {round_.number}/{round_.rounds}  {numbers}"
 

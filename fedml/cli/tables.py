@@ -16,6 +16,11 @@ def print_json(found: Any) -> None:
     click.echo(json.dumps(found))
 
 
+def worth_showing(metric: str) -> bool:
+    """Whether people see it at once; of single groups of clients there may be hundreds."""
+    return not metric.endswith(".examples") and not metric.startswith("groups.")
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
     """Rows under a head; `empty` is said instead when there are none."""
     if not rows:

@@ -21,7 +21,7 @@ from fedml.federate.arrays import Arrays
 from fedml.federate.exact_sum import WeightedMetrics
 from fedml.federate.hierarchical import GroupedFold, Groups
 from fedml.federate.layout import Given, admit
-from fedml.federate.treatment import Treatment, without_ours
+from fedml.federate.treatment import Treatment, in_memory, without_ours
 from fedml.protect.robust import RobustFold
 
 
@@ -130,8 +130,7 @@ class ServerRound:
         source: Given = given
         if not isinstance(given, dict):
             source = self._treatment.incoming(client, given, self.layout)
-        trained = {name: v for name, v in metrics.items() if not name.startswith("eval.")}
-        self._fold.add(client, source, weight, trained)
+        self._fold.add(client, source, weight, _of_training(metrics))
 
     def finish(self) -> Made:
         """Nobody else comes: the next model.
@@ -212,8 +211,8 @@ class ServerVersion:
         else:
             sent = self._treatment.incoming(client, given, self._layout)
             admit(client, sent, weight, self._layout).close()
-            arrays = self._treatment.decoded(client, given, self._layout)
-        trained = {name: v for name, v in metrics.items() if not name.startswith("eval.")}
+            arrays = in_memory(sent)
+        trained = _of_training(metrics)
         update = Update(arrays=arrays, weight=weight, metrics=trained)
         facts = Facts(clients=1, population=self._population, staleness=staleness)
         before = self._model
@@ -224,3 +223,7 @@ class ServerVersion:
     def finish(self) -> Made:
         """The newest model, and what its updates came to."""
         return Made(self._model, self._state, self._metrics.means(), {})
+
+
+def _of_training(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("eval.")}

@@ -223,8 +223,7 @@ class Treatment:
         Raises:
             BadUpdate: It cannot be decoded.
         """
-        given = self.incoming(client, path, layout)
-        return given.expand() if isinstance(given, Packed) else load_file(path)
+        return in_memory(self.incoming(client, path, layout))
 
     def layout(self, layout: Layout) -> Layout:
         """What `incoming` gives, where the algorithm's updates are of ``layout``."""
@@ -275,6 +274,17 @@ class Treatment:
                 "privacy.clip": clip,
             }
         return update, own, metrics
+
+
+def in_memory(given: Given) -> Arrays:
+    """What `Treatment.incoming` gives, as arrays."""
+    if isinstance(given, Packed):
+        return given.expand()
+    if isinstance(given, str | Path):
+        return load_file(given)
+    if isinstance(given, dict):
+        return given
+    raise TypeError(f"a {type(given).__name__} is read in pieces only")
 
 
 def without_ours(state: Arrays) -> Arrays:

@@ -84,6 +84,9 @@ class Family:
     note: str = ""
 
 
+# What `optimizer.py` takes as `client_optimizer`.
+OPTIMIZERS = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
+
 _SMALL = "it is not here; resnet20 (0.27 M parameters) is used instead"
 _LARGE = "it is not here; resnet56 (0.85 M parameters) is used instead"
 

@@ -20,9 +20,7 @@ from fedml.federate.local_sgd import Evaluation, examples_of
 from fedml.federate.torch_sgd import tensors
 from fedml.named import central, data, model
 
-__all__ = ["OPTIMIZERS", "central", "data", "evaluate", "model", "train"]
-
-OPTIMIZERS = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
+__all__ = ["central", "data", "evaluate", "model", "train"]
 
 evaluate = Evaluation(loss="cross_entropy")
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from fedml.errors import RunFailed
 from fedml.federate.arrays import Array
-from fedml.federate.layout import Spec
+from fedml.federate.layout import Layout, Spec
 
 _PREFIX = "fedml-simulation-"
 _ALIGNED = 64  # bytes: a cache line
@@ -245,3 +245,27 @@ class _Packer(pickle.Pickler):
                 self.large.append(thing)
             return self._torch.from_numpy, (thing.numpy(),)
         return NotImplemented
+
+
+class Boards:
+    """What members read of the server: of each version a model, and what is sent with it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Of an arena."""
+        self._folder = folder
+        self._made: dict[int, tuple[Board, Board]] = {}
+
+    def write(self, version: int, model: Mapping[str, Array], sent: Mapping[str, Array]) -> None:
+        """Put both in their places, which are made the first time."""
+        if version not in self._made:
+            self._made[version] = (
+                self._make("model", version, model),
+                self._make("sent", version, sent),
+            )
+        boards = self._made[version]
+        boards[0].write(model)
+        boards[1].write(sent)
+
+    def _make(self, name: str, version: int, arrays: Mapping[str, Array]) -> Board:
+        specs = Layout.of(dict(arrays)).tensors
+        return Board(self._folder / f"{name}-{version}", specs, create=True)

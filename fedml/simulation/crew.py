@@ -28,8 +28,7 @@ import fedml
 from fedml.errors import RunFailed
 from fedml.federate.application import Application
 from fedml.federate.arrays import Arrays
-from fedml.federate.layout import Layout
-from fedml.simulation.arena import Arena, Board, Place
+from fedml.simulation.arena import Arena, Board, Boards, Place
 from fedml.simulation.member import Member, hear, in_doubles, say
 from fedml.simulation.order import Done, Order, Setup
 
@@ -95,7 +94,7 @@ class Crew:
         self._sizes: dict[int, int] = {}
         self._places: dict[int, Place] = {}
         self._folder = arena.folder
-        self._boards: dict[int, tuple[Board, Board]] = {}
+        self._boards = Boards(arena.folder)
         self.members: list[Hand] = [self._hired() for _ in range(count)]
 
     def start(
@@ -133,16 +132,7 @@ class Crew:
 
     def publish(self, version: int, model: Arrays, sent: Arrays) -> None:
         """Put a model, and what is sent with it, where members read it."""
-        boards = self._boards.get(version)
-        if boards is None:
-            pairs = (("model", model), ("sent", sent))
-            made = [
-                Board(self._folder / f"{name}-{version}", Layout.of(arrays).tensors, create=True)
-                for name, arrays in pairs
-            ]
-            boards = self._boards[version] = (made[0], made[1])
-        boards[0].write(model)
-        boards[1].write(sent)
+        self._boards.write(version, model, sent)
 
     def run(
         self,

@@ -50,7 +50,7 @@ from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.states import States
 
 _SPIN_S = 0.0003  # how long to look for the next order before sleeping for it
-_REPORT_S = 0.2
+REPORT_S = 0.2
 _LOOK_EVERY = 64  # clients between two looks at the memory that this process takes
 
 
@@ -430,7 +430,7 @@ def main() -> None:
         said = time.perf_counter()
         for one in member.run(order):
             done.append(one)
-            if order.careful or time.perf_counter() - said > _REPORT_S:
+            if order.careful or time.perf_counter() - said > REPORT_S:
                 say(talk, (done, False))
                 done, said = [], time.perf_counter()
         say(talk, (done, True))

@@ -28,16 +28,14 @@ import numpy as np
 from fedml.errors import ConfigError, RunFailed
 from fedml.federate.application import Application
 from fedml.federate.arrays import Array, Arrays
-from fedml.federate.layout import Layout
-from fedml.simulation.arena import Arena, Board
+from fedml.simulation.arena import Arena, Boards
 from fedml.simulation.crew import Crew, Hand
-from fedml.simulation.member import Member, cause_of
+from fedml.simulation.member import REPORT_S, Member, cause_of
 from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.states import States
 
 LOCAL = "local"
 _START_S = 300.0  # to ship the user's folder, to import torch, and for a node to have room
-_REPORT_S = 0.2
 _REACH_S = 5.0
 _GRACE_S = 2.0
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -206,7 +204,7 @@ class _Actor:
         self._arena = Arena()
         self._setup: Setup
         self._member: Member
-        self._boards: dict[int, tuple[Board, Board]] = {}
+        self._boards = Boards(self._arena.folder)
 
     def start(self, setup: Setup) -> tuple[str, str] | None:
         """Make ready; what went wrong, if something did."""
@@ -232,7 +230,7 @@ class _Actor:
         self, order: Order, published: tuple[Arrays, Arrays], before: Mapping[int, Array]
     ) -> Iterator[tuple[list[Done], _Made | None]]:
         """Carry out an order; says now and then who is done, and what came of all at the end."""
-        self._read(order.version, *published)
+        self._boards.write(order.version, *published)
         states = States(Path(self._setup.states))
         for client, state in before.items():
             states.keep(client, _turn(order, client) - 1, -1, state.tofile)
@@ -240,7 +238,7 @@ class _Actor:
         said = time.perf_counter()
         for one in self._member.run(order):
             done.append(one._replace(place=None))  # of use here only
-            if order.careful or time.perf_counter() - said > _REPORT_S:
+            if order.careful or time.perf_counter() - said > REPORT_S:
                 yield done, None
                 done, said = [], time.perf_counter()
         yield done, self._made(order, states)
@@ -248,18 +246,6 @@ class _Actor:
     def end(self) -> None:
         """Leave nothing behind."""
         self._arena.close()
-
-    def _read(self, version: int, model: Arrays, sent: Arrays) -> None:
-        boards = self._boards.get(version)
-        if boards is None:
-            folder, pairs = self._arena.folder, (("model", model), ("sent", sent))
-            made = [
-                Board(folder / f"{name}-{version}", Layout.of(arrays).tensors, create=True)
-                for name, arrays in pairs
-            ]
-            boards = self._boards[version] = (made[0], made[1])
-        boards[0].write(model)
-        boards[1].write(sent)
 
     def _made(self, order: Order, states: States) -> _Made:
         folder = self._arena.folder

@@ -31,6 +31,7 @@ from fedml.translation.algorithms import (
     algorithm_of,
     attack_of,
     groups_of,
+    in_the_clear,
     listed,
     number,
     treatment_of,
@@ -315,7 +316,7 @@ def _dataset(
 
 def _optimizer(flat: Flat, notes: Notes, algorithm: str) -> dict[str, Any]:
     """What plain SGD cannot do; nothing where it will do."""
-    known = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
+    known = fedml.named.OPTIMIZERS
     name = str(flat.get("client_optimizer", "sgd")).lower()
     if name not in known:
         notes.instead(f"`client_optimizer`: {name} is none of {', '.join(known)}; sgd is used")
@@ -344,11 +345,7 @@ def _without_effect(
         if not flat.get(switch):
             continue
         if deployed:
-            raise ConfigError(
-                f"`{switch}`: there is no {what} here: whoever runs the broker can look at a "
-                "machine's update",
-                f"{switch}: false trains in the clear, if that is meant",
-            )
+            raise in_the_clear(f"`{switch}`", what, f"{switch}: false")
         notes.no_effect(
             f"`{switch}` has no effect: in a simulation nobody is to be kept from the updates, "
             "and their mean is the same"

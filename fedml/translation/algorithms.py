@@ -21,15 +21,16 @@ class Flat(UserDict[str, Any]):
     def __init__(self, keys: Mapping[str, Any]) -> None:
         super().__init__({key: value for key, value in keys.items() if value is not None})
 
-    def need(self, key: str) -> Any:
-        """A value that must be there.
+    def need(self, key: str, otherwise: Any = None) -> Any:
+        """A value that must be there, unless there is something in its place.
 
         Raises:
             ConfigError: It is not.
         """
-        if key not in self:
+        value = self.get(key, otherwise)
+        if value is None:
             raise ConfigError(f"there is no `{key}`", "docs/fedml.md has every key")
-        return self[key]
+        return value
 
 
 def whole(flat: Flat, key: str, otherwise: int | None = None) -> int:
@@ -38,9 +39,7 @@ def whole(flat: Flat, key: str, otherwise: int | None = None) -> int:
     Raises:
         ConfigError: It is another thing, or absent with nothing in its place.
     """
-    value = flat.get(key, otherwise)
-    if value is None:
-        value = flat.need(key)
+    value = flat.need(key, otherwise)
     try:
         found = float(value)
         if isinstance(value, bool) or found != int(found):
@@ -56,9 +55,7 @@ def number(flat: Flat, key: str, otherwise: Any = None) -> float:
     Raises:
         ConfigError: It is another thing, or absent with nothing in its place.
     """
-    value = flat.get(key, otherwise)
-    if value is None:
-        value = flat.need(key)
+    value = flat.need(key, otherwise)
     try:
         found = float(value)
     except (TypeError, ValueError) as error:
@@ -126,11 +123,8 @@ def algorithm_of(flat: Flat, notes: Notes, *, deployed: bool) -> tuple[str, dict
         notes.instead(f"`federated_optimizer`: {called} runs as FedAvg: {_DIFFERS[called]}")
     if called in _SECURE:
         if deployed:
-            raise ConfigError(
-                f"`federated_optimizer`: {called}: there is no secure aggregation here: whoever "
-                "runs the broker can look at a machine's update",
-                "federated_optimizer: FedAvg trains in the clear, if that is meant",
-            )
+            asked = f"`federated_optimizer`: {called}"
+            raise in_the_clear(asked, "secure aggregation", "federated_optimizer: FedAvg")
         notes.no_effect(f"`federated_optimizer`: {called} runs as FedAvg: {_MASKED}")
     if deployed and name == "fedasync":
         raise ConfigError(
@@ -143,6 +137,14 @@ def algorithm_of(flat: Flat, notes: Notes, *, deployed: bool) -> tuple[str, dict
         )
         name = "mimelite"
     return name, parameters
+
+
+def in_the_clear(asked: str, what: str, instead: str) -> ConfigError:
+    """Updates were to be hidden from the broker, and cannot be."""
+    return ConfigError(
+        f"{asked}: there is no {what} here: whoever runs the broker can look at a machine's update",
+        f"{instead} trains in the clear, if that is meant",
+    )
 
 
 def _server(flat: Flat, notes: Notes) -> str:

@@ -15,8 +15,10 @@ import urllib3
 from aiohttp import web
 
 from fedml import session
+from fedml_broker import accounts
 from fedml_broker.api import Api
 from fedml_broker.app import Broker
+from fedml_broker.cli import users
 from fedml_broker.routes import application, openapi, table
 from tests.place import Place
 
@@ -69,6 +71,12 @@ ROUTES = {
     for path, methods in DOCUMENT["paths"].items()
     for method, operation in methods.items()
 }
+
+
+def test_the_command_offers_the_roles_that_there_are() -> None:
+    assert (
+        users._ROLES == accounts.ROLES
+    )  # kept apart, so that the command starts without SQLAlchemy
 
 
 def test_each_route_has_its_least_role_and_no_route_is_without_a_row() -> None:

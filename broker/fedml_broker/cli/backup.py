@@ -6,16 +6,15 @@ import os
 import sqlite3
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import sqlalchemy as sa
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 
 from fedml_broker import audit, tables
 from fedml_broker.cli.client import CommandFailed, home_option
-from fedml_broker.store import configure
+from fedml_broker.store import beside
 
 
 @click.command()
@@ -43,7 +42,7 @@ def backup(file: Path, blobs: bool, home: Path) -> None:
     try:
         part.unlink(missing_ok=True)  # of a backup that was killed
         _archive(home, part, blobs)
-        with _writing(store) as tx:
+        with beside(store) as tx:
             _note(tx, file, part.stat().st_size, blobs)
         # Last, so that under its own name there is no backup that the audit does not know.
         part.rename(file)
@@ -77,16 +76,3 @@ def _note(tx: Connection, file: Path, size: int, blobs: bool) -> None:
     facts["uid"] = os.getuid()  # containers have users without a name
     thing = str(file.absolute())
     audit.note(tx, tables.DEFAULT_TENANT, audit.CLI, "backup.create", thing, **facts)
-
-
-@contextlib.contextmanager
-def _writing(store: Path) -> Iterator[Connection]:
-    """One transaction beside the running broker, which waits for us as we wait for it."""
-    engine = sa.create_engine(f"sqlite:///{store}", connect_args={"timeout": 30})
-    event.listen(engine, "connect", configure)
-    event.listen(engine, "begin", lambda tx: tx.exec_driver_sql("BEGIN IMMEDIATE"))
-    try:
-        with engine.begin() as tx:
-            yield tx
-    finally:
-        engine.dispose()
