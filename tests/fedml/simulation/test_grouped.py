@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fedml import runfile
 from fedml.errors import ConfigError
@@ -22,14 +21,9 @@ from fedml.simulation import ClientFailed, Listener, Round, Simulation, simulate
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.plan import read
 from tests.fedml.simulation import apps, deployed
+from tests.fedml.simulation.bits import same_bits
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plan(
@@ -45,12 +39,6 @@ def plan(
         "groups": groups,
         **more,
     }
-
-
-def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(
-        np.array_equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a
-    )
 
 
 def plain_loop(asked: dict[str, Any]) -> dict[str, Any]:

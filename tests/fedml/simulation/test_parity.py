@@ -6,12 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from fedml.simulation import simulate
 from tests.fedml.simulation import apps, deployed
+from tests.fedml.simulation.bits import same_bits
 
 CASES = {
     "fedavg": {},
@@ -23,12 +22,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plan(app: Path, algorithm: str, **more: Any) -> dict[str, Any]:
@@ -43,12 +37,6 @@ def plan(app: Path, algorithm: str, **more: Any) -> dict[str, Any]:
         "clients": {"count": 6, "per_round": 4},
         **more,
     }
-
-
-def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(
-        np.array_equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a
-    )
 
 
 @pytest.mark.parametrize("algorithm", CASES)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -21,6 +20,7 @@ from fedml.cli import command
 from fedml.errors import ConfigError, RunFailed
 from fedml.simulation import ClientFailed, simulate
 from tests.fedml.simulation import apps
+from tests.fedml.simulation.bits import same_bits
 from tests.fedml.simulation.test_crew import left_behind, plan
 
 needs_ray = pytest.mark.skipif(
@@ -60,10 +60,6 @@ def linear(folder: Path) -> dict[str, Any]:
     return {**plan(folder), "app": apps.write(folder, apps.LINEAR).name}
 
 
-def same_bits(a: Any, b: Any) -> bool:
-    return all(np.array_equal(a.model[n], b.model[n]) for n in a.model)
-
-
 @marked
 @pytest.mark.parametrize(
     ("algorithm", "engine"),
@@ -81,7 +77,7 @@ def test_two_nodes_give_the_bits_of_two_processes(
     }
     near = simulate(asked, engine=engine, workers=2)
     far = simulate(asked, engine=engine, workers=2, ray=nodes)
-    assert same_bits(near, far)
+    assert same_bits(near.model, far.model)
     assert near.metrics == pytest.approx(far.metrics)
     assert left_behind() == []
 
@@ -92,7 +88,7 @@ def test_what_clients_keep_is_there_after_a_resume(nodes: str, tmp_path: Path) -
     whole = simulate(asked, engine="exact", rounds=4, workers=2)
     simulate(asked, rounds=2, workers=2, ray=nodes, out=tmp_path / "out")
     rest = simulate(asked, rounds=4, workers=2, ray=nodes, out=tmp_path / "out", resume=True)
-    assert same_bits(whole, rest)
+    assert same_bits(whole.model, rest.model)
 
 
 # Where actors import the file is not where the test looks.
@@ -123,7 +119,7 @@ def test_a_lost_actor_is_replaced_and_its_clients_are_run_again(nodes: str, tmp_
     calm = simulate(dying(tmp_path / "calm"), workers=2)
     killed = simulate(dying(tmp_path / "killed", dies=1), workers=2, ray=nodes)
     assert (tmp_path / "killed" / "deaths").read_text() == "xxx"  # died, run again, second round
-    assert same_bits(calm, killed)
+    assert same_bits(calm.model, killed.model)
 
 
 @marked

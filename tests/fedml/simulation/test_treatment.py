@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fedml.errors import ConfigError, RunFailed
 from fedml.protect.accountant import Accountant, Sampling
 from fedml.simulation import Listener, Simulation, simulate
 from fedml.simulation.plan import read
 from tests.fedml.simulation import apps, deployed
+from tests.fedml.simulation.bits import same_bits
 
 # Tensors of fewer than 64 entries are not compressed.
 WIDE = apps.OWN_TRAIN.replace("nn.Linear(6, 8)", "nn.Linear(6, 40)").replace(
@@ -34,12 +34,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plan(folder: Path, treatment: dict[str, Any], app: str = WIDE, **more: Any) -> dict[str, Any]:
@@ -54,12 +49,6 @@ def plan(folder: Path, treatment: dict[str, Any], app: str = WIDE, **more: Any) 
         "clients": {"count": 7, "per_round": 6},
         **more,
     }
-
-
-def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(
-        np.array_equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a
-    )
 
 
 @pytest.mark.parametrize("case", CASES)
