@@ -28,7 +28,6 @@ from sqlalchemy import Connection
 
 from fedml_broker import audit
 from fedml_broker.accounts import Accounts
-from fedml_broker.api import Api
 from fedml_broker.audit import Refusals
 from fedml_broker.blobs import Blobs
 from fedml_broker.devices import Devices
@@ -152,7 +151,7 @@ class Broker:
             await self._enter_post(stack)
             await self.blobs.sweep(self._referenced)
             runner = web.AppRunner(
-                application(Api(self), self.metrics.middleware),
+                application(self, self.metrics.middleware),
                 access_log=None,
                 shutdown_timeout=1.0,
                 read_bufsize=_READ_BYTES,

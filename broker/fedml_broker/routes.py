@@ -2,34 +2,26 @@
 """Every URL of the broker, who may ask it, and the OpenAPI document made from the same table."""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import (
-    Api,
-    Call,
-    DrainBody,
-    Handler,
-    Hello,
-    KeyRequest,
-    Labels,
-    Resync,
-    RoleRequest,
-    TokenRequest,
-    UserRequest,
-)
+from fedml_broker.api import about, accounts, agents, blobs, devices, runs
+from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
 from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.problems import Problem, as_problems
 from fedml_protocol.topics import Address
+
+if TYPE_CHECKING:
+    from fedml_broker.app import Broker
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,91 +54,101 @@ _MAX_BODY = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One URL. `body` is checked before the handler sees it."""
+    """One URL. `body` is checked before the handler sees it.
+
+    `expect`: asked first, when a client announces its body and waits to be told to send it.
+    """
 
     method: str
     path: str
     who: Access
     handler: Handler
     body: type | None = None
+    expect: Callable[[web.Request], Awaitable[None]] | None = None
 
 
-def table(api: Api) -> Sequence[Route]:
+def table(broker: "Broker") -> Sequence[Route]:
     """One line per URL, and with it the least role: there is no other way to be served."""
+    itself, agent, blob = about.Handlers(broker), agents.Handlers(broker), blobs.Handlers(broker)
+    run, device = runs.Handlers(broker), devices.Handlers(broker)
+    account = accounts.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
         return document
 
     routes = (
-        Route("GET", "/v1/health", ANYBODY, api.health),
+        Route("GET", "/v1/health", ANYBODY, itself.health),
         Route("GET", "/v1/openapi.json", ANYBODY, describe),
-        Route("GET", "/v1/ca", ANYBODY, api.ca),
-        Route("POST", "/v1/enrol", ANYBODY, api.enrol, EnrolRequest),
-        Route("POST", "/v1/agent/challenge", ANYBODY, api.challenge),
-        Route("POST", "/v1/agent/recover", ANYBODY, api.recover, RecoverRequest),
-        Route("POST", "/v1/agent/hello", DEVICE, api.hello, Hello),
-        Route("POST", "/v1/agent/renew", DEVICE, api.renew, RenewRequest),
-        Route("POST", "/v1/agent/resync", DEVICE, api.resync, Resync),
-        Route("PUT", "/v1/agent/logs/{task}/{epoch}/{stream}", DEVICE, api.put_log),
-        Route("HEAD", "/v1/blobs/{sha256}", VIEWER_OR_DEVICE, api.head_blob),
-        Route("GET", "/v1/blobs/{sha256}", VIEWER_OR_DEVICE, api.get_blob),
-        Route("PUT", "/v1/blobs/{sha256}", MEMBER_OR_DEVICE, api.put_blob),
-        Route("POST", "/v1/launch", MEMBER, api.launch, LaunchRequest),
-        Route("POST", "/v1/launch/match", MEMBER, api.match_launch, LaunchRequest),
-        Route("POST", "/v1/federate", MEMBER, api.federate, FederateRequest),
-        Route("GET", "/v1/runs", VIEWER, api.list_runs),
-        Route("GET", "/v1/runs/{run}", VIEWER, api.show_run),
-        Route("DELETE", "/v1/runs/{run}", ADMIN, api.remove_run),
-        Route("GET", "/v1/runs/{run}/follow", VIEWER, api.follow_run),
-        Route("POST", "/v1/runs/{run}/stop", MEMBER, api.stop_run),
-        Route("GET", "/v1/devices", VIEWER, api.list_devices),
-        Route("GET", "/v1/devices/{device}", VIEWER, api.show_device),
-        Route("POST", "/v1/devices/{device}/labels", ADMIN, api.label_device, Labels),
-        Route("POST", "/v1/devices/{device}/drain", ADMIN, api.drain_device, DrainBody),
-        Route("POST", "/v1/devices/{device}/revoke", ADMIN, api.revoke_device),
-        Route("DELETE", "/v1/devices/{device}", ADMIN, api.remove_device),
-        Route("GET", "/v1/keys", ADMIN, api.list_keys),
-        Route("POST", "/v1/keys", ADMIN, api.create_key, KeyRequest),
-        Route("DELETE", "/v1/keys/{key}", ADMIN, api.revoke_key),
-        Route("GET", "/v1/users", ADMIN, api.list_users),
-        Route("POST", "/v1/users", ADMIN, api.create_user, UserRequest),
-        Route("PUT", "/v1/users/{user}/role", ADMIN, api.set_role, RoleRequest),
-        Route("POST", "/v1/users/{user}/tokens", ADMIN, api.create_token, TokenRequest),
-        Route("GET", "/v1/audit", ADMIN, api.list_audit),
-        Route("GET", "/v1/whoami", VIEWER, api.whoami),
-        Route("GET", "/v1/status", VIEWER, api.status),
-        Route("GET", "/metrics", SCRAPER, api.metrics),
+        Route("GET", "/v1/ca", ANYBODY, itself.ca),
+        Route("POST", "/v1/enrol", ANYBODY, agent.enrol, EnrolRequest),
+        Route("POST", "/v1/agent/challenge", ANYBODY, agent.challenge),
+        Route("POST", "/v1/agent/recover", ANYBODY, agent.recover, RecoverRequest),
+        Route("POST", "/v1/agent/hello", DEVICE, agent.hello, agents.Hello),
+        Route("POST", "/v1/agent/renew", DEVICE, agent.renew, RenewRequest),
+        Route("POST", "/v1/agent/resync", DEVICE, agent.resync, agents.Resync),
+        Route("PUT", "/v1/agent/logs/{task}/{epoch}/{stream}", DEVICE, agent.put_log),
+        Route("HEAD", "/v1/blobs/{sha256}", VIEWER_OR_DEVICE, blob.head_blob),
+        Route("GET", "/v1/blobs/{sha256}", VIEWER_OR_DEVICE, blob.get_blob),
+        Route(
+            "PUT", "/v1/blobs/{sha256}", MEMBER_OR_DEVICE, blob.put_blob, expect=blob.expect_blob
+        ),
+        Route("POST", "/v1/launch", MEMBER, run.launch, LaunchRequest),
+        Route("POST", "/v1/launch/match", MEMBER, run.match_launch, LaunchRequest),
+        Route("POST", "/v1/federate", MEMBER, run.federate, FederateRequest),
+        Route("GET", "/v1/runs", VIEWER, run.list_runs),
+        Route("GET", "/v1/runs/{run}", VIEWER, run.show_run),
+        Route("DELETE", "/v1/runs/{run}", ADMIN, run.remove_run),
+        Route("GET", "/v1/runs/{run}/follow", VIEWER, run.follow_run),
+        Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
+        Route("GET", "/v1/devices", VIEWER, device.list_devices),
+        Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),
+        Route("POST", "/v1/devices/{device}/labels", ADMIN, device.label_device, devices.Labels),
+        Route("POST", "/v1/devices/{device}/drain", ADMIN, device.drain_device, devices.DrainBody),
+        Route("POST", "/v1/devices/{device}/revoke", ADMIN, device.revoke_device),
+        Route("DELETE", "/v1/devices/{device}", ADMIN, device.remove_device),
+        Route("GET", "/v1/keys", ADMIN, account.list_keys),
+        Route("POST", "/v1/keys", ADMIN, account.create_key, accounts.KeyRequest),
+        Route("DELETE", "/v1/keys/{key}", ADMIN, account.revoke_key),
+        Route("GET", "/v1/users", ADMIN, account.list_users),
+        Route("POST", "/v1/users", ADMIN, account.create_user, accounts.UserRequest),
+        Route("PUT", "/v1/users/{user}/role", ADMIN, account.set_role, accounts.RoleRequest),
+        Route(
+            "POST", "/v1/users/{user}/tokens", ADMIN, account.create_token, accounts.TokenRequest
+        ),
+        Route("GET", "/v1/audit", ADMIN, itself.list_audit),
+        Route("GET", "/v1/whoami", VIEWER, itself.whoami),
+        Route("GET", "/v1/status", VIEWER, itself.status),
+        Route("GET", "/metrics", SCRAPER, itself.metrics),
     )
     document = openapi(routes)
     return routes
 
 
-def application(api: Api, *around: Middleware) -> web.Application:
+def application(broker: "Broker", *around: Middleware) -> web.Application:
     """The aiohttp application that serves the table."""
     app = web.Application(middlewares=[*around, as_problems], client_max_size=_MAX_BODY)
-    routes = table(api)
-    for route in routes:
-        # An upload decides for itself whether it wants the body that the client announces.
-        expect = api.expect_blob if route.handler == api.put_blob else None
-        app.router.add_route(route.method, route.path, _endpoint(api, route), expect_handler=expect)
+    callers = Callers(broker)
+    for route in table(broker):
+        answer = _endpoint(callers, route)
+        app.router.add_route(route.method, route.path, answer, expect_handler=route.expect)
     return app
 
 
-def _endpoint(api: Api, route: Route) -> Any:
+def _endpoint(callers: Callers, route: Route) -> Any:
     async def endpoint(request: web.Request) -> web.StreamResponse:
         try:
-            return await _answer(api, route, request)
+            return await _answer(callers, route, request)
         except SignInRefused as refused:
-            await api.refused(request, refused)
+            await callers.refused(request, refused)
             raise
 
     return endpoint
 
 
-async def _answer(api: Api, route: Route, request: web.Request) -> web.StreamResponse:
-    caller = None if route.who.anybody else await api.caller(request)
-    await _admit(api, route.who, caller, request)
+async def _answer(callers: Callers, route: Route, request: web.Request) -> web.StreamResponse:
+    caller = None if route.who.anybody else await callers.caller(request)
+    await _admit(callers, route.who, caller, request)
     body: Any = None
     if route.body is not None:
         body = msgspec.json.decode(await request.read() or b"{}", type=route.body)
@@ -157,7 +159,7 @@ async def _answer(api: Api, route: Route, request: web.Request) -> web.StreamRes
 
 
 async def _admit(
-    api: Api, who: Access, caller: User | Address | None, request: web.Request
+    callers: Callers, who: Access, caller: User | Address | None, request: web.Request
 ) -> None:
     """Refuse whoever may not ask.
 
@@ -182,7 +184,7 @@ async def _admit(
                 403,
                 f"this needs the role {who.role}",
                 f"{caller.name} is a {caller.role} of {caller.tenant!r}",
-                await api.who_grants(caller, who.role),
+                await callers.who_grants(caller, who.role),
             )
 
 

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from fedml_broker.accounts import User
-from fedml_broker.api import Api, Call
+from fedml_broker.api.call import Call
+from fedml_broker.api.runs import Handlers
 from fedml_broker.app import Broker, Settings
 from fedml_broker.federate import FederateRequest
 from fedml_broker.fleet import Machine
@@ -49,7 +50,7 @@ async def _request(broker: Broker, word: str) -> Any:
 
 
 async def _ask(broker: Broker, request: Any) -> Any:
-    api = Api(broker)
+    api = Handlers(broker)
     route = api.launch if isinstance(request, LaunchRequest) else api.federate
     return await route(Call(None, request, ANN))  # type: ignore[arg-type]
 

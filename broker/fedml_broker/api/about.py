@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker itself: whether it serves, who asks, its numbers, its audit."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from fedml_broker import audit
+from fedml_broker.accounts import User
+from fedml_broker.api.call import Call, number
+from fedml_broker.problems import Problem
+from fedml_broker.tables import DEFAULT_TENANT
+
+if TYPE_CHECKING:
+    from fedml_broker.app import Broker
+
+
+class Handlers:
+    """What the broker says of itself."""
+
+    def __init__(self, broker: "Broker") -> None:
+        self._broker = broker
+
+    async def health(self, call: Call) -> Any:
+        """Whether the broker serves."""
+        return {"status": "ok", "version": self._broker.version}
+
+    async def ca(self, call: Call) -> Any:
+        """The broker's CA certificate. A client compares its hash with the one in its key."""
+        return web.Response(
+            body=self._broker.identity.ca_pem, content_type="application/x-pem-file"
+        )
+
+    async def whoami(self, call: Call) -> Any:
+        """The user behind the token."""
+        user = call.user
+        return {"name": user.name, "tenant": user.tenant, "role": user.role}
+
+    async def status(self, call: Call) -> Any:
+        """The broker at a glance."""
+        broker = self._broker
+        found = await broker.devices.everything(call.user.tenant)
+        states: dict[str, int] = {}
+        for row in await broker.runs.newest(call.user.tenant, limit=1000):
+            states[row["state"]] = states.get(row["state"], 0) + 1
+        return {
+            "version": broker.version,
+            "url": broker.url,
+            "mqtt": broker.mqtt_url,
+            "up_s": time.monotonic() - broker.started_at,
+            "devices": len(found),
+            "online": sum(d["status"] == "online" for d in found),
+            "runs": states,
+            "refused_messages": sum(broker.reports.refused.values()),
+        }
+
+    async def metrics(self, call: Call) -> Any:
+        """The numbers of this process, as Prometheus scrapes them."""
+        if isinstance(call.caller, User) and call.user.tenant != DEFAULT_TENANT:
+            raise Problem(
+                403,
+                "only those who run the broker",
+                f"the numbers are of all tenants, and you are of {call.user.tenant!r}",
+                f"ask an admin of {DEFAULT_TENANT!r}",
+            )
+        return self._broker.metrics.page()
+
+    async def list_audit(self, call: Call) -> Any:
+        """The audit of the tenant, newest first.
+
+        Query: `user`, `action` (``run.stop``; ``run`` for all that was done to runs), `since`
+        (seconds since 1970), `before` (an entry's number), `limit`.
+        """
+        query = call.http.query
+        named = query.get("user")
+        since, before = (
+            None if (text := query.get(name)) is None else number(text)
+            for name in ("since", "before")
+        )
+        limit = min(number(query.get("limit", "100")), 1000)
+        found = await self._broker.store.read(
+            lambda tx: audit.entries(
+                tx,
+                tenant=call.user.tenant,
+                actor=None if named is None else audit.user(named),
+                action=query.get("action"),
+                since=since,
+                before=before,
+                limit=limit,
+            )
+        )
+        return {"entries": found}

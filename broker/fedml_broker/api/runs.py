@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs: started, seen, followed, stopped, deleted."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from fedml_broker import observe, runs
+from fedml_broker.api.call import Call, number
+from fedml_broker.problems import Problem
+
+if TYPE_CHECKING:
+    from fedml_broker.app import Broker
+
+
+class Handlers:
+    """For whoever starts runs and looks at them."""
+
+    def __init__(self, broker: "Broker") -> None:
+        self._broker = broker
+
+    async def launch(self, call: Call) -> Any:
+        """Queue a job."""
+        return await _run_once(self._broker.launcher.submit(call.user, call.body))
+
+    async def match_launch(self, call: Call) -> Any:
+        """Where a job would run, machine by machine. Nothing is started."""
+        return self._broker.launcher.look(call.user, call.body)
+
+    async def federate(self, call: Call) -> Any:
+        """Start a federated run."""
+        return await _run_once(self._broker.federation.submit(call.user, call.body))
+
+    async def list_runs(self, call: Call) -> Any:
+        """The newest runs. Query: `limit`, `ended_before` (seconds since 1970)."""
+        limit = number(call.http.query.get("limit", "50"))
+        before = call.http.query.get("ended_before")
+        found = await self._broker.runs.newest(
+            call.user.tenant,
+            limit=min(limit, 1000),
+            ended_before=None if before is None else float(number(before)),
+        )
+        return {"runs": found}
+
+    async def show_run(self, call: Call) -> Any:
+        """One run: its state, its cause, its tasks, and what it waits for."""
+        run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
+        row = {**run, "tasks": await self._broker.runs.tasks(run["id"])}
+        row["waiting"] = self._broker.waiting(run["id"])
+        if run["kind"] == "federate":
+            row["rounds"] = await self._broker.runs.rounds(run["id"])
+            row["clients"] = await self._broker.runs.clients(run["id"])
+        return row
+
+    async def stop_run(self, call: Call) -> Any:
+        """Stop a run. Asking again is harmless."""
+        run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
+        asked = await self._broker.store.write(
+            lambda tx: runs.stop_asked(tx, run["id"], call.user.name)
+        )
+        if asked:
+            await self._broker.stop(run, call.user.name)
+        return {"state": (await self._broker.runs.row(run["id"]))["state"]}
+
+    async def remove_run(self, call: Call) -> Any:
+        """Delete a run that has ended, with its logs and models."""
+        run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
+        if run["ended_at"] is None:
+            raise Problem(
+                409, "the run has not ended", f"it is {run['state']}", hint="stop it first"
+            )
+        by = call.user.name
+        # Logs first: should we die in between, the run is still listed and can be removed again.
+        await asyncio.to_thread(self._broker.observer.forget, run["id"])
+        idle = await self._broker.store.write(lambda tx: runs.remove(tx, run["id"], by))
+        sizes = [self._broker.blobs.size(sha256) or 0 for sha256 in idle]
+        gone = [await self._broker.blobs.discard(sha256) for sha256 in idle]
+        freed = sum(size for size, deleted in zip(sizes, gone, strict=True) if deleted)
+        return {"run": run["id"], "freed_bytes": freed}
+
+    async def follow_run(self, call: Call) -> Any:
+        """Everything of a run as it happens: newline-delimited JSON, until the run has ended.
+
+        Query: `after` (an event's id), `logs=0` (events only), `stay=0` (only what there is now).
+        """
+        run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
+        after = number(call.http.query.get("after", "0"))
+        logs = call.http.query.get("logs", "1") != "0"
+        stay = call.http.query.get("stay", "1") != "0"
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        response.enable_chunked_encoding()
+        await response.prepare(call.http)
+        async with self._watching(run["id"], logs):
+            async for item in self._broker.observer.follow(
+                run["id"],
+                self._broker.runs,
+                self._broker.waiting,
+                progress=self._broker.federation.progress,
+                after=after,
+                logs=logs,
+                stay=stay,
+            ):
+                await response.write(observe.line(item))
+        await response.write_eof()
+        return response
+
+    @asynccontextmanager
+    async def _watching(self, run: str, logs: bool) -> AsyncIterator[None]:
+        observer, dispatcher = self._broker.observer, self._broker.dispatcher
+        if logs and observer.watch(run, +1) == 1:
+            dispatcher.tail(run, on=True)
+        try:
+            yield
+        finally:
+            if logs and observer.watch(run, -1) == 0:
+                dispatcher.tail(run, on=False)
+
+
+async def _run_once(submission: Awaitable[str]) -> dict[str, str]:
+    """The run, also when a repeated request has overtaken this one on its way into the store."""
+    try:
+        return {"run": await submission}
+    except runs.SubmittedBefore as known:
+        return {"run": known.run}
