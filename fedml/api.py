@@ -13,13 +13,14 @@ Each takes `home=DIR` where the login is not in FEDML_HOME or `~/.fedml`, and ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedml import devices, session
+from fedml import clusters, devices, session
 from fedml import launch as submit
 from fedml.client import Client
+from fedml.clusters import Cluster
 from fedml.devices import Device
 from fedml.runs import Run
 
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from fedml.data import About
 
 __all__ = [
+    "Cluster",
     "Device",
     "Run",
+    "cluster_create",
+    "cluster_list",
+    "cluster_show",
     "data_fetch",
     "data_list",
     "data_load",
@@ -40,6 +45,7 @@ __all__ = [
     "launch_look",
     "login",
     "logout",
+    "queue",
     "run_download",
     "run_list",
     "run_logs",
@@ -74,20 +80,53 @@ def whoami(*, home: Home = None) -> dict[str, str]:
     return found
 
 
-def launch(job: Path | str, *, any_resource: bool = False, home: Home = None) -> Run:
+def launch(
+    job: Path | str, *, any_resource: bool = False, cluster: str = "", home: Home = None
+) -> Run:
     """Submit a job file; the run, which has only been queued.
 
-    With `any_resource`, on GPUs of any model, or none where no machine has them.
+    With `any_resource`, on GPUs of any model, or none where no machine has them; with `cluster`,
+    on the machines that are reserved under this name.
     """
     client = connect(home)
-    return Run.find(client, submit.launch(client, Path(job), any_resource=any_resource))
+    run = submit.launch(client, Path(job), any_resource=any_resource, cluster=cluster)
+    return Run.find(client, run)
 
 
 def launch_look(
-    job: Path | str, *, any_resource: bool = False, home: Home = None
+    job: Path | str, *, any_resource: bool = False, cluster: str = "", home: Home = None
 ) -> dict[str, Any]:
     """Where a job file would run at this moment; nothing is started. See `fedml.launch.look`."""
-    return submit.look(connect(home), Path(job), any_resource=any_resource)
+    return submit.look(connect(home), Path(job), any_resource=any_resource, cluster=cluster)
+
+
+def cluster_create(
+    name: str,
+    devices: Sequence[str] = (),
+    *,
+    count: int = 0,
+    labels: Mapping[str, str] | None = None,
+    home: Home = None,
+    **needs: Any,
+) -> Cluster:
+    """Reserve machines under a name; see `fedml.clusters.Cluster.create`."""
+    return Cluster.create(connect(home), name, devices, count=count, labels=labels, **needs)
+
+
+def cluster_list(*, home: Home = None) -> list[Cluster]:
+    """Every cluster."""
+    return clusters.everything(connect(home))
+
+
+def cluster_show(name: str, *, home: Home = None) -> Cluster:
+    """One cluster."""
+    return Cluster.find(connect(home), name)
+
+
+def queue(*, home: Home = None) -> list[dict[str, Any]]:
+    """The runs that wait for machines, in the order in which they go, each with what keeps it."""
+    found: list[dict[str, Any]] = connect(home).call("GET", "/v1/queue")["queue"]
+    return found
 
 
 def federate(file: Path | str, *, home: Home = None) -> Run:

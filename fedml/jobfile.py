@@ -36,7 +36,7 @@ _UNITS: dict[str, int] = {"": GIB} | {
     for power, prefix in enumerate("kmgt", 1)
     for middle, base in (("", 1000), ("i", 1024))
 }
-_NO_GANGS = "a job runs on one machine; several at once are not there yet"
+PRIORITIES = {"low": -50, "normal": 0, "high": 50}
 
 # ---------------------------------------------------------------------- kinds of values
 
@@ -112,13 +112,37 @@ def _accelerators(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[str, int]:
 
 
 def _nodes(loader: yaml.SafeLoader, node: yaml.Node) -> int:
-    count = whole(loader, node)
-    if count > 1:
-        raise Unfit(
-            f"is {count}: {_NO_GANGS}. Ask for one machine with more GPUs, launch the file once "
-            "for each machine, or train on many with `fedml federate`"
-        )
+    if (count := whole(loader, node)) < 1:
+        raise Unfit("must be at least 1")
     return count
+
+
+def _priority(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    """A whole number, or one of three words."""
+    word = text(loader, node).lower()
+    if word in PRIORITIES:
+        return PRIORITIES[word]
+    if re.fullmatch(r"[+-]?\d+", word) is None or abs(int(word)) > 100:
+        raise Unfit(f"must be low, normal, high or a number from -100 to 100, and is {word!r}")
+    return int(word)
+
+
+def _price(loader: yaml.SafeLoader, node: yaml.Node) -> float:
+    """An amount of money, as `3`, `0.5` or `$3000`."""
+    found = re.fullmatch(r"[$€£]?\s*(\d+(?:\.\d+)?)", text(loader, node))
+    if found is None:
+        raise Unfit(f"must be a price such as 2.5 or $2.5, and is {node.value!r}")
+    return float(found[1])
+
+
+def _recovery(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    """SkyPilot's `job_recovery`: how often it is started again after its own failure."""
+    if not isinstance(node, yaml.MappingNode):
+        raise NoEffect("`retries` says how often a job is offered again")
+    found = {key.value: value for key, value in node.value}
+    if "max_restarts_on_errors" not in found:
+        raise NoEffect("`retries` says how often a job is offered again")
+    return whole(loader, found["max_restarts_on_errors"])
 
 
 def _section(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, str]:
@@ -164,11 +188,16 @@ KEYS: dict[str, Any] = {
         "cpus": _cpus,
         "memory": _size,
         "disk": _size,
-        "maximum_cost_per_hour": "machines have no price here",
-        "allow_cross_cloud_resources": _off(_NO_GANGS),
+        "maximum_cost_per_hour": _price,
+        "allow_cross_cloud_resources": flag,
     },
     "labels": texts,
+    "num_nodes": _nodes,
+    "priority": _priority,
+    "preemptible": flag,
+    "cluster": text,
     "retries": whole,
+    "restarts": whole,
     "deadline": number,
     "grace": number,
     # FedML's.
@@ -181,7 +210,11 @@ KEYS: dict[str, Any] = {
             "dev-environment": "log in to the machine by other means, such as SSH",
         },
     ),
-    "job_subtype": _unless("general_training|generate_training|single_machine_training", _NO_GANGS),
+    "job_subtype": _unless(
+        "general_training|generate_training|single_machine_training"
+        "|cluster_distributed_training|cross_cloud_training",
+        "jobs are started alike, whatever they are for",
+    ),
     "expert_mode": {
         "executable_interpreter": text,
         "executable_file_folder": text,
@@ -223,11 +256,10 @@ KEYS: dict[str, Any] = {
         "labels": "these tag rented machines; our own `labels` choose one that has joined",
         "image_id": _NO_CONTAINERS,
         "ports": "machines are not reached from outside",
-        "job_recovery": "`retries` says how often a job is offered again",
+        "job_recovery": _recovery,
         "spot_recovery": "`retries` says how often a job is offered again",
         "autostop": _NO_CLOUD,
     },
-    "num_nodes": _nodes,
     "file_mounts": _ONLY_THE_WORKSPACE,
     "volumes": _ONLY_THE_WORKSPACE,
     "secrets": "nothing here keeps secrets; let the machine's owner put them there",
@@ -276,6 +308,7 @@ job: |
 #  cpus: 1
 #  memory: 0.25
 #  disk: 0.1
+#  maximum_cost_per_hour: 2.5   # of each machine, as its owner has declared it
 #  minimum_num_gpus: 1
 #  resource_type: RTX-4090   # a model; also A100-80G, T4 ...
 #  gpu_memory: 20            # of each GPU
@@ -284,9 +317,22 @@ job: |
 # Labels that the machine must wear, such as `site: north`.
 #labels: {}
 
-# How often it is offered again when its machine is lost; seconds until it is stopped;
-# seconds between TERM and KILL when it is.
+# On how many machines at once, one task on each: all start, or none. Each knows the others by
+# MASTER_ADDR, RANK, WORLD_SIZE ...; `torchrun train.py` needs no options.
+#num_nodes: 2
+
+# Who goes first when machines are scarce: low, normal, high (admins), or -100 to 100. Whether it
+# may be ended and queued again for a higher priority; low ones may, if nothing else is said.
+#priority: low
+#preemptible: true
+
+# The machines that were reserved by `fedml cluster create NAME`.
+#cluster: NAME
+
+# How often it is offered again when its machine is lost, and how often it is started again when
+# it fails itself; seconds until it is stopped; seconds between TERM and KILL when it is.
 #retries: 3
+#restarts: 0
 #deadline: 7200
 #grace: 10
 """
@@ -317,6 +363,9 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
     if "resources" in found:
         _one_way(file, found, "computing", "resources")
         found["computing"] = _computing(found["resources"])
+        if "job_recovery" in found["resources"]:
+            _one_way(file, found, "restarts", "resources.job_recovery")
+            found["restarts"] = found["resources"]["job_recovery"]
     if not found.get("job", "").strip():
         raise ConfigError(f"{file}: there is no `job`: the shell lines to run")
     needs, optional = _needs(file, found.get("computing", {}))
@@ -330,12 +379,20 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
         "env": env | found.get("environment_variables", {}),
         "needs": needs,
         "labels": found.get("labels", {}),
+        "nodes": found.get("num_nodes", 1),
+        "priority": found.get("priority", 0),
+        "cluster": found.get("cluster", ""),
         "retries": found.get("retries", 3),
+        "restarts": found.get("restarts", 0),
         "deadline_s": found.get("deadline", 0.0),
         "grace_s": found.get("grace", 10.0),
     }
     if optional:
         request["gpus_optional"] = True
+    if "preemptible" in found:
+        request["preemptible"] = found["preemptible"]
+    if "maximum_cost_per_hour" in found.get("computing", {}):
+        request["max_price_per_hour"] = found["computing"]["maximum_cost_per_hour"]
     return request, workspace_of(file, found) if "workspace" in found else None
 
 

@@ -22,6 +22,7 @@ def launch(
     *,
     follow: bool = False,
     any_resource: bool = False,
+    cluster: str = "",
     told: Told = _silent,
 ) -> str:
     """Submit a job file; the run's id.
@@ -31,6 +32,7 @@ def launch(
         job: A job file (docs/launch.md).
         follow: Whether somebody is going to watch: its first lines then come at once.
         any_resource: Take GPUs of any model, or none where no machine has them.
+        cluster: Run it on this cluster, whatever the file says.
         told: Hears how far the upload is, bytes.
 
     Raises:
@@ -39,12 +41,15 @@ def launch(
         BrokerUnreachable: No answer.
     """
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
+    request["cluster"] = cluster or request["cluster"]
     if workspace is not None:
         request["package"] = _upload(client, workspace, told)
     return client.submit("launch", {**request, "follow": follow})
 
 
-def look(client: Client, job: Path, *, any_resource: bool = False) -> dict[str, Any]:
+def look(
+    client: Client, job: Path, *, any_resource: bool = False, cluster: str = ""
+) -> dict[str, Any]:
     """Where a job file would run at this moment; nothing is sent or started.
 
     Returns:
@@ -57,6 +62,7 @@ def look(client: Client, job: Path, *, any_resource: bool = False) -> dict[str, 
         BrokerUnreachable: No answer.
     """
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
+    request["cluster"] = cluster or request["cluster"]
     if workspace is not None:
         files(workspace)
     found: dict[str, Any] = client.call("POST", "/v1/launch/match", request)

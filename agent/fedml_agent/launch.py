@@ -178,16 +178,17 @@ class Jobs:
         offer, policy = entry.offer, self._policy()
         membership = self._home.membership()
         extra = {
-            **spec.env,
-            "FEDML_WORKSPACE": str(work),
-            "FEDML_CURRENT_RUN_ID": offer.run,
-            "FEDML_CURRENT_EDGE_ID": membership.device,
+            # A job on one machine; the broker says otherwise where it is one of several.
             "FEDML_CLIENT_RANK": "0",
             "FEDML_NUM_NODES": "1",
             "FEDML_NODE_0_ADDR": "127.0.0.1",
             "SKYPILOT_NODE_RANK": "0",
             "SKYPILOT_NUM_NODES": "1",
             "SKYPILOT_NODE_IPS": "127.0.0.1",
+            **spec.env,
+            "FEDML_WORKSPACE": str(work),
+            "FEDML_CURRENT_RUN_ID": offer.run,
+            "FEDML_CURRENT_EDGE_ID": membership.device,
             "SKYPILOT_NUM_GPUS_PER_NODE": str(len(entry.gpus)),
             "FEDML_CURRENT_VERSION": VERSION,
             "FEDML_USING_MLOPS": "true",

@@ -6,11 +6,13 @@ that was lost on the way costs nothing. The certificate is renewed before it end
 while the machine was off, the device's key proves who asks.
 """
 
+import contextlib
 import json
 import logging
 import os
 import random
 import shutil
+import socket
 import ssl
 import time
 import uuid
@@ -18,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -64,7 +67,7 @@ def login(
         "machine_id": _machine_id(home),
         "name": name,
         "csr": _csr(_device_key(home)),
-        "inventory": inventory,
+        "inventory": {**inventory, "host": _host_towards(key.url)},
         "agent_version": version,
         "labels": dict(labels),
     }
@@ -99,9 +102,9 @@ def logout(home: Home) -> None:
 def hello(home: Home, https: Https, inventory: Mapping[str, Any], version: str) -> Membership:
     """Say at a start what the machine is like now; what has changed at the broker."""
     membership = home.membership()
-    answer = https.call(
-        "POST", "/v1/agent/hello", {"inventory": inventory, "agent_version": version}
-    )
+    told = {**inventory, "host": _host_towards(membership.url)}
+    request = {"inventory": told, "agent_version": version}
+    answer = https.call("POST", "/v1/agent/hello", request)
     changed = replace(
         membership,
         mqtt_host=answer["mqtt_host"],
@@ -112,6 +115,23 @@ def hello(home: Home, https: Https, inventory: Mapping[str, Any], version: str) 
     if changed != membership:
         home.remember(changed)
     return changed
+
+
+def _host_towards(url: str) -> str:
+    """The address under which this machine reaches the broker; empty: it does not.
+
+    Machines that reach the broker over one network reach each other there too, unless each is
+    behind a router of its own. Nothing is sent: a datagram socket is only told its destination.
+    """
+    place = urlsplit(url)
+    with contextlib.suppress(OSError):
+        for family, kind, *_, address in socket.getaddrinfo(
+            place.hostname, place.port or 443, type=socket.SOCK_DGRAM
+        ):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as asking:
+                asking.connect(address)
+                return str(asking.getsockname()[0])
+    return ""
 
 
 # ---------------------------------------------------------------------- certificates

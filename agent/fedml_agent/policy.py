@@ -43,6 +43,7 @@ class Policy:
     gpus: tuple[int | str, ...] | None = None
     cpus: float | None = None
     memory: int | None = None
+    price_per_hour: float = 0.0
     disk_reserve: int = 2_000_000_000
     secure_aggregation_only: bool = False
     max_epsilon: float | None = None

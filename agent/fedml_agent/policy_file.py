@@ -170,6 +170,9 @@ cpus = 4.0
 # Memory that all tasks together may ask for; not set: all. For one that names none, this is the
 # limit of each of its processes.
 memory = "16GB"
+# What an hour of this machine costs, in whatever money you count: jobs may name the most that they
+# pay. Nothing is billed.
+price_per_hour = 0.5
 # With less disk space free than this, no task begins.
 disk_reserve = "2GB"
 
@@ -334,6 +337,7 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "resources.gpus": ("gpus", _Kind(_must(_all(_is_device), _DEVICES, tuple))),
     "resources.cpus": ("cpus", _NUMBER),
     "resources.memory": ("memory", _SIZE),
+    "resources.price_per_hour": ("price_per_hour", _NUMBER),
     "resources.disk_reserve": ("disk_reserve", _SIZE),
     "privacy.secure_aggregation_only": ("secure_aggregation_only", _BOOL),
     "privacy.max_epsilon": ("max_epsilon", _NUMBER),

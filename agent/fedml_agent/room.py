@@ -115,6 +115,7 @@ def report(inventory: Inventory, policy: Policy, disk_free: int) -> dict[str, An
                 for d in leasable(inventory, policy)
             ],
             "kinds": kinds(policy),
+            "price": policy.price_per_hour,
         },
         "hardware": dataclasses.asdict(inventory)
         | {"sandbox": {n: c.by or c.why_not for n, c in sandbox.capabilities().items()}},

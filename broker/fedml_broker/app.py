@@ -26,10 +26,11 @@ import sqlalchemy as sa
 from aiohttp import web
 from sqlalchemy import Connection
 
-from fedml_broker import audit
+from fedml_broker import audit, runs
 from fedml_broker.accounts import Accounts
 from fedml_broker.audit import Refusals
 from fedml_broker.blobs import Blobs
+from fedml_broker.clusters import Clusters
 from fedml_broker.devices import Devices
 from fedml_broker.dispatch import Dispatcher, Timing
 from fedml_broker.federate import Federation
@@ -112,6 +113,7 @@ class Broker:
         self.devices: Devices
         self.accounts: Accounts
         self.dispatcher: Dispatcher
+        self.clusters: Clusters
         self.launcher: Launcher
         self.federation: Federation
         self.reports: Reports
@@ -147,6 +149,7 @@ class Broker:
             stack.callback(self.blobs.close)
             await self.store.write(self._note_identity)
             await self.devices.load()
+            await self.clusters.load()
             await self.dispatcher.load()
             await self._enter_post(stack)
             await self.blobs.sweep(self._referenced)
@@ -184,6 +187,7 @@ class Broker:
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
         self.dispatcher.on_ended = self.metrics.ended
+        self.clusters = Clusters(self.store, self.fleet, self.dispatcher)
         self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)
         self.federation = Federation(
             self.store,
@@ -195,6 +199,7 @@ class Broker:
         )
         self.federation.on_round = self.metrics.round
         self.federation.on_answer = self.metrics.asked
+        self.dispatcher.on_together = self.launcher.together
         self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}
         self.reports = Reports(self.fleet, self.dispatcher)
         self.post.subscribe(topics.ALL_UP, self._take)
@@ -209,8 +214,25 @@ class Broker:
         """What a run waits for, in words; empty when it does not."""
         return self.federation.waiting(run) or self.dispatcher.waiting(run)
 
-    async def stop(self, run: dict[str, Any], by: str) -> None:
-        """End a run."""
+    async def queue(self, tenant: str) -> list[dict[str, Any]]:
+        """The runs that wait for machines, in their order, each with what keeps it."""
+        order = self.dispatcher.queued(tenant)
+        rows = await self.runs.named(order)
+        return [
+            {
+                **rows[run],
+                "position": position,
+                "priority": self.dispatcher.priority(run),
+                "reasons": self.dispatcher.reasons(run),
+            }
+            for position, run in enumerate(order, 1)
+            if run in rows
+        ]
+
+    async def stop_run(self, run: dict[str, Any], by: str) -> None:
+        """End a run. Asking again is harmless."""
+        if not await self.store.write(lambda tx: runs.stop_asked(tx, run["id"], by)):
+            return
         if run["kind"] == "federate":
             self.federation.stop(run["id"], by)
         else:
@@ -311,6 +333,7 @@ class Broker:
             try:
                 await self.devices.seen()
                 await self.refusals.flush()
+                await self.clusters.stop_idle()
                 if self.identity.renew():
                     log.info("the broker's own certificate was renewed")
             except (Problem, OSError) as error:

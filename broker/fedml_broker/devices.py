@@ -56,6 +56,7 @@ class CapacityReport(msgspec.Struct, frozen=True):
     disk_bytes: int
     gpus: list[GpuSize] = []
     kinds: list[str] = msgspec.field(default_factory=lambda: ["launch", "federate"])
+    price: float = 0.0
 
 
 class Inventory(msgspec.Struct, frozen=True):
@@ -63,6 +64,7 @@ class Inventory(msgspec.Struct, frozen=True):
 
     capacity: CapacityReport
     hardware: dict[str, Any] = {}
+    host: str = ""
 
 
 class EnrolRequest(msgspec.Struct, frozen=True):
@@ -499,6 +501,7 @@ def _machine(row: Mapping[Any, Any]) -> Machine:
         name=row["name"],
         labels=row["labels"],
         capacity=read_capacity(row["inventory"]),
+        host=row["inventory"].get("host", ""),
         draining=row["state"] == "draining",
     )
 

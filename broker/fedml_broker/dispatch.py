@@ -9,16 +9,20 @@ first a fenced transaction in the store, then a change of the mirror in memory, 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sqlalchemy import Connection
 
-from fedml_broker import match, tasks
+from fedml_broker import tasks
+from fedml_broker.backlog import Backlog
 from fedml_broker.blobs import Blobs
 from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.mqtt import PostError
+from fedml_broker.observe import add_event
 from fedml_broker.orders import Orders
 from fedml_broker.store import Store, StoreUnavailable
 from fedml_broker.tasks import Task
@@ -43,8 +47,13 @@ from fedml_protocol.topics import Address
 
 log = logging.getLogger(__name__)
 
-# The longest pause before a machine gets a task again that it keeps losing.
+# The longest pause before a machine gets a task again that it keeps losing, and before one starts
+# again that keeps failing.
 _LOSS_PAUSE_S = 30.0
+_FAILURE_PAUSE_S = 300.0
+
+# With large queues and fleets, looking through them takes no more than a fifth of a core.
+_PLANNING = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +88,18 @@ class Dispatcher:
     ) -> None:
         self.timing = timing
         self.works: dict[str, Work] = {}
-        # Called with a run whose reasons for waiting have changed.
+        # Called with a run that still waits after it was looked at: for other reasons, it may be.
         self.on_waiting: Callable[[str], None] = lambda run: None
+        # The tasks of one run are about to be offered at once: each may be told of the others.
+        self.on_together: Callable[[Sequence[tuple[Task, Machine]]], None] = lambda members: None
         self.on_ended: Callable[[TaskState], None] = lambda state: None
         self._store = store
         self._fleet = fleet
         self._orders = orders
         self._blobs = blobs
         self._tasks: dict[str, Task] = {}
+        self._runs: dict[str, dict[str, Task]] = {}
+        self._backlog = Backlog(fleet, self._held_of)
         # The held ones by their device: what a heartbeat costs must not grow with the fleet.
         self._held: dict[str, dict[str, Task]] = {}
         self._wake = asyncio.Event()
@@ -99,24 +112,41 @@ class Dispatcher:
         """Take up every open task; a device that may hold one gets the time to come back."""
         back_s = RECONNECT_BEATS * self.timing.heartbeat_s + self.timing.lease_s
         for task in await self._store.read(tasks.load_open):
-            self._tasks[task.id] = task
+            self._know(task)
             if task.state in HELD and task.device is not None:
                 self._hold(task)
                 self._extend(task, back_s)
                 if task.stopping:  # told with its next heartbeat
                     self._end_unanswered(task, back_s)
-        for run, reason in {t.run: t.stopping for t in self._queued() if t.stopping}.items():
+        for run, reason in {t.run: t.stopping for t in self._backlog if t.stopping}.items():
             await self._end_queued(run, reason)
+        for run, members in list(self._runs.items()):
+            await self._end_with_the_failed(run, list(members.values()))
         self._wake.set()
+
+    async def _end_with_the_failed(self, run: str, members: Sequence[Task]) -> None:
+        """We may have died between the failure of one of several tasks and the end of the rest."""
+        if not 0 < len(members) < members[0].terms.nodes:
+            return
+        ended = await self._store.read(lambda tx: tasks.of_run(tx, run))
+        if any(state in FINAL and state is not TaskState.FINISHED for state, _, _ in ended):
+            await self.stop_run(run, "another of its run has failed")
 
     def added(self, new: Iterable[Task]) -> None:
         """Tasks that were just committed."""
-        self._tasks.update((task.id, task) for task in new)
+        for task in new:
+            self._know(task)
         self._wake.set()
+
+    def _know(self, task: Task) -> None:
+        self._tasks[task.id] = task
+        self._runs.setdefault(task.run, {})[task.id] = task
+        if task.state is TaskState.QUEUED:
+            self._backlog.add(task)
 
     def of_run(self, run: str) -> list[Task]:
         """The open tasks of a run."""
-        return [task for task in self._tasks.values() if task.run == run]
+        return list(self._runs.get(run, {}).values())
 
     def states(self) -> list[TaskState]:
         """The state of each open task."""
@@ -124,10 +154,36 @@ class Dispatcher:
 
     def waiting(self, run: str) -> str:
         """Why a run's tasks are still queued, machine by machine; empty: none is."""
-        queued = [t for t in self.of_run(run) if t.state is TaskState.QUEUED]
-        return (
-            "; ".join(f"{name}: {why}" for name, why in queued[0].reasons.items()) if queued else ""
-        )
+        return "; ".join(f"{name}: {why}" for name, why in self.reasons(run).items())
+
+    def reasons(self, run: str) -> dict[str, str]:
+        """The same, by the machine's name."""
+        return self._backlog.reasons([t for t in self.of_run(run) if t.state is TaskState.QUEUED])
+
+    def queued(self, tenant: str) -> list[str]:
+        """The runs of a tenant that wait for machines, in the order in which they are looked at."""
+        return self._backlog.order(tenant)
+
+    def priority(self, run: str) -> int:
+        """That of a run's open tasks."""
+        return next((task.terms.priority for task in self.of_run(run)), 0)
+
+    async def set_priority(
+        self, run: str, priority: int, note: Callable[[Connection], None]
+    ) -> None:
+        """Another priority for what of a run has not ended; `note` is written with it."""
+        mine = self.of_run(run)
+        terms = [replace(task.terms, priority=priority) for task in mine]
+
+        def commit(tx: Connection) -> None:
+            if terms:
+                tasks.set_terms(tx, run, terms[0])
+            note(tx)
+
+        await self._store.write(commit)
+        for task, theirs in zip(mine, terms, strict=True):
+            task.terms = theirs
+        self._wake.set()
 
     def wake(self) -> None:
         """Something has changed that may let a queued task go."""
@@ -218,56 +274,50 @@ class Dispatcher:
                 async with asyncio.timeout(self.timing.heartbeat_s):
                     await self._wake.wait()
             self._wake.clear()
-            picked = [(t, m) for t in self._queued() if (m := self._look(t)) is not None]
+            began = time.perf_counter()
+            picked, recalls = self._pick()
+            took = time.perf_counter() - began
             if picked:
                 await self._offer(picked)
+            for task, reason in recalls:
+                await self._recall(task, reason)
+            if took > 0.01:
+                await asyncio.sleep(_PLANNING * took)
 
-    def _queued(self) -> list[Task]:
-        return [t for t in self._tasks.values() if t.state is TaskState.QUEUED]
+    def _pick(self) -> tuple[list[tuple[Task, Machine]], list[tuple[Task, str]]]:
+        """Who is offered what, room being taken at once; and who is to hand back what."""
+        waited = {task.run for task in self._backlog}
+        picked, recall = self._backlog.pick()
+        for members in picked:
+            for task, machine in members:
+                self._take(task, machine)
+            if len(members) > 1:
+                self.on_together(members)
+        offers = [offer for members in picked for offer in members]
+        for run in waited - {task.run for task, _ in offers}:
+            self.on_waiting(run)
+        return offers, [(self._tasks[task], f"{by} goes first") for task, by in recall.items()]
 
-    def _look(self, task: Task) -> Machine | None:
-        before = task.reasons
-        machine = self._pick(task)
-        if machine is None and task.reasons != before:
-            self.on_waiting(task.run)
-        return machine
-
-    def _pick(self, task: Task) -> Machine | None:
-        """A machine for this task; room on it is taken at once."""
-        now = self._fleet.clock()
-        wanted = match.Wanted(kind=task.kind, needs=task.offer.needs, labels=task.labels)
-        if task.bound and task.device is not None:
-            machine = self._fleet.get(task.device)
-            if machine is None:
-                task.reasons = {task.device: "revoked or removed"}
-                return None
-            away = self._fleet.away(machine)
-            if not away and task.not_before.get(task.device, 0) > now:
-                away = "asked to wait"
-            task.reasons = {machine.name: away} if away else {}
-            if away:
-                return None
-        else:
-            refused = {**task.refused, **{d: "" for d, t in task.not_before.items() if t > now}}
-            candidates = [c for c in self._fleet.candidates(task.tenant) if c.device not in refused]
-            device, task.reasons = match.choose(wanted, candidates)
-            for other, why in task.refused.items():
-                known = self._fleet.get(other)
-                task.reasons[known.name if known else other] = why
-            machine = self._fleet.get(device) if device is not None else None
-            if machine is None:
-                return None
+    def _take(self, task: Task, machine: Machine) -> None:
+        """The next epoch of a task, for this machine; room on it is taken."""
+        self._backlog.remove(task)
         task.state = move(task.state, TaskState.OFFERED)
         task.epoch += 1
         task.device = machine.address.device
         task.accepted_seq = -1
+        task.ends_by = math.inf
         self._hold(task)
-        return machine
 
     async def _offer(self, picked: Sequence[tuple[Task, Machine]]) -> None:
         def commit(tx: Connection) -> list[bool]:
             return [
-                tasks.offered(tx, task.id, task.epoch, machine.address.device)
+                tasks.offered(
+                    tx,
+                    task.id,
+                    task.epoch,
+                    machine.address.device,
+                    task.offer if task.terms.nodes > 1 else None,
+                )
                 for task, machine in picked
             ]
 
@@ -309,7 +359,8 @@ class Dispatcher:
                     task.state = move(task.state, TaskState.LEASED)
                     task.accepted_seq = seq
                 task.lease_until = self._fleet.clock() + self.timing.lease_s
-                if task.stopping and told.state not in FINAL:  # its Cancel was lost, it may be
+                # Its Cancel was lost, it may be.
+                if (task.stopping or task.recalled) and told.state not in FINAL:
                     self._send(machine.address, _cancel(task))
             elif told.state not in FINAL:
                 self._send(
@@ -359,8 +410,7 @@ class Dispatcher:
         else:
             task.not_before[device] = self._fleet.clock() + self.timing.heartbeat_s
             self._later(self.timing.heartbeat_s, self._awake)
-        task.reasons[machine.name] = detail
-        await self._requeue(task)
+        await self._requeue(task, f"{machine.name}: {detail}")
 
     async def progress(self, machine: Machine, told: Progress) -> None:
         """The task runs."""
@@ -369,6 +419,8 @@ class Dispatcher:
             return
         if task.state in (TaskState.OFFERED, TaskState.LEASED):
             task.state = move(task.state, TaskState.RUNNING)
+            if task.offer.deadline_s:
+                task.ends_by = self._fleet.clock() + task.offer.deadline_s
             await self.works[task.kind].running(task)
 
     async def result(self, machine: Machine, told: Result) -> None:
@@ -380,10 +432,16 @@ class Dispatcher:
                 # Not acknowledged: the agent uploads again before it sends again.
                 log.warning("%s: a result of %s names blobs that are not here", told.task, device)
                 return
-            if told.state is TaskState.LOST:
-                why = told.cause.message if told.cause is not None else "lost"
+            why = told.cause.message if told.cause is not None else told.state.name.lower()
+            if self._is_handed_back(task, told):
+                await self._requeue(task, task.recalled)
+            elif told.state is TaskState.LOST:
                 self._pause_after_loss(task, device)
                 await self._take_back(task, f"{machine.name}: {why}")
+            elif told.state is TaskState.FAILED and self._starts_again(task, told):
+                self._pause_after_failure(task)
+                left = task.restarts_left - 1
+                await self._requeue(task, f"{machine.name}: {why}", restarts=left)
             else:
                 await self._end(task, told, device)
         for artifact in told.artifacts:
@@ -413,10 +471,13 @@ class Dispatcher:
     async def _take_back(self, task: Task, why: str) -> None:
         """A machine lost the task: offer it again, or give it up when no try is left."""
         log.info("task %s: %s", task.id, why)
+        if task.recalled and not task.stopping:
+            await self._requeue(task, task.recalled)
+            return
         if task.tries_left < 1 and not task.stopping:
             await self._end(task, tasks.lost(task, why))
             return
-        await self._requeue(task, task.tries_left - 1)
+        await self._requeue(task, why, tries=task.tries_left - 1)
 
     def _pause_after_loss(self, task: Task, device: str) -> None:
         """The first loss costs no time; one that repeats must not go round at full speed."""
@@ -426,27 +487,93 @@ class Dispatcher:
             task.not_before[device] = self._fleet.clock() + pause
             self._later(pause, self._awake)
 
-    async def _requeue(self, task: Task, tries: int | None = None) -> None:
+    def _pause_after_failure(self, task: Task) -> None:
+        pause = min(2.0**task.failures, _FAILURE_PAUSE_S)
+        task.failures += 1
+        task.not_until = self._fleet.clock() + pause
+        self._later(pause, self._awake)
+
+    @staticmethod
+    def _is_handed_back(task: Task, told: Result) -> bool:
+        """Whether it ended because it was recalled. One of several has to start with the others."""
+        if not task.recalled or task.stopping:
+            return False
+        return told.state is TaskState.STOPPED or task.terms.nodes > 1
+
+    @staticmethod
+    def _starts_again(task: Task, told: Result) -> bool:
+        """Whether its own failure is one that its job asked to be started again after."""
+        own = told.cause is None or told.cause.fault is Fault.TASK
+        return own and task.restarts_left > 0 and not task.stopping
+
+    async def _requeue(
+        self, task: Task, why: str, *, tries: int | None = None, restarts: int | None = None
+    ) -> None:
+        """Queue a held task again; those that started with it come back too."""
         if task.stopping:  # nobody wants it any more
             await self._end(task, _stopped(task, task.stopping))
             return
-        epoch, left = task.epoch, task.tries_left if tries is None else tries
-        again = await self._store.write(lambda tx: tasks.queued_again(tx, task.id, epoch, left))
-        if again and task.epoch == epoch and task.state in HELD:
-            task.tries_left = left
-            self._let_go(task)
-            task.state = move(task.state, TaskState.QUEUED)
-            if not task.bound:
-                task.device = None
-            self._wake.set()
+        others = [t for t in self.of_run(task.run) if t is not task] if not task.bound else []
+        if len(others) < task.terms.nodes - 1:
+            message = f"{why}, and others of its run had ended"
+            await self._end(task, tasks.lost(task, message))
+            return
+        epoch = task.epoch
+        tries = task.tries_left if tries is None else tries
+        restarts = task.restarts_left if restarts is None else restarts
+
+        def commit(tx: Connection) -> bool:
+            again = tasks.queued_again(tx, task.id, epoch, tries, restarts)
+            if again and task.kind == "launch":
+                rank = {"rank": task.rank} if task.terms.nodes > 1 else {}
+                add_event(tx, task.run, "again", {"why": why, "device": task.device, **rank})
+            return again
+
+        again = await self._store.write(commit)
+        if not (again and task.epoch == epoch and task.state in HELD):
+            return
+        self._let_go(task)
+        task.tries_left, task.restarts_left, task.recalled = tries, restarts, ""
+        task.state = move(task.state, TaskState.QUEUED)
+        self._backlog.add(task)
+        if not task.bound:
+            task.device = None
+        for other in others:
+            other.tries_left, other.restarts_left = tries, restarts
+            if other.state in HELD and not other.recalled:
+                await self._recall(other, "the others of its run start again")
+        self._wake.set()
+
+    async def _recall(self, task: Task, reason: str) -> None:
+        """Have the device of a held task end it, after its grace; it is queued again then."""
+        epoch = task.epoch
+        if task.state not in HELD or task.recalled:
+            return
+        task.recalled = reason
+        held = await self._store.write(lambda tx: tasks.recalled(tx, task.id, epoch, reason))
+        machine = self._fleet.get(task.device or "")
+        if held and machine is not None and task.epoch == epoch:
+            self._send(machine.address, _cancel(task))
 
     def _forget(self, task: Task, result: Result | None) -> None:
         if self._tasks.pop(task.id, None) is not None:
             self.on_ended(TaskState.STOPPED if result is None else result.state)
+        self._backlog.remove(task)
+        if (known := self._runs.get(task.run)) is not None:
+            known.pop(task.id, None)
+            if not known:
+                del self._runs[task.run]
         self._let_go(task)
         self._wake.set()
-        if result is not None:
-            self.works[task.kind].told(task, result)
+        if result is None:
+            return
+        self.works[task.kind].told(task, result)
+        if task.terms.nodes > 1 and result.state is not TaskState.FINISHED and known:
+            self._spawn(self.stop_run(task.run, f"rank {task.rank} {result.state.name.lower()}"))
+
+    def _held_of(self, tenant: str) -> Iterator[Task]:
+        held = (task for tasks in self._held.values() for task in tasks.values())
+        return (task for task in held if task.tenant == tenant)
 
     def _held_by(self, machine: Machine) -> list[Task]:
         return list(self._held.get(machine.address.device, {}).values())
@@ -502,7 +629,7 @@ class Dispatcher:
         task.lease_until = self._fleet.clock() + self.timing.heartbeat_s
         self._watch(task)
         if task.state is TaskState.OFFERED:
-            self._spawn(self._requeue(task))
+            self._spawn(self._requeue(task, "its offer was not answered"))
         elif task.state in HELD:
             machine = self._fleet.get(task.device or "")
             name = machine.name if machine is not None else task.device
@@ -538,8 +665,9 @@ def _ended(task: Task, state: TaskState, cause: Cause | None) -> Result:
 
 
 def _cancel(task: Task) -> Cancel:
-    """To the device of a task that is being stopped. Again is harmless: the first one counts."""
-    return Cancel(task=task.id, epoch=task.epoch, grace_s=task.offer.grace_s, reason=task.stopping)
+    """To the device of a task that is stopped, or recalled. Again is harmless: the first counts."""
+    reason = task.stopping or task.recalled
+    return Cancel(task=task.id, epoch=task.epoch, grace_s=task.offer.grace_s, reason=reason)
 
 
 def _stopped(task: Task, reason: str) -> Result:

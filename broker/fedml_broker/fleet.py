@@ -26,6 +26,8 @@ class Machine:
 
     Attributes:
         heard_at: Of the last heartbeat, on the monotonic clock; None before the first.
+        host: Its address, for other machines that work with it on one job; empty: unknown.
+        cluster: The name of the cluster that has reserved it; empty: none.
         holds: What the tasks and sessions on it were promised, by their id.
     """
 
@@ -34,6 +36,8 @@ class Machine:
     labels: dict[str, str]
     capacity: Capacity
     draining: bool = False
+    host: str = ""
+    cluster: str = ""
     heard_at: float | None = None
     boot_n: int = 0
     beat: Heartbeat | None = None
@@ -73,6 +77,7 @@ class Fleet:
         if known is not None:
             machine.heard_at, machine.boot_n = known.heard_at, known.boot_n
             machine.beat, machine.holds = known.beat, known.holds
+            machine.cluster = known.cluster
         self._machines[machine.address.device] = machine
 
     def drop(self, device: str) -> None:
@@ -125,6 +130,7 @@ class Fleet:
                 labels=m.labels,
                 busy=tuple(m.holds.values()),
                 away=self.away(m),
+                cluster=m.cluster,
             )
             for m in self._machines.values()
             if m.address.tenant == tenant
@@ -141,4 +147,5 @@ def read_capacity(inventory: Mapping[str, Any]) -> Capacity:
         disk_bytes=told["disk_bytes"],
         gpus=tuple(Gpu(**gpu) for gpu in told["gpus"]),
         kinds=frozenset(told["kinds"]),
+        price=told.get("price", 0.0),
     )

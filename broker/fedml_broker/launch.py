@@ -2,6 +2,8 @@
 """Launched jobs: checked, queued, and ended with the exit code of their command."""
 
 import logging
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +14,24 @@ from fedml_broker import match, runs, tasks
 from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
-from fedml_broker.fleet import Fleet
+from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.observe import LogFile, Observer, add_event
 from fedml_broker.problems import Problem
+from fedml_broker.queue import HIGHEST, LOWEST, Terms
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_protocol.blob import Blob
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.launch import LaunchSpec
-from fedml_protocol.tasks import Needs, Offer, OnLost, Result
+from fedml_protocol.tasks import FINAL, Needs, Offer, OnLost, Result, TaskState
 
 log = logging.getLogger(__name__)
 
 MAX_SCRIPT_BYTES = 64 * 1024
+MAX_NODES = 1000
+
+# Below those that Linux gives to outgoing connections (32768 and up).
+_FIRST_PORT, _PORTS = 20_000, 10_000
 
 
 class PackageRef(msgspec.Struct, frozen=True):
@@ -54,6 +61,8 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     A client that chooses the id of its `run` may ask again until it is answered: it starts once.
     With `gpus_optional`, it goes without GPUs where no machine has those that it needs.
+    `restarts`: how often it is started again when its command fails; `retries` is for machines.
+    `preemptible`: None leaves it to the priority: below 0 it is.
     """
 
     command: str
@@ -64,9 +73,15 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     needs: NeedsBody = NeedsBody()
     gpus_optional: bool = False
     labels: dict[str, str] = {}
+    nodes: int = 1
+    priority: int = 0
+    preemptible: bool | None = None
+    cluster: str = ""
+    max_price_per_hour: float | None = None
     deadline_s: float = 0.0
     grace_s: float = 10.0
     retries: int = 3
+    restarts: int = 0
     follow: bool = True
     run: str = ""
 
@@ -107,9 +122,13 @@ class Launcher:
             return run
         package = check_package(self._blobs, request.package)
         needs = self._needs(user, request)
+        terms = self._terms(user, request)
+        ids = [f"{run}-t"]
+        if terms.nodes > 1:
+            ids = [f"{run}-t{rank}" for rank in range(terms.nodes)]
         try:
             offer = Offer(
-                task=f"{run}-t",
+                task=ids[0],
                 epoch=1,
                 run=run,
                 spec=LaunchSpec(
@@ -128,13 +147,21 @@ class Launcher:
             )
         except MalformedMessage as error:
             raise Problem(422, "this job cannot be", str(error)) from error
-        task = Task(
-            offer=offer,
-            tenant=user.tenant,
-            tries_left=request.retries,
-            labels=request.labels,
-        )
-        possible(self._fleet, user.tenant, "launch", needs, request.labels)
+        since = time.time()
+        new = [
+            Task(
+                offer=replace(offer, task=task),
+                tenant=user.tenant,
+                tries_left=request.retries,
+                restarts_left=request.restarts,
+                labels=request.labels,
+                terms=terms,
+                rank=rank,
+                since=since,
+            )
+            for rank, task in enumerate(ids)
+        ]
+        possible(self._fleet, user.tenant, _wanted(request, needs), terms.nodes)
 
         def commit(tx: Connection) -> None:
             runs.create(
@@ -146,20 +173,42 @@ class Launcher:
                 spec=spec,
                 package=package,
             )
-            tasks.insert(tx, [task])
+            tasks.insert(tx, new)
             if needs.gpus < request.needs.gpus:
                 wished = {"gpus": request.needs.gpus, "model": request.needs.gpu_model}
                 add_event(tx, run, "without_gpus", wished)
 
         await self._store.write(commit)
         uploaded(self._blobs, package, user)
-        self._dispatcher.added([task])
+        self._dispatcher.added(new)
         return run
+
+    def _terms(self, user: User, request: LaunchRequest) -> Terms:
+        """When it is to go.
+
+        Raises:
+            Problem: 403 a priority that only admins give; 422 numbers that cannot be.
+        """
+        check_priority(user, request.priority)
+        if not (1 <= request.nodes <= MAX_NODES and request.restarts >= 0):
+            raise Problem(
+                422,
+                "this job cannot be",
+                f"it takes 1 to {MAX_NODES} machines, and may start again 0 times or more often",
+            )
+        preemptible = request.preemptible
+        return Terms(
+            priority=request.priority,
+            preemptible=request.priority < 0 if preemptible is None else preemptible,
+            nodes=request.nodes,
+            cluster=request.cluster,
+            max_price=request.max_price_per_hour,
+        )
 
     def look(self, user: User, request: LaunchRequest) -> dict[str, Any]:
         """Where a job would run at this moment, machine by machine; nothing is started."""
         needs = self._needs(user, request)
-        wanted = match.Wanted(kind="launch", needs=needs, labels=request.labels)
+        wanted = _wanted(request, needs)
         candidates = self._fleet.candidates(user.tenant)
         taken, _ = match.choose(wanted, candidates)
         return {
@@ -173,7 +222,7 @@ class Launcher:
         needs = request.needs.needs()
         if not (request.gpus_optional and needs.gpus):
             return needs
-        wanted = match.Wanted(kind="launch", needs=needs, labels=request.labels)
+        wanted = _wanted(request, needs)
         if any(not match.never(wanted, c) for c in self._fleet.candidates(user.tenant)):
             return needs
         return replace(needs, gpus=0, gpu_memory_bytes=0, gpu_model="")
@@ -184,7 +233,21 @@ class Launcher:
         """The run ends as its task did; how long its logs are is known first."""
         for stream, size in (("stdout", result.stdout_bytes), ("stderr", result.stderr_bytes)):
             self._observer.finish(task.run, LogFile(task.id, result.epoch, stream), size)
-        runs.end(tx, task.run, result.state, cause=result.cause, exit_code=_exit_code(result))
+        if task.terms.nodes > 1:
+            _end_together(tx, task.run, result)
+        else:
+            runs.end(tx, task.run, result.state, cause=result.cause, exit_code=_exit_code(result))
+
+    def together(self, members: Sequence[tuple[Task, Machine]]) -> None:
+        """Tell each task of a run where the others are, as torchrun and PyTorch expect it."""
+        hosts = [machine.host or machine.name for _, machine in members]
+        # Told once, by the broker: one that depended on the machine would have to be told around.
+        port = _FIRST_PORT + int.from_bytes(members[0][0].run.encode()[-3:]) % _PORTS
+        for rank, (task, _) in enumerate(members):
+            spec = task.offer.spec
+            if isinstance(spec, LaunchSpec):
+                env = {**spec.env, **_torchrun(rank, hosts, port, task.offer.needs.gpus)}
+                task.offer = replace(task.offer, spec=replace(spec, env=env))
 
     def told(self, task: Task, result: Result) -> None:
         """Wake who follows."""
@@ -198,6 +261,8 @@ class Launcher:
             "name": machine.name if machine is not None else task.device,
             "epoch": task.epoch,
         }
+        if task.terms.nodes > 1:
+            data["rank"] = task.rank
 
         def commit(tx: Connection) -> None:
             runs.running(tx, task.run)
@@ -214,15 +279,85 @@ def _exit_code(result: Result) -> int | None:
     return result.exit_code
 
 
-def possible(
-    fleet: Fleet, tenant: str, kind: str, needs: Needs, labels: dict[str, str], count: int = 1
-) -> None:
+def check_priority(user: User, priority: int) -> None:
+    """Whether the user may give it.
+
+    Raises:
+        Problem: 422 there is no such priority; 403 only admins give it.
+    """
+    if not LOWEST <= priority <= HIGHEST:
+        raise Problem(
+            422,
+            f"the priority cannot be {priority}",
+            f"it goes from {LOWEST} to {HIGHEST}; 0 is normal",
+        )
+    if priority > 0 and not user.may("admin"):
+        raise Problem(
+            403,
+            "only admins let a job go before those of others",
+            f"{user.name} is a {user.role}; a priority of 0 or below is open to you",
+            hint="ask an admin: `fedml run priority RUN 50`",
+        )
+
+
+def _end_together(tx: Connection, run: str, last: Result) -> None:
+    """The run ends with the last of its tasks, as the first that did not finish did."""
+    all_of = tasks.of_run(tx, run)
+    if any(state not in FINAL for state, _, _ in all_of):
+        return
+    for blamed in (TaskState.FAILED, TaskState.LOST, TaskState.STOPPED):
+        for state, rank, result in all_of:
+            if state is blamed:
+                told = result or last
+                cause = told.cause
+                if cause is not None and blamed is not TaskState.STOPPED:
+                    cause = replace(cause, message=f"rank {rank}: {cause.message}")
+                runs.end(tx, run, state, cause=cause, exit_code=_exit_code(told))
+                return
+    runs.end(tx, run, TaskState.FINISHED, exit_code=_exit_code(last))
+
+
+def _torchrun(rank: int, hosts: Sequence[str], port: int, gpus: int) -> dict[str, str]:
+    """What a task learns of the others. PET_*: torchrun's own options, so that it needs none."""
+    nodes = str(len(hosts))
+    return {
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": nodes,
+        "LOCAL_RANK": "0",
+        "NODE_RANK": str(rank),
+        "PET_NNODES": nodes,
+        "PET_NODE_RANK": str(rank),
+        "PET_NPROC_PER_NODE": str(max(gpus, 1)),
+        "PET_MASTER_ADDR": hosts[0],
+        "PET_MASTER_PORT": str(port),
+        "FEDML_CLIENT_RANK": str(rank),
+        "FEDML_NUM_NODES": nodes,
+        **{f"FEDML_NODE_{n}_ADDR": host for n, host in enumerate(hosts)},
+        "FEDML_NODE_0_PORT": str(port),
+        "SKYPILOT_NODE_RANK": str(rank),
+        "SKYPILOT_NUM_NODES": nodes,
+        "SKYPILOT_NODE_IPS": "\n".join(hosts),
+    }
+
+
+def _wanted(request: LaunchRequest, needs: Needs) -> match.Wanted:
+    return match.Wanted(
+        kind="launch",
+        needs=needs,
+        labels=request.labels,
+        cluster=request.cluster,
+        max_price=request.max_price_per_hour,
+    )
+
+
+def possible(fleet: Fleet, tenant: str, wanted: match.Wanted, count: int = 1) -> None:
     """Refuse what could never run, with the reason for each machine that was looked at.
 
     Raises:
         Problem: 422.
     """
-    wanted = match.Wanted(kind=kind, needs=needs, labels=labels)
     candidates = fleet.candidates(tenant)
     reasons = {c.name: match.never(wanted, c) for c in candidates}
     fitting = [name for name, reason in reasons.items() if not reason]
@@ -242,7 +377,11 @@ def possible(
         "no machine can ever run this",
         f"{asked} of {len(candidates)} that were looked at:\n{looked_at}",
         hint="ask for less, or let a machine join that has it"
-        + ("; `--any-resource` does without" if kind == "launch" and needs.gpus else ""),
+        + (
+            "; `--any-resource` does without"
+            if wanted.kind == "launch" and wanted.needs.gpus
+            else ""
+        ),
     )
 
 

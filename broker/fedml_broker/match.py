@@ -32,6 +32,7 @@ class Capacity:
     Attributes:
         slots: Tasks at the same time.
         kinds: Kinds of task that the owner's policy takes at all.
+        price: What its owner asks for an hour of it.
     """
 
     slots: int
@@ -40,6 +41,7 @@ class Capacity:
     disk_bytes: int
     gpus: tuple[Gpu, ...] = ()
     kinds: frozenset[str] = frozenset({"launch", "federate"})
+    price: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class Candidate:
     Attributes:
         busy: What the tasks it holds were promised.
         away: Why it takes nothing now (offline, draining, its owner's reason); empty otherwise.
+        cluster: Who asks for it must name this cluster; empty: nobody has reserved it.
     """
 
     device: str
@@ -57,19 +60,29 @@ class Candidate:
     labels: Mapping[str, str] = field(default_factory=dict)
     busy: tuple[Needs, ...] = ()
     away: str = ""
+    cluster: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What one task asks for."""
+    """What one task asks for.
+
+    Attributes:
+        cluster: It goes to the machines of this cluster only.
+        max_price: What its machine may cost an hour at most; None: any price.
+    """
 
     kind: str
     needs: Needs = field(default_factory=Needs)
     labels: Mapping[str, str] = field(default_factory=dict)
+    cluster: str = ""
+    max_price: float | None = None
 
 
 def never(wanted: Wanted, candidate: Candidate) -> str:
     """Why this device can never do it, however long one waits; empty: it could."""
+    if wanted.cluster and candidate.cluster != wanted.cluster:
+        return f"is not in the cluster {wanted.cluster}"
     for name, value in wanted.labels.items():
         have = candidate.labels.get(name)
         if have != value:
@@ -87,13 +100,38 @@ def never(wanted: Wanted, candidate: Candidate) -> str:
     if needs.disk_bytes > capacity.disk_bytes:
         asked = _gib(needs.disk_bytes)
         return f"has {_gib(capacity.disk_bytes)} of disk, {asked} are asked for"
+    if wanted.max_price is not None and capacity.price > wanted.max_price:
+        return f"costs {capacity.price:g} an hour, at most {wanted.max_price:g} is allowed"
     return ""
+
+
+def reserved(wanted: Wanted, candidate: Candidate) -> str:
+    """Whether others have reserved it, who may give it back one day; empty: nobody has."""
+    if candidate.cluster in ("", wanted.cluster):
+        return ""
+    return f"is kept for the cluster {candidate.cluster}"
+
+
+def shortfall(needs: Needs, capacity: Capacity, busy: Iterable[Needs]) -> tuple[int, ...]:
+    """What is missing for one more task at this moment: slots, GPUs, CPUs, bytes of memory."""
+    busy = list(busy)
+    free = len(_fitting(_free_gpus(capacity, busy), needs)) if needs.gpus else 0
+    missing = (
+        len(busy) + 1 - capacity.slots,
+        needs.gpus - free,
+        needs.cpus and needs.cpus + sum(b.cpus for b in busy) - capacity.cpus,
+        needs.memory_bytes
+        and needs.memory_bytes + sum(b.memory_bytes for b in busy) - capacity.memory_bytes,
+    )
+    return tuple(max(each, 0) for each in missing)
 
 
 def now(wanted: Wanted, candidate: Candidate) -> str:
     """Why this device, which could do it, cannot take it at this moment; empty: it can."""
     if candidate.away:
         return candidate.away
+    if kept := reserved(wanted, candidate):
+        return kept
     busy, capacity, needs = candidate.busy, candidate.capacity, wanted.needs
     if len(busy) >= capacity.slots:
         return f"busy: {len(busy)} of {capacity.slots} tasks run"

@@ -11,9 +11,10 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import about, accounts, agents, blobs, devices, runs
+from fedml_broker.api import about, accounts, agents, blobs, clusters, devices, runs
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
+from fedml_broker.clusters import AutostopBody, ClusterRequest
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
 from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
@@ -71,7 +72,7 @@ def table(broker: "Broker") -> Sequence[Route]:
     """One line per URL, and with it the least role: there is no other way to be served."""
     itself, agent, blob = about.Handlers(broker), agents.Handlers(broker), blobs.Handlers(broker)
     run, device = runs.Handlers(broker), devices.Handlers(broker)
-    account = accounts.Handlers(broker)
+    account, cluster = accounts.Handlers(broker), clusters.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -97,10 +98,21 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("POST", "/v1/launch/match", MEMBER, run.match_launch, LaunchRequest),
         Route("POST", "/v1/federate", MEMBER, run.federate, FederateRequest),
         Route("GET", "/v1/runs", VIEWER, run.list_runs),
+        Route("GET", "/v1/queue", VIEWER, run.list_queue),
         Route("GET", "/v1/runs/{run}", VIEWER, run.show_run),
         Route("DELETE", "/v1/runs/{run}", ADMIN, run.remove_run),
         Route("GET", "/v1/runs/{run}/follow", VIEWER, run.follow_run),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
+        Route("PUT", "/v1/runs/{run}/priority", MEMBER, run.set_priority, runs.PriorityBody),
+        Route("GET", "/v1/clusters", VIEWER, cluster.list_clusters),
+        Route("POST", "/v1/clusters", MEMBER, cluster.create_cluster, ClusterRequest),
+        Route("GET", "/v1/clusters/{cluster}", VIEWER, cluster.show_cluster),
+        Route("DELETE", "/v1/clusters/{cluster}", MEMBER, cluster.remove_cluster),
+        Route("POST", "/v1/clusters/{cluster}/start", MEMBER, cluster.start_cluster),
+        Route("POST", "/v1/clusters/{cluster}/stop", MEMBER, cluster.stop_cluster),
+        Route(
+            "PUT", "/v1/clusters/{cluster}/autostop", MEMBER, cluster.autostop_cluster, AutostopBody
+        ),
         Route("GET", "/v1/devices", VIEWER, device.list_devices),
         Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),
         Route("POST", "/v1/devices/{device}/labels", ADMIN, device.label_device, devices.Labels),

@@ -66,6 +66,10 @@ class RunStopped(Exception):
     """Somebody stopped the run."""
 
 
+# Of a task, for people.
+_SHOWN = ("id", "device", "state", "epoch", "round", "client", "rank")
+
+
 class SubmittedBefore(Exception):
     """This very run is there: whoever asks for it gets its id, and nothing is begun."""
 
@@ -126,6 +130,13 @@ class Runs:
             query = query.where(runs.c.ended_at < ended_before)
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
 
+    async def named(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Runs by their ids, without their specs."""
+        columns = [c for c in runs.c if c.name != "spec"]
+        query = sa.select(*columns).where(runs.c.id.in_(names))
+        found = await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
+        return {row["id"]: row for row in found}
+
     async def open(self, kind: str) -> list[dict[str, Any]]:
         """Runs of a kind that have not ended."""
         query = sa.select(runs).where(runs.c.kind == kind, runs.c.state.not_in(_FINAL_NAMES))
@@ -141,8 +152,10 @@ class Runs:
 
     async def tasks(self, run: str) -> list[dict[str, Any]]:
         """The tasks of a run, for people."""
-        columns = [tasks.c[n] for n in ("id", "device", "state", "epoch", "round", "client")]
-        query = sa.select(*columns).where(tasks.c.run == run).order_by(tasks.c.created_at)
+        columns = [tasks.c[n] for n in _SHOWN]
+        query = (
+            sa.select(*columns).where(tasks.c.run == run).order_by(tasks.c.created_at, tasks.c.rank)
+        )
         found = await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
         for row in found:
             row["state"] = TaskState(row["state"]).name

@@ -116,8 +116,14 @@ tasks = Table(
     Column("state", Integer, nullable=False),
     Column("epoch", Integer, nullable=False),
     Column("tries_left", Integer, nullable=False),
+    # Of its own failures, where the job asked to be started again after one.
+    Column("restarts_left", Integer, nullable=False, server_default="0"),
     Column("offer", LargeBinary, nullable=False),  # a serialised Offer; its epoch is filled in
     Column("labels", JSON, nullable=False),  # what the device must wear
+    Column("terms", JSON, nullable=False, server_default="{}"),  # see queue.Terms
+    Column("rank", Integer, nullable=False, server_default="0"),  # in a run of several machines
+    # Why its device was told to hand it back: it is queued again. Empty: it was not.
+    Column("recalled", String, nullable=False, server_default=""),
     Column("round", Integer),  # the turn of a federated run that it belongs to
     Column("client", Integer),
     Column("version", Integer),  # asynchronous: the round whose model it starts from
@@ -128,6 +134,18 @@ tasks = Table(
     Index("tasks_by_state", "state"),
     Index("tasks_by_round", "run", "round"),
     Index("tasks_by_count", "run", "counted"),
+)
+
+clusters = Table(
+    "clusters",
+    metadata,
+    Column("tenant", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("user", String, nullable=False),
+    Column("devices", JSON, nullable=False),  # their ids
+    Column("up", Boolean, nullable=False),  # its devices are reserved; else it is only a name
+    Column("autostop_s", Float),  # stopped when idle for so long
+    Column("created_at", Float, nullable=False),
 )
 
 clients = Table(

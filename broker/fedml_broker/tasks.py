@@ -6,6 +6,7 @@ that is no longer the current one. `open_tasks` in the dispatcher mirrors the ro
 final.
 """
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from fedml_broker.queue import Terms
 from fedml_broker.tables import runs, tasks
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse, serialise
@@ -37,13 +39,21 @@ class Task:
         refused: Devices that rejected it for good, and why.
         not_before: Devices that rejected it for now, and until when (monotonic).
         losses: How often machines have said that they lost it, since this process began.
+        failures: How often it has failed and was queued again, since this process began.
+        not_until: It is offered to nobody before (monotonic).
+        ends_by: When it is over at the latest (monotonic); infinite: nobody knows.
+        since: When it was submitted, seconds since 1970.
+        recalled: Why its device was told to hand it back; it is queued again. Empty: it was not.
         stopping: Why its device was told to end it; it is not offered again. Empty: it was not.
     """
 
     offer: Offer
     tenant: str
     tries_left: int
+    restarts_left: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
+    terms: Terms = field(default_factory=Terms)
+    rank: int = 0
     device: str | None = None
     bound: bool = False
     state: TaskState = TaskState.QUEUED
@@ -56,8 +66,12 @@ class Task:
     refused: dict[str, str] = field(default_factory=dict)
     not_before: dict[str, float] = field(default_factory=dict)
     losses: int = 0
+    failures: int = 0
+    not_until: float = 0.0
+    ends_by: float = math.inf
+    since: float = field(default_factory=time.time)
+    recalled: str = ""
     stopping: str = ""
-    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -87,7 +101,6 @@ class Task:
 
 def insert(tx: Connection, new: Sequence[Task]) -> None:
     """Add queued tasks."""
-    now = time.time()
     tx.execute(
         tasks.insert(),
         [
@@ -100,12 +113,15 @@ def insert(tx: Connection, new: Sequence[Task]) -> None:
                 "state": int(TaskState.QUEUED),
                 "epoch": 0,
                 "tries_left": t.tries_left,
+                "restarts_left": t.restarts_left,
                 "offer": serialise(t.offer),
                 "labels": dict(t.labels),
+                "terms": asdict(t.terms),
+                "rank": t.rank,
                 "round": t.round,
                 "client": t.client,
                 "version": t.version,
-                "created_at": now,
+                "created_at": t.since,
             }
             for t in new
         ],
@@ -125,7 +141,10 @@ def load_open(tx: Connection) -> list[Task]:
             offer=parse(Offer, row.offer),
             tenant=row.tenant,
             tries_left=row.tries_left,
+            restarts_left=row.restarts_left,
             labels=row.labels,
+            terms=Terms(**row.terms),
+            rank=row.rank,
             device=row.device,
             bound=row.bound,
             state=TaskState(row.state),
@@ -133,14 +152,21 @@ def load_open(tx: Connection) -> list[Task]:
             round=row.round,
             client=row.client,
             version=row.version,
+            since=row.created_at,
+            recalled=row.recalled,
             stopping=f"stopped by {row.stopped_by}" if row.stopped_by else "",
         )
         for row in tx.execute(query)
     ]
 
 
-def offered(tx: Connection, task: str, epoch: int, device: str) -> bool:
-    """QUEUED -> OFFERED with the next epoch; False when it is no longer queued."""
+def offered(tx: Connection, task: str, epoch: int, device: str, offer: Offer | None = None) -> bool:
+    """QUEUED -> OFFERED with the next epoch; False when it is no longer queued.
+
+    Args:
+        offer: Replaces the task's, where it says more than was known when the task was queued.
+    """
+    changed = {} if offer is None else {"offer": serialise(offer)}
     return _step(
         tx,
         sa.and_(
@@ -149,17 +175,50 @@ def offered(tx: Connection, task: str, epoch: int, device: str) -> bool:
         state=int(TaskState.OFFERED),
         epoch=epoch,
         device=device,
+        **changed,
     )
 
 
-def queued_again(tx: Connection, task: str, epoch: int, tries_left: int) -> bool:
+def queued_again(
+    tx: Connection, task: str, epoch: int, tries_left: int, restarts_left: int
+) -> bool:
     """OFFERED, LEASED or RUNNING -> QUEUED; False when somebody was faster."""
     return _step(
         tx,
-        sa.and_(tasks.c.id == task, tasks.c.epoch == epoch, tasks.c.state.in_(_HELD)),
+        _held(task, epoch),
         state=int(TaskState.QUEUED),
         tries_left=tries_left,
+        restarts_left=restarts_left,
+        recalled="",
     )
+
+
+def recalled(tx: Connection, task: str, epoch: int, reason: str) -> bool:
+    """Note that its device is told to hand it back; False when it holds it no longer."""
+    return _step(tx, _held(task, epoch), recalled=reason)
+
+
+def _held(task: str, epoch: int) -> Any:
+    return sa.and_(tasks.c.id == task, tasks.c.epoch == epoch, tasks.c.state.in_(_HELD))
+
+
+def set_terms(tx: Connection, run: str, terms: Terms) -> None:
+    """Other terms for what of the run has not ended."""
+    mine = sa.and_(tasks.c.run == run, tasks.c.state.not_in(_FINAL))
+    _step(tx, mine, terms=asdict(terms))
+
+
+def of_run(tx: Connection, run: str) -> list[tuple[TaskState, int, Result | None]]:
+    """State, rank and result of each task of a run, in the order in which they ended."""
+    query = (
+        sa.select(tasks.c.state, tasks.c.rank, tasks.c.result)
+        .where(tasks.c.run == run)
+        .order_by(tasks.c.ended_at, tasks.c.rank)
+    )
+    return [
+        (TaskState(r.state), r.rank, None if r.result is None else parse(Result, r.result))
+        for r in tx.execute(query)
+    ]
 
 
 def ended(tx: Connection, device: str | None, result: Result) -> bool:

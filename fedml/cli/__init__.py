@@ -24,6 +24,7 @@ _VERBS = {
     "federate": "federate",
     "simulate": "simulate",
     "run": "run",
+    "cluster": "cluster",
     "device": "device",
     "data": "data",
     "completion": "completion",

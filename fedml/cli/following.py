@@ -45,7 +45,12 @@ class JobView:
         elif "event" in item and item["event"]["kind"] == "started":
             data = item["event"]["data"]
             again = f", attempt {data['epoch']}" if data["epoch"] > 1 else ""
+            again += f", as rank {data['rank']}" if "rank" in data else ""
             click.secho(f"runs on {data['name']}{again}", dim=True, err=True)
+        elif "event" in item and item["event"]["kind"] == "again":
+            data = item["event"]["data"]
+            rank = f"rank {data['rank']} is" if "rank" in data else "it is"
+            click.secho(f"{rank} queued again: {data['why']}", fg="yellow", err=True)
         elif "event" in item and item["event"]["kind"] == "without_gpus":
             data = item["event"]["data"]
             wished = f"{data['gpus']} × {data['model'] or 'GPU'}"

@@ -53,10 +53,19 @@ def _complete(_: click.Context, __: click.Parameter, begun: str) -> list[Complet
 @click.option(
     "--any-resource", is_flag=True, help="GPUs of any model, or none where no machine has them."
 )
+@click.option(
+    "-c", "--cluster", default="", metavar="NAME", help="On the machines of this cluster."
+)
 @json_lines_option
 @home_option
 def launch(
-    job: Path, stay: bool, dry_run: bool, any_resource: bool, as_json: bool, home: Path
+    job: Path,
+    stay: bool,
+    dry_run: bool,
+    any_resource: bool,
+    cluster: str,
+    as_json: bool,
+    home: Path,
 ) -> None:
     """Run the JOB file on a machine that matches.
 
@@ -70,14 +79,18 @@ def launch(
       fedml launch job.yaml            # run it, watch it
       fedml launch job.yaml --detach   # run it, print its id
       fedml launch job.yaml --dry-run  # where would it run, and why?
+      fedml launch job.yaml -c lab     # on the machines reserved as `lab`
       fedml launch job.yaml --json     # one JSON object a line, for scripts
     """
     client = connect(home)
     if dry_run:
-        _show(submit.look(client, job, any_resource=any_resource), as_json=as_json)
+        found = submit.look(client, job, any_resource=any_resource, cluster=cluster)
+        _show(found, as_json=as_json)
         return
     with transfer("workspace") as told:
-        run = submit.launch(client, job, follow=stay, any_resource=any_resource, told=told)
+        run = submit.launch(
+            client, job, follow=stay, any_resource=any_resource, cluster=cluster, told=told
+        )
     if as_json:
         print_json({"run": run})
     elif not stay:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedml run list|show|status|logs|stop|wait|download`: runs that exist already."""
+"""`fedml run list|queue|show|status|logs|priority|stop|wait|download`: runs that exist already."""
 
 import time
 from pathlib import Path
@@ -37,6 +37,60 @@ def list_runs(limit: int, home: Path, as_json: bool) -> None:
     ]
     columns = ("RUN", "STATE", "KIND", "NAME", "USER", "ASKED FOR", "TOOK")
     print_table(columns, rows, "no runs yet: `fedml launch job.yaml`")
+
+
+@run.command()
+@home_option
+@json_option
+def queue(home: Path, as_json: bool) -> None:
+    """List the runs that wait for machines, in the order in which they go, and why they wait."""
+    found = connect(home).call("GET", "/v1/queue")["queue"]
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (
+            str(r["position"]),
+            r["id"],
+            r["name"],
+            r["user"],
+            str(r["priority"]),
+            duration(time.time() - r["created_at"]),
+            "\n".join(f"{machine}: {why}" for machine, why in r["reasons"].items()),
+        )
+        for r in found
+    ]
+    columns = ("", "RUN", "NAME", "USER", "PRIORITY", "WAITS FOR", "WHY")
+    print_table(columns, rows, "nothing waits")
+
+
+@run.command(context_settings={"ignore_unknown_options": True})
+@run_argument
+@click.argument("number", metavar="PRIORITY")
+@home_option
+@json_option
+def priority(run_id: str, number: str, home: Path, as_json: bool) -> None:
+    """Give a run another priority: low, normal, high, or a number from -100 to 100.
+
+    A higher one goes first. Below 0 is open to everybody, above to admins.
+
+    \b
+    Examples:
+      fedml run priority r-1c0ffee123 high
+      fedml run priority r-1c0ffee123 -20
+    """
+    from fedml.jobfile import PRIORITIES
+
+    try:
+        wanted = PRIORITIES.get(number.lower())
+        wanted = int(number) if wanted is None else wanted
+    except ValueError:
+        raise click.UsageError(f"not low, normal, high or a number: {number}") from None
+    told = connect(home).call("PUT", f"/v1/runs/{run_id}/priority", {"priority": wanted})
+    if as_json:
+        print_json(told)
+    else:
+        click.echo(f"{run_id} has the priority {wanted}", err=True)
 
 
 @run.command()

@@ -103,7 +103,7 @@ def test_a_machine_that_joins_keeps_everything_for_itself(broker: Broker, home: 
     assert (asked["name"], asked["labels"], asked["inventory"]) == (
         "one",
         {"site": "lab"},
-        {"cpus": 2},
+        {"cpus": 2, "host": "127.0.0.1"},
     )
     assert asked["secret"] == SECRET.hex()
     for file in home.private.iterdir():

@@ -138,6 +138,7 @@ def test_as_many_tasks_at_once_as_the_owner_says_or_else_one_a_core() -> None:
 def test_the_broker_is_told_of_what_is_let_out_and_of_no_more() -> None:
     inventory = replace(machine(gpu(0), gpu(1)), memory=64 * GB)
     policy = Policy(gpus=(1,), cpus=2.5, memory=8 * GB, disk_reserve=5 * GB, kinds=("launch",))
+    policy = replace(policy, price_per_hour=0.25)
     told = report(inventory, policy, disk_free=20 * GB)
     assert told["capacity"] == {
         "slots": slots(inventory, policy),
@@ -146,6 +147,7 @@ def test_the_broker_is_told_of_what_is_let_out_and_of_no_more() -> None:
         "disk_bytes": 15 * GB,
         "gpus": [{"uuid": "GPU-1", "name": "H100", "memory_bytes": 80 * GB}],
         "kinds": ["launch"],
+        "price": 0.25,
     }
     assert report(inventory, Policy(memory=100 * GB), 0)["capacity"]["memory_bytes"] == 64 * GB
     assert report(inventory, policy, disk_free=GB)["capacity"]["disk_bytes"] == 0

@@ -27,6 +27,7 @@ from fedml_broker.identity import Identity
 from fedml_broker.match import Capacity, Gpu
 from fedml_broker.mqtt import Unavailable
 from fedml_broker.orders import Orders
+from fedml_broker.queue import Terms
 from fedml_broker.reports import Reports
 from fedml_broker.store import Store, StoreUnavailable, Work
 from fedml_broker.tasks import Task
@@ -251,7 +252,8 @@ class Place:
 
 def job(task: str = "t-1", *, tries: int = 3, run: str = "r-1", **more: Any) -> Task:
     """A queued launch task."""
-    ours = {k: more.pop(k) for k in ("device", "bound", "labels") if k in more}
+    fields = ("device", "bound", "labels", "terms", "rank", "restarts_left", "since")
+    ours = {k: more.pop(k) for k in fields if k in more}
     offer = Offer(task=task, epoch=1, run=run, spec=LaunchSpec(command="true"), **more)
     return Task(offer=offer, tenant="acme", tries_left=tries, **ours)
 
@@ -999,6 +1001,201 @@ async def test_after_a_restart_too_who_does_not_obey_a_stop_is_not_waited_for(
     await place.pass_by(120)
     assert place.effects.ended_ == [("t-1", STOPPED)]
     assert place.post.offers() == [("one", "t-1", 1)]
+
+
+# ---------------------------------------------------------------------- those that go together
+
+ONE_SLOT = replace(ROOM, slots=1)
+TORN = Cause(fault=Fault.TASK, message="its command ended with exit code 3")
+
+
+def pair(run: str = "r-1", **more: Any) -> tuple[Task, Task]:
+    """A run of two machines."""
+    terms = Terms(nodes=2)
+    first, second = (
+        job(f"{run}-t{rank}", run=run, terms=terms, rank=rank, since=1.0, **more) for rank in (0, 1)
+    )
+    return first, second
+
+
+async def test_the_tasks_of_a_run_are_offered_together_or_not_at_all(place: Place) -> None:
+    told: list[list[str]] = []
+    place.dispatcher.on_together = lambda members: told.append([t.id for t, _ in members])
+    await place.device("one", ONE_SLOT)
+    await place.queue(*pair())
+    assert place.post.offers() == []
+    assert place.dispatcher.waiting("r-1") == "one: free; 1 of 2 machines are"
+
+    await place.device("two", ONE_SLOT)
+
+    assert sorted(place.post.offers()) == [("one", "r-1-t0", 1), ("two", "r-1-t1", 1)]
+    assert told == [["r-1-t0", "r-1-t1"]]
+
+
+async def test_what_a_task_was_told_of_the_others_is_on_the_disk(place: Place) -> None:
+    def tell(members: Sequence[tuple[Task, Machine]]) -> None:
+        for task, _ in members:
+            task.offer = replace(task.offer, spec=LaunchSpec(command="true", env={"RANK": "7"}))
+
+    place.dispatcher.on_together = tell
+    for name in ("one", "two"):
+        await place.device(name)
+    await place.queue(*pair())
+    await place.restart()
+    assert place.dispatcher.of_run("r-1")[0].offer.spec.env == {"RANK": "7"}  # type: ignore[union-attr]
+
+
+async def test_when_one_is_refused_for_now_the_others_come_back_and_all_start_again(
+    place: Place,
+) -> None:
+    one, two = [await place.device(name, ONE_SLOT) for name in ("one", "two")]
+    await place.queue(*pair())
+    await one.run("r-1-t0", 1)
+    place.post.take()
+
+    await two.say(Reject(task="r-1-t1", epoch=1, reason=RejectReason.DISK))
+    assert place.post.take() == [("one", "Cancel r-1-t0.1")]
+    await one.end("r-1-t0", 1, STOPPED)
+    await place.pass_by(20)
+
+    assert sorted(place.post.offers()[2:]) == [("one", "r-1-t0", 2), ("two", "r-1-t1", 2)]
+    assert place.effects.ended_ == []
+
+
+async def test_when_one_machine_is_lost_all_start_again_with_one_try_less(place: Place) -> None:
+    one, two = [await place.device(name, ONE_SLOT) for name in ("one", "two")]
+    await place.queue(*pair(tries=1))
+    await one.run("r-1-t0", 1)
+    await two.run("r-1-t1", 1)
+    await place.device("three", ONE_SLOT)
+    two.alive = False
+    await place.pass_by(60)
+    assert ("one", "Cancel r-1-t0.1") in place.post.take()
+    await one.end("r-1-t0", 1, FINISHED)  # too late: it starts with the others
+    await place.pass_by(1)
+
+    assert {(t, e) for _, t, e in place.post.offers()[2:]} == {("r-1-t0", 2), ("r-1-t1", 2)}
+    assert (await place.row("r-1-t0")).tries_left == 0
+    assert (await place.row("r-1-t1")).tries_left == 0
+
+
+async def test_when_one_fails_the_others_are_stopped(place: Place) -> None:
+    one, two = [await place.device(name, ONE_SLOT) for name in ("one", "two")]
+    await place.queue(*pair())
+    await one.run("r-1-t0", 1)
+    await two.run("r-1-t1", 1)
+    place.post.take()
+
+    await two.end("r-1-t1", 1, FAILED, exit_code=3, cause=TORN)
+
+    assert ("one", "Cancel r-1-t0.1") in place.post.take()
+    await one.end("r-1-t0", 1, STOPPED)
+    assert place.effects.ended_ == [("r-1-t1", FAILED), ("r-1-t0", STOPPED)]
+
+
+async def test_a_broker_that_died_in_between_stops_the_others_when_it_is_back(
+    place: Place,
+) -> None:
+    one, two = [await place.device(name, ONE_SLOT) for name in ("one", "two")]
+    await place.queue(*pair())
+    await one.run("r-1-t0", 1)
+    await two.run("r-1-t1", 1)
+    failed = Result(task="r-1-t1", epoch=1, state=FAILED, exit_code=3, cause=TORN)
+    await place.store.write(lambda tx: tasks.ended(tx, "two", failed))
+    await place.restart()
+    await one.beat()
+    await place.store.settle()
+    assert ("one", "Cancel r-1-t0.1") in place.post.take()
+
+
+# ---------------------------------------------------------------------- giving way, starting again
+
+
+async def test_who_gives_way_is_queued_again_and_loses_no_try(place: Place) -> None:
+    one = await place.device("one", ONE_SLOT)
+    await place.queue(job("t-1", tries=0, terms=Terms(priority=-1, preemptible=True)))
+    await one.run("t-1", 1)
+    place.post.take()
+
+    await place.queue(job("t-2", run="r-2"))
+    assert place.post.take() == [("one", "Cancel t-1.1")]
+    assert place.post.letters[-1].body.reason == "r-2 goes first"
+    await one.end("t-1", 1, STOPPED)
+
+    assert place.post.take() == [("one", "ResultAck t-1.1"), ("one", "Offer t-2.1")]
+    assert place.effects.ended_ == []
+    assert await place.state("t-1") is QUEUED
+    await one.run("t-2", 1)
+    await one.end("t-2", 1)
+    assert place.post.offers()[-1] == ("one", "t-1", 2)
+
+
+async def test_who_ends_by_itself_while_it_gives_way_has_ended(place: Place) -> None:
+    one = await place.device("one", ONE_SLOT)
+    await place.queue(job("t-1", terms=Terms(priority=-1, preemptible=True)))
+    await one.run("t-1", 1)
+    await place.queue(job("t-2", run="r-2"))
+    await one.end("t-1", 1, FINISHED)
+    assert place.effects.ended_ == [("t-1", FINISHED)]
+
+
+async def test_a_restart_of_the_broker_does_not_forget_who_gives_way(place: Place) -> None:
+    one = await place.device("one", ONE_SLOT)
+    await place.queue(job("t-1", tries=0, terms=Terms(priority=-1, preemptible=True)))
+    await one.run("t-1", 1)
+    await place.queue(job("t-2", run="r-2"))
+    await place.restart()
+    await one.beat()
+    assert place.post.take()[-1] == ("one", "Cancel t-1.1")  # in case the first one was lost
+    await one.end("t-1", 1, STOPPED)
+    assert place.effects.ended_ == []
+    assert place.post.offers()[-1] == ("one", "t-2", 1)
+
+
+async def test_who_is_stopped_while_it_gives_way_is_stopped(place: Place) -> None:
+    one = await place.device("one", ONE_SLOT)
+    await place.queue(job("t-1", terms=Terms(priority=-1, preemptible=True)))
+    await one.run("t-1", 1)
+    await place.queue(job("t-2", run="r-2"))
+    await place.dispatcher.stop_run("r-1", "stopped by ann")
+    await one.end("t-1", 1, STOPPED)
+    assert place.effects.ended_ == [("t-1", STOPPED)]
+
+
+async def test_another_priority_counts_at_once_and_after_a_restart(place: Place) -> None:
+    await place.device("one", ONE_SLOT)
+    await place.queue(job("t-0", run="r-0"))
+    await place.queue(job("t-1", since=1.0), job("t-2", run="r-2", since=2.0))
+    assert place.dispatcher.queued("acme") == ["r-1", "r-2"]
+    await place.dispatcher.set_priority("r-2", 5, lambda tx: None)
+    assert place.dispatcher.queued("acme") == ["r-2", "r-1"]
+    await place.restart()
+    assert place.dispatcher.queued("acme") == ["r-2", "r-1"]
+
+
+async def test_a_failure_is_final_unless_the_job_asked_to_be_started_again(place: Place) -> None:
+    one = await place.device("one")
+    await place.queue(job("t-1"), job("t-2", run="r-2", restarts_left=1))
+    for task in ("t-1", "t-2"):
+        await one.run(task, 1)
+        await one.end(task, 1, FAILED, exit_code=3, cause=TORN)
+    assert place.effects.ended_ == [("t-1", FAILED)]
+    told = place.dispatcher.waiting("r-2")
+    assert told == "every machine: it failed, and starts again in 1 s"
+    await place.pass_by(2)
+    assert place.post.offers()[-1] == ("one", "t-2", 2)
+    await one.run("t-2", 2)
+    await one.end("t-2", 2, FAILED, exit_code=3, cause=TORN)
+    assert place.effects.ended_ == [("t-1", FAILED), ("t-2", FAILED)]
+
+
+async def test_what_a_machine_did_to_a_job_is_no_failure_of_its_own(place: Place) -> None:
+    one = await place.device("one")
+    await place.queue(job("t-1", restarts_left=5))
+    await one.run("t-1", 1)
+    late = Cause(fault=Fault.POLICY, message="the machine's owner lets no task run longer")
+    await one.end("t-1", 1, FAILED, cause=late)
+    assert place.effects.ended_ == [("t-1", FAILED)]
 
 
 # ---------------------------------------------------------------------- machines that do not take

@@ -42,7 +42,16 @@ LEAST = {
     "POST /v1/launch/match": ("member", False),
     "POST /v1/federate": ("member", False),
     "GET /v1/runs": ("viewer", False),
+    "GET /v1/queue": ("viewer", False),
     "GET /v1/runs/{run}": ("viewer", False),
+    "PUT /v1/runs/{run}/priority": ("member", False),
+    "GET /v1/clusters": ("viewer", False),
+    "POST /v1/clusters": ("member", False),
+    "GET /v1/clusters/{cluster}": ("viewer", False),
+    "DELETE /v1/clusters/{cluster}": ("member", False),
+    "POST /v1/clusters/{cluster}/start": ("member", False),
+    "POST /v1/clusters/{cluster}/stop": ("member", False),
+    "PUT /v1/clusters/{cluster}/autostop": ("member", False),
     "DELETE /v1/runs/{run}": ("admin", False),
     "GET /v1/runs/{run}/follow": ("viewer", False),
     "POST /v1/runs/{run}/stop": ("member", False),
@@ -132,6 +141,7 @@ class Askers:
             "device": ours.device,
             "key": call("POST", "/v1/keys", {})["id"],
             "user": "default-member",
+            "cluster": call("POST", "/v1/clusters", {"name": "c", "devices": ["ours"]})["name"],
             "sha256": hashlib.sha256(b"").hexdigest(),
         }
         # What is not there: for those who may, so that nothing of ours is deleted by the way.
@@ -141,7 +151,8 @@ class Askers:
     def ask(self, who: str, route: str, parts: dict[str, str]) -> tuple[int, dict[str, Any]]:
         """The status, and the problem's or answer's body where it is JSON."""
         method, path = route.split(" ", 1)
-        body = b'{"role": "viewer"}' if path.endswith("/role") else b"{}"
+        bodies = {"/role": b'{"role": "viewer"}', "/priority": b'{"priority": 0}'}
+        body = next((body for end, body in bodies.items() if path.endswith(end)), b"{}")
         if path.startswith("/v1/blobs"):
             body = b""
         response = self.pools[who].request(

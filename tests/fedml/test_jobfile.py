@@ -42,7 +42,14 @@ def _job(folder: Path, text: str) -> Path:
         ("job: echo\nresources: {}\ncomputing: {}\n", "`resources` says the same as `computing`"),
         ("job: echo\nexpert_mode: {executable_file: a}\n", "says the same as `job`"),
         ("expert_mode: {executable_interpreter: sh}\n", "no `expert_mode.executable_file`"),
-        ("run: echo\nnum_nodes: 2\n", "line 2: `num_nodes` is 2: a job runs on one machine"),
+        ("run: echo\nnum_nodes: 0\n", "line 2: `num_nodes` must be at least 1"),
+        ("job: a\npriority: urgent\n", "must be low, normal, high or a number from -100 to 100"),
+        ("job: a\npriority: 101\n", "must be low, normal, high or a number from -100 to 100"),
+        ("job: a\ncomputing: {maximum_cost_per_hour: much}\n", "must be a price such as 2.5"),
+        (
+            "job: a\nrestarts: 1\nresources: {job_recovery: {max_restarts_on_errors: 2}}\n",
+            "the same",
+        ),
         ("job: echo\njob_type: launch\n", "line 2: `job_type` must be one of train, "),
         ("job: echo\ncomputing: {device_type: TPU}\n", "must be one of CPU, GPU, hybrid"),
         ("job: echo\ncomputing: {memory: lots}\n", "`computing.memory` must be a size"),
@@ -83,7 +90,11 @@ def test_what_is_not_given_has_its_default(tmp_path: Path) -> None:
         "env": {},
         "needs": {"gpus": 0},
         "labels": {},
+        "nodes": 1,
+        "priority": 0,
+        "cluster": "",
         "retries": 3,
+        "restarts": 0,
         "deadline_s": 0.0,
         "grace_s": 10.0,
     }
@@ -108,17 +119,12 @@ computing:
   resource_type: A100-80G
 """,
     )
-    with pytest.warns(UserWarning, match="has no effect") as caught:
-        request, workspace = read_job(file)
+    request, workspace = read_job(file)
     assert request["command"] == "python3 hello_world.py\n"
     assert request["bootstrap"] == "pip install -r requirements.txt"
     assert request["needs"] == {"gpus": 1, "gpu_model": "A100-80G"}
+    assert request["max_price_per_hour"] == 3000
     assert workspace == tmp_path / "hello_world"
-    said = [str(warning.message) for warning in caught]
-    assert [text.split("`")[1] for text in said] == [
-        "computing.maximum_cost_per_hour",
-    ]
-    assert "line 12" in said[0]
 
 
 def test_what_the_example_names_may_all_be_switched_on(tmp_path: Path) -> None:
@@ -210,8 +216,9 @@ def test_skypilots_names_mean_the_same(tmp_path: Path) -> None:
     text = """
 name: sky
 workdir: .
-num_nodes: 1
-resources: {accelerators: "A100:2", cpus: 4+, memory: 16+, disk_size: 100, use_spot: false}
+num_nodes: 3
+resources: {accelerators: "A100:2", cpus: 4+, memory: 16+, disk_size: 100, use_spot: false,
+            job_recovery: {strategy: FAILOVER, max_restarts_on_errors: 4}}
 envs: {A: 1}
 setup: echo ready
 run: echo go
@@ -224,6 +231,7 @@ run: echo go
         "echo go",
     )
     assert request["env"] == {"A": "1"}
+    assert (request["nodes"], request["restarts"]) == (3, 4)
     assert request["needs"] == {
         "gpus": 2,
         "gpu_model": "A100",
@@ -273,13 +281,9 @@ expert_mode:
     ("text", "key"),
     [
         ("job: echo\ncontainerize: true\n", "containerize"),
-        ("job: echo\njob_subtype: cross_cloud_training\n", "job_subtype"),
+        ("job: echo\njob_subtype: cross_silo\n", "job_subtype"),
         ("run: echo\nresources: {use_spot: true}\n", "resources.use_spot"),
         ("run: echo\nresources: {cloud: aws}\n", "resources.cloud"),
-        (
-            "job: echo\ncomputing: {allow_cross_cloud_resources: true}\n",
-            "computing.allow_cross_cloud_resources",
-        ),
     ],
 )
 def test_a_switch_that_changes_nothing_here_is_named(tmp_path: Path, text: str, key: str) -> None:

@@ -6,14 +6,21 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from aiohttp import web
 
-from fedml_broker import observe, runs
+from fedml_broker import audit, launch, observe, runs
 from fedml_broker.api.call import Call, number
 from fedml_broker.problems import Problem
 
 if TYPE_CHECKING:
     from fedml_broker.app import Broker
+
+
+class PriorityBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The priority that a run is to have."""
+
+    priority: int
 
 
 class Handlers:
@@ -45,11 +52,47 @@ class Handlers:
         )
         return {"runs": found}
 
+    async def list_queue(self, call: Call) -> Any:
+        """The runs that wait for machines, in the order in which they go."""
+        return {"queue": await self._broker.queue(call.user.tenant)}
+
+    async def set_priority(self, call: Call) -> Any:
+        """Another priority for a run. Members lower that of their own; admins give any."""
+        run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
+        user, priority = call.user, call.body.priority
+        if run["kind"] != "launch":
+            raise Problem(422, "only launched jobs have a priority", f"{run['id']} is federated")
+        if run["ended_at"] is not None:
+            raise Problem(409, "the run has ended", f"it is {run['state']}")
+        launch.check_priority(user, priority)
+        if not user.may("admin") and run["user"] != user.name:
+            raise Problem(
+                403,
+                "only admins change the runs of others",
+                f"{run['id']} is {run['user']}'s",
+                hint=f"ask {run['user']}, or an admin",
+            )
+        facts = {"priority": priority}
+        await self._broker.dispatcher.set_priority(
+            run["id"],
+            priority,
+            lambda tx: audit.note(
+                tx, user.tenant, audit.user(user.name), "run.priority", run["id"], **facts
+            ),
+        )
+        return {"run": run["id"], **facts}
+
     async def show_run(self, call: Call) -> Any:
         """One run: its state, its cause, its tasks, and what it waits for."""
         run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
         row = {**run, "tasks": await self._broker.runs.tasks(run["id"])}
         row["waiting"] = self._broker.waiting(run["id"])
+        if run["kind"] == "launch":
+            row["priority"] = run["spec"].get("priority", 0)
+            if row["waiting"]:
+                row["priority"] = self._broker.dispatcher.priority(run["id"])
+                queued = self._broker.dispatcher.queued(call.user.tenant)
+                row["position"] = queued.index(run["id"]) + 1 if run["id"] in queued else None
         if run["kind"] == "federate":
             row["rounds"] = await self._broker.runs.rounds(run["id"])
             row["clients"] = await self._broker.runs.clients(run["id"])
@@ -58,11 +101,7 @@ class Handlers:
     async def stop_run(self, call: Call) -> Any:
         """Stop a run. Asking again is harmless."""
         run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
-        asked = await self._broker.store.write(
-            lambda tx: runs.stop_asked(tx, run["id"], call.user.name)
-        )
-        if asked:
-            await self._broker.stop(run, call.user.name)
+        await self._broker.stop_run(run, call.user.name)
         return {"state": (await self._broker.runs.row(run["id"]))["state"]}
 
     async def remove_run(self, call: Call) -> Any:

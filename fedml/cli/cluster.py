@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedml cluster create|list|show|start|stop|autostop|kill`: reserved machines."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedml import clusters
+from fedml.cli.options import connect, home_option, json_option
+from fedml.cli.tables import print_facts, print_json, print_table, when
+from fedml.clusters import Cluster
+
+name_argument = click.argument("name", metavar="CLUSTER")
+yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+
+
+@click.group()
+def cluster() -> None:
+    """Reserve machines under a name, for the runs that name it.
+
+    \b
+    Examples:
+      fedml cluster create lab --device box1 --device box2
+      fedml cluster create night --count 2 --gpus 1 --autostop 30
+      fedml launch job.yaml --cluster lab
+    """
+
+
+@cluster.command()
+@name_argument
+@click.option("--device", "devices", multiple=True, metavar="NAME", help="A machine; repeatable.")
+@click.option("--count", type=click.IntRange(min=1), help="So many that fit, instead of names.")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="Which these wear.")
+@click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs that each of these has.")
+@click.option("--gpu-model", default="", metavar="MODEL", help="Such as RTX-4090.")
+@click.option("--autostop", type=float, metavar="MINUTES", help="Stop when idle for so long.")
+@home_option
+@json_option
+def create(
+    name: str,
+    devices: tuple[str, ...],
+    count: int | None,
+    labels: tuple[str, ...],
+    gpus: int,
+    gpu_model: str,
+    autostop: float | None,
+    home: Path,
+    as_json: bool,
+) -> None:
+    """Reserve machines under a new name: those named, or some that fit.
+
+    What runs on them now runs to its end; nothing else is started on them.
+
+    \b
+    Examples:
+      fedml cluster create lab --device box1 --device box2
+      fedml cluster create night --count 2 --gpus 1 --label site=north --autostop 30
+    """
+    if bool(devices) == bool(count):
+        raise click.UsageError("name the machines (--device NAME), or say how many (--count N)")
+    pairs = [label.partition("=") for label in labels]
+    if wrong := [label for label, (_, sign, _) in zip(labels, pairs, strict=True) if not sign]:
+        raise click.UsageError(f"not NAME=VALUE: {wrong[0]}")
+    made = Cluster.create(
+        connect(home),
+        name,
+        devices,
+        count=count or 0,
+        labels={label: value for label, _, value in pairs},
+        autostop_minutes=autostop,
+        gpus=gpus,
+        gpu_model=gpu_model,
+    )
+    _tell(made, as_json, f"{name} has {', '.join(made.devices)}")
+
+
+@cluster.command("list")
+@home_option
+@json_option
+def list_clusters(home: Path, as_json: bool) -> None:
+    """List the clusters."""
+    found = clusters.everything(connect(home))
+    if as_json:
+        print_json([c.details for c in found])
+        return
+    rows = [
+        (c.name, c.status, c.details["user"], " ".join(c.devices), str(len(c.runs)), _autostop(c))
+        for c in found
+    ]
+    columns = ("NAME", "STATUS", "USER", "MACHINES", "RUNS", "AUTOSTOP")
+    print_table(columns, rows, "no clusters: `fedml cluster create NAME --device MACHINE`")
+
+
+@cluster.command()
+@name_argument
+@home_option
+@json_option
+def status(name: str, home: Path, as_json: bool) -> None:
+    """Show one cluster: its machines, and its runs that have not ended."""
+    found = Cluster.find(connect(home), name)
+    if as_json:
+        print_json(found.details)
+        return
+    machines = [
+        f"{d['name']}: {d['status']}" + (f", {d['gpus']} GPUs" if d["gpus"] else "")
+        for d in found.details["devices"]
+    ]
+    print_facts(
+        {
+            "cluster": name,
+            "status": found.status,
+            "user": found.details["user"],
+            "machines": "\n".join(machines) or "all of them have left",
+            "runs": "\n".join(found.runs) or "none",
+            "autostop": _autostop(found),
+            "made": when(found.details["created_at"]),
+        }
+    )
+
+
+@cluster.command()
+@name_argument
+@home_option
+@json_option
+def start(name: str, home: Path, as_json: bool) -> None:
+    """Reserve the machines of a stopped cluster again."""
+    _tell(Cluster.find(connect(home), name).start(), as_json, f"{name} is up")
+
+
+@cluster.command()
+@home_option
+@json_option
+def startall(home: Path, as_json: bool) -> None:
+    """Reserve the machines of all stopped clusters again."""
+    found = [c.start() for c in clusters.everything(connect(home)) if c.status == "stopped"]
+    _tell_all(found, as_json, "is up")
+
+
+@cluster.command()
+@name_argument
+@home_option
+@json_option
+def stop(name: str, home: Path, as_json: bool) -> None:
+    """Give the machines back and keep the name; what runs on them goes on."""
+    told = f"{name} has given its machines back"
+    _tell(Cluster.find(connect(home), name).stop(), as_json, told)
+
+
+@cluster.command()
+@home_option
+@json_option
+def stopall(home: Path, as_json: bool) -> None:
+    """Give the machines of all clusters back and keep the names."""
+    found = [c.stop() for c in clusters.everything(connect(home)) if c.status == "up"]
+    _tell_all(found, as_json, "has given its machines back")
+
+
+@cluster.command()
+@name_argument
+@click.argument("minutes", type=float, required=False)
+@click.option("--never", is_flag=True, help="Not any more.")
+@home_option
+@json_option
+def autostop(name: str, minutes: float | None, never: bool, home: Path, as_json: bool) -> None:
+    """Stop a cluster by itself when it has been idle for so many MINUTES.
+
+    \b
+    Examples:
+      fedml cluster autostop lab 30
+      fedml cluster autostop lab --never
+    """
+    if never == (minutes is not None):
+        raise click.UsageError("say after how many MINUTES, or --never")
+    made = Cluster.find(connect(home), name).autostop(minutes)
+    _tell(made, as_json, f"{name} stops by itself: {_autostop(made)}")
+
+
+@cluster.command()
+@name_argument
+@yes_option
+@home_option
+@json_option
+def kill(name: str, yes: bool, home: Path, as_json: bool) -> None:
+    """Forget a cluster and stop its runs."""
+    _kill([Cluster.find(connect(home), name)], yes, as_json)
+
+
+@cluster.command()
+@yes_option
+@home_option
+@json_option
+def killall(yes: bool, home: Path, as_json: bool) -> None:
+    """Forget all clusters and stop their runs."""
+    _kill(clusters.everything(connect(home)), yes, as_json)
+
+
+def _kill(found: list[Cluster], yes: bool, as_json: bool) -> None:
+    if runs := [run for c in found for run in c.runs]:
+        question = f"This stops {len(runs)} runs: {', '.join(runs[:5])}. Go on?"
+        if not yes and not click.confirm(question, err=True):
+            raise click.Abort
+    killed: list[dict[str, Any]] = [{"cluster": c.name, "stopped": c.kill()} for c in found]
+    if as_json:
+        print_json(killed)
+        return
+    for one in killed:
+        stopped = f"; stopped {', '.join(one['stopped'])}" if one["stopped"] else ""
+        click.echo(f"{one['cluster']} is forgotten{stopped}", err=True)
+
+
+def _tell(made: Cluster, as_json: bool, text: str) -> None:
+    if as_json:
+        print_json(made.details)
+    else:
+        click.echo(text, err=True)
+
+
+def _tell_all(found: list[Cluster], as_json: bool, text: str) -> None:
+    if as_json:
+        print_json([c.details for c in found])
+        return
+    for one in found:
+        click.echo(f"{one.name} {text}", err=True)
+
+
+def _autostop(found: Cluster) -> str:
+    minutes = found.details["autostop_minutes"]
+    return "never" if minutes is None else f"after {minutes:g} idle minutes"
