@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clusters with a real store and a clock that is moved by hand; also tests/end_to_end/test_queue.py."""
+"""Clusters with a real store and a clock moved by hand; also end_to_end/test_queue.py."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
