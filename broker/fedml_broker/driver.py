@@ -243,7 +243,7 @@ class Driver:
         made = await aggregator.ask(MakeModel(out_dir=str(self.out_dir(0))), ModelMade)
         if not begun:
             await self.store.write(lambda tx: rounds.begin(tx, self.run, 0, ()))
-        return await self.finish(0, made, Tally())
+        return await self.finish(0, made, Tally(), turns=())
 
     async def finish(
         self,
@@ -251,15 +251,15 @@ class Driver:
         made: ModelMade,
         tally: Tally,
         *,
+        turns: Sequence[int],
         devices: Mapping[str, float] = NOTHING,
-        turns: Sequence[int] = (),
         counted: Sequence[str] = (),
     ) -> Round:
         """The round's model into the store, together with all that it makes true.
 
         Args:
-            devices: What the devices found of the model before.
             turns: Whose updates are in it.
+            devices: What the devices found of the model before.
             counted: See `rounds.finish`.
         """
         kept = await self.adopt(made)

@@ -135,13 +135,13 @@ def finish(
     sent: Blob | None,
     metrics: Mapping[str, float],
     tally: Tally,
-    turns: Sequence[int] = (),
+    turns: Sequence[int],
     counted: Sequence[str] = (),
 ) -> list[str]:
     """Close a round with its model; the blobs that nobody needs any more.
 
     Args:
-        turns: Whose updates are in it; empty: the turn of its own number.
+        turns: Whose updates are in it; the first model has none.
         counted: Of a version of an asynchronous run, the tasks that are in it or were refused.
     """
     runs.refer(tx, model.sha256, f"run/{run}/model/{number}")
@@ -170,7 +170,7 @@ def finish(
     }
     add_event(tx, run, "round_ends", data)
     idle = []
-    for turn in turns or (number,):
+    for turn in turns:
         idle += runs.release(tx, f"run/{run}/updates/{turn}")
     idle += runs.release(tx, f"run/{run}/stage/{number}")
     # A model is kept for every round; what the algorithm needs is the latest.

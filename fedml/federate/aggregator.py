@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedml.federate import algorithm, cohort
 from fedml.federate.application import Application, ApplicationError, set_weights
 from fedml.federate.hierarchical import Groups
 from fedml.federate.layout import BadUpdate, SumBroken
 from fedml.federate.round import ServerRound, ServerVersion, check
+from fedml.federate.tensor_file import write
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.rules import TooFewClients
 from fedml_protocol.cause import Cause, Fault
@@ -173,7 +174,7 @@ class Aggregator:
         for name, arrays in (("model", model), ("state", state), ("sent", sent)):
             if arrays:
                 paths[name] = str(out / f"{name}.safetensors")
-                save_file(arrays, paths[name])
+                write(paths[name], arrays)
         found = {f"train.{name}": value for name, value in metrics.items()}
         found |= told or {}
         central = self._evaluated(model) if evaluate else {}

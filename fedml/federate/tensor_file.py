@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a safetensors file piece by piece, trusting nothing in it.
+"""Read a safetensors file piece by piece, trusting nothing in it; write one without copies.
 
 Opening checks the whole header against the file's size (see `fedml_protocol.tensors`). Reading
 gives one run of elements at a time, so memory does not grow with the file. Nothing that came from
@@ -9,6 +9,7 @@ elsewhere is memory-mapped: a file that shrinks while it is read gives an error,
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
@@ -24,21 +25,24 @@ from fedml.federate.arrays import Array, Arrays
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.tensors import header_length, read_header
 
-# BF16 and the 8-bit floats have no NumPy type and are refused by name.
+# BF16 and the 8-bit floats have no NumPy type and are refused by name. In this order the library
+# lays tensors out, the largest elements first, so that each begins where its type may.
 _DTYPES: Mapping[str, str] = {
-    "BOOL": "?",
-    "U8": "<u1",
-    "I8": "<i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "U32": "<u4",
-    "I32": "<i4",
     "U64": "<u8",
     "I64": "<i8",
-    "F16": "<f2",
-    "F32": "<f4",
     "F64": "<f8",
+    "F32": "<f4",
+    "U32": "<u4",
+    "I32": "<i4",
+    "F16": "<f2",
+    "U16": "<u2",
+    "I16": "<i2",
+    "I8": "<i1",
+    "U8": "<u1",
+    "BOOL": "?",
 }
+_NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
+_PLACES = {name: place for place, name in enumerate(_DTYPES)}
 
 
 class BadTensorFile(ValueError):
@@ -144,6 +148,45 @@ def mapped(path: str | Path) -> Arrays:
             name: np.frombuffer(data, e.dtype, e.size, e.offset).reshape(e.shape)
             for name, e in file.entries.items()
         }
+
+
+def write(
+    path: str | Path, arrays: Mapping[str, Array], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays into a file: the bytes that safetensors writes, straight from the arrays.
+
+    Arrays that are strided (a transposed weight) or big-endian are copied one at a time.
+    safetensors 0.8 writes the wrong numbers for strided ones, older ones copy everything.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: An array is of a type that such a file cannot hold.
+    """
+    about: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    ordered = sorted((_PLACES[_type(name, a)], name, a) for name, a in arrays.items())
+    offset = 0
+    for _, name, array in ordered:
+        stop = offset + array.nbytes
+        about[name] = {
+            "dtype": _type(name, array),
+            "shape": array.shape,
+            "data_offsets": (offset, stop),
+        }
+        offset = stop
+    header = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with Path(path).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _, _, array in ordered:
+            plain = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+            file.write(plain.reshape(-1).view(np.uint8).data)
+
+
+def _type(name: str, array: Array) -> str:
+    found = _NAMES.get(array.dtype.newbyteorder("<"))
+    if found is None:
+        raise ValueError(f"tensor {name!r} has type {array.dtype}, which no tensor file holds")
+    return found
 
 
 def _entries(path: Path, fd: int) -> dict[str, Entry]:

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Worker:
         except Exception as error:  # the user's code may raise anything, and it is his to read
             traceback.print_exc()
             done = StageDone(task=order.task, epoch=order.epoch, cause=_cause(error))
-        _write(done_file, serialise(done), synced=False)
+        _replaced(done_file, lambda file: file.write_bytes(serialise(done)))
         return done
 
     def _guarded(self, key: tuple[str, int], order: StageOrder, out: Path) -> StageDone:
@@ -131,11 +132,9 @@ class Worker:
             self._cancelled.discard(key)
 
     def _stage(self, order: StageOrder, out: Path) -> StageDone:
-        from safetensors.numpy import save_file
-
         from fedml.federate import algorithm, cohort
         from fedml.federate.application import UserTraining, set_weights
-        from fedml.federate.tensor_file import mapped
+        from fedml.federate.tensor_file import mapped, write
         from fedml.federate.treatment import Treatment
 
         spec = order.spec
@@ -157,7 +156,7 @@ class Worker:
         rng = cohort.generator(spec.seed, spec.round - 1, spec.client)
         treatment = Treatment.parse(spec.treatment)
         update = treatment.client_update(chosen, model, sent, before, local, rng)
-        save_file(update.arrays, out / "update.safetensors")
+        write(out / "update.safetensors", update.arrays)
         self._keep_state(spec.round, update.client_state)
         return StageDone(
             task=order.task,
@@ -198,13 +197,14 @@ class Worker:
         return load_file(folder / f"{max(before)}.safetensors") if before else None
 
     def _keep_state(self, round_n: int, state: Any) -> None:
-        from safetensors.numpy import save
+        from fedml.federate.tensor_file import write
 
         if state is None:
             return
         folder = self._root / "state"
         folder.mkdir(exist_ok=True)
-        _write(folder / f"{round_n}.safetensors", save(state), synced=True)
+        kept = folder / f"{round_n}.safetensors"
+        _replaced(kept, lambda file: write(file, state), synced=True)
         for old in sorted(folder.glob("*.safetensors"), key=lambda f: int(f.stem))[:-2]:
             old.unlink()
 
@@ -225,13 +225,12 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
 
 
-def _write(path: Path, data: bytes, *, synced: bool) -> None:
+def _replaced(path: Path, make: Callable[[Path], object], *, synced: bool = False) -> None:
     """Replace a file as a whole; `synced`: also for a power cut."""
     beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        file.write(data)
-        if synced:
-            file.flush()
+    make(beside)
+    if synced:
+        with beside.open("rb") as file:
             os.fsync(file.fileno())
     beside.replace(path)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from fedml.errors import ConfigError
 from fedml.federate.algorithm import Algorithm, Kind
 from fedml.federate.arrays import Arrays, tagged, untagged
+from fedml.federate.tensor_file import write
 from fedml.simulation.plan import Plan
 from fedml.simulation.record import NAME as RESULTS
 
@@ -56,7 +56,7 @@ class Checkpoint:
         }
         beside = folder / f"{NAME}.new"
         arrays = tagged("model", self.model) | tagged("state", self.state)
-        save_file(arrays, beside, metadata={"about": json.dumps(about)})
+        write(beside, arrays, metadata={"about": json.dumps(about)})
         beside.replace(folder / NAME)
 
     @classmethod

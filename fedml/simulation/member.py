@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from fedml.federate import algorithm, cohort
 from fedml.federate.aggregate import PartialSum
@@ -41,6 +41,7 @@ from fedml.federate.application import (
 from fedml.federate.arrays import Arrays
 from fedml.federate.layout import BadUpdate, Spec, admit
 from fedml.federate.local_sgd import BadData, Evaluation
+from fedml.federate.tensor_file import write
 from fedml.federate.treatment import Treatment
 from fedml.protect.privacy import NotPrivate
 from fedml.simulation import accelerator
@@ -150,8 +151,7 @@ class Member:
             if order.task is Task.EACH:
                 given = self._treatment.incoming(client, update.arrays, layout)
                 admit(client, given, update.weight, self._treatment.layout(layout))
-                arrays = {n: np.asarray(a, order="C") for n, a in update.arrays.items()}
-                save_file(arrays, self._folder / f"update-{turn}-{client}")
+                write(self._folder / f"update-{turn}-{client}", update.arrays)
             elif self._sum is None:
                 partial.add(client, update.arrays, update.weight)
             else:
@@ -164,7 +164,7 @@ class Member:
 
         yield from self._each(order, one)
         if order.task is Task.SUM and self._sum is None:
-            save_file(partial.to_arrays(), self._folder / f"sum-{self._setup.number}")
+            write(self._folder / f"sum-{self._setup.number}", partial.to_arrays())
 
     def _summed(self, order: Order, model: Arrays) -> Iterator[Done]:
         """The engine trains and adds up."""
@@ -320,8 +320,7 @@ class Member:
 
     def _keep_state(self, client: int, turn: int, kept: int, state: Arrays | None) -> None:
         if state is not None:
-            arrays = {n: np.asarray(a, order="C") for n, a in state.items()}
-            self._states.keep(client, turn, kept, lambda file: save_file(arrays, file))
+            self._states.keep(client, turn, kept, lambda file: write(file, state))
 
 
 def in_doubles(specs: Mapping[str, Spec]) -> dict[str, Spec]:

@@ -47,7 +47,8 @@ class Book:
         self, number: int, *, state: str = "", sent: str = "", **more: Any
     ) -> list[str]:
         """Model `m{number}`; the names of the blobs that are idle now."""
-        facts: dict[str, Any] = {"metrics": {"loss": 0.5}, "tally": Tally(replies=2), **more}
+        facts: dict[str, Any] = {"metrics": {"loss": 0.5}, "tally": Tally(replies=2)}
+        facts |= {"turns": [number], **more}
         idle = await self.store.write(
             lambda tx: rounds.finish(
                 tx,

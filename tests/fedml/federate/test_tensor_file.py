@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reference library writes is read; whatever is malformed is refused when it is opened."""
+"""What the reference library writes is read, and written with the same bytes; whatever is
+malformed is refused when it is opened."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save, save_file
+from hypothesis.extra import numpy as arrays_of
+from safetensors.numpy import load_file, save, save_file
 
-from fedml.federate.tensor_file import BadTensorFile, TensorFile, mapped
+from fedml.federate.tensor_file import BadTensorFile, TensorFile, mapped, write
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -70,6 +72,42 @@ def test_a_file_cut_after_opening_is_an_error_not_a_signal(tmp_path: Path) -> No
         os.truncate(tmp_path / "t", 5000)
         with pytest.raises(BadTensorFile, match="ends inside tensor 'a'"):
             file.read("a")
+
+
+TYPES = ["?", "<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8"]
+NAMES = st.text(st.characters(codec="utf-8"), max_size=12).filter(lambda name: name[:2] != "__")
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        NAMES,
+        arrays_of.arrays(
+            st.sampled_from(TYPES), arrays_of.array_shapes(min_dims=0, min_side=0, max_side=5)
+        ),
+        max_size=6,
+    ),
+    st.none() | st.dictionaries(NAMES, NAMES, min_size=1, max_size=1),
+)
+def test_a_file_has_the_bytes_of_the_library(tmp_path_factory, tensors, metadata) -> None:
+    path = tmp_path_factory.getbasetemp() / "written"
+    write(path, tensors, metadata=metadata)
+    assert path.read_bytes() == save(tensors, metadata=metadata)
+
+
+def test_strided_and_big_endian_arrays_keep_their_numbers(tmp_path: Path) -> None:
+    square = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tensors = {"turned": square.T, "every_other": square[:, ::2], "foreign": square.astype(">f4")}
+    write(tmp_path / "t", tensors)
+    found = load_file(tmp_path / "t")
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_what_no_file_holds_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'w' has type complex64"):
+        write(tmp_path / "t", {"w": np.zeros(2, np.complex64)})
+    assert not (tmp_path / "t").exists()
 
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
