@@ -9,9 +9,10 @@ first a fenced transaction in the store, then a change of the mirror in memory, 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import Connection
 
@@ -42,6 +43,9 @@ from fedml_protocol.tasks import (
 from fedml_protocol.topics import Address
 
 log = logging.getLogger(__name__)
+
+# Different demands that wait at one time, of which the reasons are kept.
+_KEPT_REASONS = 256
 
 # The longest pause before a machine gets a task again that it keeps losing.
 _LOSS_PAUSE_S = 30.0
@@ -89,6 +93,9 @@ class Dispatcher:
         self._tasks: dict[str, Task] = {}
         # The held ones by their device: what a heartbeat costs must not grow with the fleet.
         self._held: dict[str, dict[str, Task]] = {}
+        # What is asked for -> until when its answer is good, and the reason of each machine.
+        self._reasons: dict[Any, tuple[float, dict[str, str]]] = {}
+        self._reasons_due = 0.0
         self._wake = asyncio.Event()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -137,14 +144,14 @@ class Dispatcher:
         """Keep room on a device for a session, between its tasks too."""
         machine = self._fleet.get(device)
         if machine is not None:
-            machine.holds[session] = needs
+            self._fleet.hold(machine, session, needs)
 
     def release(self, device: str, session: str) -> None:
         """The session is over: its warm worker may go."""
         machine = self._fleet.get(device)
         if machine is None:
             return
-        machine.holds.pop(session, None)
+        self._fleet.free(machine, session)
         self._wake.set()
         self._send(machine.address, CloseSession(session=session))
 
@@ -218,9 +225,13 @@ class Dispatcher:
                 async with asyncio.timeout(self.timing.heartbeat_s):
                     await self._wake.wait()
             self._wake.clear()
+            began = time.perf_counter()
             picked = [(t, m) for t in self._queued() if (m := self._look(t)) is not None]
+            took = time.perf_counter() - began
             if picked:
                 await self._offer(picked)
+            # However long the queue: looking through it takes half of the time at most.
+            await asyncio.sleep(took)
 
     def _queued(self) -> list[Task]:
         return [t for t in self._tasks.values() if t.state is TaskState.QUEUED]
@@ -228,7 +239,7 @@ class Dispatcher:
     def _look(self, task: Task) -> Machine | None:
         before = task.reasons
         machine = self._pick(task)
-        if machine is None and task.reasons != before:
+        if machine is None and task.reasons is not before and task.reasons != before:
             self.on_waiting(task.run)
         return machine
 
@@ -249,20 +260,45 @@ class Dispatcher:
                 return None
         else:
             refused = {**task.refused, **{d: "" for d, t in task.not_before.items() if t > now}}
-            candidates = [c for c in self._fleet.candidates(task.tenant) if c.device not in refused]
-            device, task.reasons = match.choose(wanted, candidates)
-            for other, why in task.refused.items():
-                known = self._fleet.get(other)
-                task.reasons[known.name if known else other] = why
-            machine = self._fleet.get(device) if device is not None else None
+            machine = self._fleet.choose(task.tenant, wanted, refused)
             if machine is None:
+                task.reasons = self._why_not(task, wanted, refused)
                 return None
+            task.reasons = {}
         task.state = move(task.state, TaskState.OFFERED)
         task.epoch += 1
         task.device = machine.address.device
         task.accepted_seq = -1
         self._hold(task)
         return machine
+
+    def _why_not(
+        self, task: Task, wanted: match.Wanted, refused: Mapping[str, str]
+    ) -> dict[str, str]:
+        """For each machine the reason against it. Tasks that ask for the same share one answer."""
+        key = task.tenant, wanted.kind, wanted.needs, frozenset(wanted.labels.items())
+        now = self._fleet.clock()
+        good_until, shared = self._reasons.get(key, (0.0, {}))
+        if good_until <= now:
+            began = time.perf_counter()
+            _, shared = match.choose(wanted, self._fleet.candidates(task.tenant))
+            # Of thousands of machines this takes long: only a twentieth of the time is for it.
+            good_until = now + 20 * (time.perf_counter() - began)
+            if len(self._reasons) >= _KEPT_REASONS:
+                self._reasons.clear()
+            self._reasons[key] = good_until, shared
+        elif self._reasons_due <= now:
+            self._reasons_due = good_until
+            self._later(good_until - now, self._awake)
+        if not refused:
+            return shared
+        names = {device: self._name(device) for device in refused}
+        mine = {name: why for name, why in shared.items() if name not in names.values()}
+        return mine | {names[device]: why for device, why in task.refused.items()}
+
+    def _name(self, device: str) -> str:
+        machine = self._fleet.get(device)
+        return machine.name if machine is not None else device
 
     async def _offer(self, picked: Sequence[tuple[Task, Machine]]) -> None:
         def commit(tx: Connection) -> list[bool]:
@@ -359,7 +395,7 @@ class Dispatcher:
         else:
             task.not_before[device] = self._fleet.clock() + self.timing.heartbeat_s
             self._later(self.timing.heartbeat_s, self._awake)
-        task.reasons[machine.name] = detail
+        task.reasons = {**task.reasons, machine.name: detail}
         await self._requeue(task)
 
     async def progress(self, machine: Machine, told: Progress) -> None:
@@ -456,7 +492,7 @@ class Dispatcher:
         self._held.setdefault(device, {})[task.id] = task
         machine = self._fleet.get(device)
         if machine is not None:
-            machine.holds[task.room] = task.offer.needs
+            self._fleet.hold(machine, task.room, task.offer.needs)
 
     def _let_go(self, task: Task) -> None:
         timer = self._timers.pop(task.id, None)
@@ -469,7 +505,7 @@ class Dispatcher:
                 del self._held[device]
         machine = self._fleet.get(device)
         if machine is not None and task.room == task.id:  # a session's room is its run's to free
-            machine.holds.pop(task.room, None)
+            self._fleet.free(machine, task.room)
 
     def _is_current(self, task: Task, machine: Machine, epoch: int) -> bool:
         return task.epoch == epoch and task.device == machine.address.device and task.state in HELD

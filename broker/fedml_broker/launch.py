@@ -174,7 +174,7 @@ class Launcher:
         if not (request.gpus_optional and needs.gpus):
             return needs
         wanted = match.Wanted(kind="launch", needs=needs, labels=request.labels)
-        if any(not match.never(wanted, c) for c in self._fleet.candidates(user.tenant)):
+        if self._fleet.could(user.tenant, wanted):
             return needs
         return replace(needs, gpus=0, gpu_memory_bytes=0, gpu_model="")
 
@@ -223,11 +223,11 @@ def possible(
         Problem: 422.
     """
     wanted = match.Wanted(kind=kind, needs=needs, labels=labels)
-    candidates = fleet.candidates(tenant)
-    reasons = {c.name: match.never(wanted, c) for c in candidates}
-    fitting = [name for name, reason in reasons.items() if not reason]
+    fitting = fleet.could(tenant, wanted)
     if len(fitting) >= count:
         return
+    candidates = fleet.candidates(tenant)
+    reasons = {c.name: match.never(wanted, c) for c in candidates}
     if not candidates:
         raise Problem(
             422,
