@@ -214,9 +214,9 @@ class Broker:
         """What a run waits for, in words; empty when it does not."""
         return self.federation.waiting(run) or self.dispatcher.waiting(run)
 
-    async def queue(self, tenant: str) -> list[dict[str, Any]]:
-        """The runs that wait for machines, in their order, each with what keeps it."""
-        order = self.dispatcher.queued(tenant)
+    async def queue(self, tenant: str, limit: int) -> list[dict[str, Any]]:
+        """The first runs that wait for machines, in their order, each with what keeps it."""
+        order = self.dispatcher.queued(tenant)[:limit]
         rows = await self.runs.named(order)
         return [
             {

@@ -120,7 +120,7 @@ def note(
         "object": _short(thing),
         "details": text,
     }
-    tx.execute(audit.insert().values({**row, "hash": _hash(before.hash, row)}))
+    tx.execute(audit.insert(), {**row, "hash": _hash(before.hash, row)})
 
 
 def head(tx: Connection) -> Head:

@@ -3,11 +3,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 from fedml_broker import queue
 from fedml_broker.fleet import Fleet, Machine
-from fedml_broker.match import Wanted
+from fedml_broker.match import Candidate, Wanted
 from fedml_broker.queue import Held, Plan, Waiting
 from fedml_broker.tasks import Task
 
@@ -51,12 +51,8 @@ class Backlog:
         self._plans = {}
         for tenant, runs in whole.items():
             ready = {_key(r[0]): r for r in runs if max(t.not_until for t in r) <= now}
-            plan = queue.plan(
-                [self._waiting(members) for members in ready.values()],
-                self._fleet.candidates(tenant),
-                partial(self._held_of, tenant),
-                now,
-            )
+            waiting = [self._waiting(members) for members in ready.values()]
+            plan = queue.plan(waiting, self._view(tenant), now)
             self._plans[tenant] = plan
             recall |= plan.recall
             for key, devices in plan.places.items():
@@ -85,7 +81,7 @@ class Backlog:
     def order(self, tenant: str) -> list[str]:
         """The runs of a tenant that wait, in the order in which they are looked at."""
         waiting = map(self._waiting, self._whole_runs().get(tenant, []))
-        shares = queue.used(self._held_of(tenant), self._fleet.candidates(tenant))
+        shares = queue.shares_of(self._view(tenant))
         return [run.run for run in queue.in_order(waiting, shares)]
 
     def _whole_runs(self) -> dict[str, list[list[Task]]]:
@@ -127,7 +123,34 @@ class Backlog:
             elsewhere=elsewhere,
         )
 
-    def _held_of(self, tenant: str) -> list[Held]:
+    def _view(self, tenant: str) -> "_View":
+        return _View(self._fleet, tenant, self._held)
+
+    def _keeps_off(self, task: Task, machine: Machine | None) -> str:
+        """Why the machine that a task is bound to does not get it now; empty: it does."""
+        if machine is None:
+            return "revoked or removed"
+        away = self._fleet.away(machine)
+        if not away and task.not_before.get(task.device or "", 0) > self._fleet.clock():
+            return "asked to wait"
+        return away
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One tenant's machines, as the queue asks for them."""
+
+    fleet: Fleet
+    tenant: str
+    tasks: HeldOf
+
+    def everybody(self) -> Sequence[Candidate]:
+        return self.fleet.candidates(self.tenant)
+
+    def ranked(self, wanted: Wanted) -> Iterator[Candidate]:
+        return self.fleet.ranked(self.tenant, wanted)
+
+    def held(self) -> Sequence[Held]:
         return [
             Held(
                 task=task.id,
@@ -140,17 +163,8 @@ class Backlog:
                 ends_by=task.ends_by,
                 recalled=bool(task.recalled),
             )
-            for task in self._held(tenant)
+            for task in self.tasks(self.tenant)
         ]
-
-    def _keeps_off(self, task: Task, machine: Machine | None) -> str:
-        """Why the machine that a task is bound to does not get it now; empty: it does."""
-        if machine is None:
-            return "revoked or removed"
-        away = self._fleet.away(machine)
-        if not away and task.not_before.get(task.device or "", 0) > self._fleet.clock():
-            return "asked to wait"
-        return away
 
 
 def _key(task: Task) -> str:

@@ -255,8 +255,8 @@ class Clusters:
         return [m for device in devices if (m := self._fleet.get(device)) is not None]
 
     def _mark(self, devices: Iterable[str], name: str) -> None:
-        for machine in self._machines(devices):
-            machine.cluster = name
+        for device in devices:
+            self._fleet.reserve(device, name)
         self._dispatcher.wake()
 
     async def _described(self, row: Mapping[str, Any]) -> dict[str, Any]:

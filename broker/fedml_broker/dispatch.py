@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -51,6 +52,9 @@ log = logging.getLogger(__name__)
 # again that keeps failing.
 _LOSS_PAUSE_S = 30.0
 _FAILURE_PAUSE_S = 300.0
+
+# With more machines than these, a person is told how many of them have each reason.
+_MACHINES_NAMED = 20
 
 # With large queues and fleets, looking through them takes no more than a fifth of a core.
 _PLANNING = 4
@@ -154,7 +158,11 @@ class Dispatcher:
 
     def waiting(self, run: str) -> str:
         """Why a run's tasks are still queued, machine by machine; empty: none is."""
-        return "; ".join(f"{name}: {why}" for name, why in self.reasons(run).items())
+        reasons = self.reasons(run)
+        if len(reasons) <= _MACHINES_NAMED:
+            return "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        alike = Counter(reasons.values()).most_common()
+        return "; ".join(f"{count} machines: {why}" for why, count in alike)
 
     def reasons(self, run: str) -> dict[str, str]:
         """The same, by the machine's name."""
@@ -193,14 +201,14 @@ class Dispatcher:
         """Keep room on a device for a session, between its tasks too."""
         machine = self._fleet.get(device)
         if machine is not None:
-            machine.holds[session] = needs
+            self._fleet.hold(machine, session, needs)
 
     def release(self, device: str, session: str) -> None:
         """The session is over: its warm worker may go."""
         machine = self._fleet.get(device)
         if machine is None:
             return
-        machine.holds.pop(session, None)
+        self._fleet.free(machine, session)
         self._wake.set()
         self._send(machine.address, CloseSession(session=session))
 
@@ -583,7 +591,7 @@ class Dispatcher:
         self._held.setdefault(device, {})[task.id] = task
         machine = self._fleet.get(device)
         if machine is not None:
-            machine.holds[task.room] = task.offer.needs
+            self._fleet.hold(machine, task.room, task.offer.needs)
 
     def _let_go(self, task: Task) -> None:
         timer = self._timers.pop(task.id, None)
@@ -596,7 +604,7 @@ class Dispatcher:
                 del self._held[device]
         machine = self._fleet.get(device)
         if machine is not None and task.room == task.id:  # a session's room is its run's to free
-            machine.holds.pop(task.room, None)
+            self._fleet.free(machine, task.room)
 
     def _is_current(self, task: Task, machine: Machine, epoch: int) -> bool:
         return task.epoch == epoch and task.device == machine.address.device and task.state in HELD

@@ -7,11 +7,12 @@ which they do at once; what the store says of them is in `devices.py`.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedml_broker.match import Candidate, Capacity, Gpu
+from fedml_broker.match import Candidate, Capacity, Gpu, Wanted
+from fedml_broker.places import Places
 from fedml_protocol.devices import Heartbeat
 from fedml_protocol.tasks import Needs
 from fedml_protocol.topics import Address
@@ -27,8 +28,10 @@ class Machine:
     Attributes:
         heard_at: Of the last heartbeat, on the monotonic clock; None before the first.
         host: Its address, for other machines that work with it on one job; empty: unknown.
-        cluster: The name of the cluster that has reserved it; empty: none.
-        holds: What the tasks and sessions on it were promised, by their id.
+        cluster: The name of the cluster that has reserved it; empty: none. Changed by
+            `Fleet.reserve` alone.
+        holds: What the tasks and sessions on it were promised, by their id. Changed by
+            `Fleet.hold` and `Fleet.free` alone.
     """
 
     address: Address
@@ -51,6 +54,7 @@ class Fleet:
         self.heartbeat_s = heartbeat_s
         self.clock = clock
         self._machines: dict[str, Machine] = {}
+        self._places: dict[str, Places] = {}
         self._bell = asyncio.Event()
 
     def bell(self) -> asyncio.Event:
@@ -79,10 +83,23 @@ class Fleet:
             machine.beat, machine.holds = known.beat, known.holds
             machine.cluster = known.cluster
         self._machines[machine.address.device] = machine
+        self._of(machine.address.tenant).put(machine.address.device)
 
     def drop(self, device: str) -> None:
         """Forget a machine that was revoked or removed."""
-        self._machines.pop(device, None)
+        machine = self._machines.pop(device, None)
+        if machine is not None:
+            self._of(machine.address.tenant).drop(device)
+
+    def hold(self, machine: Machine, room: str, needs: Needs) -> None:
+        """Promise room on a machine to a task or session."""
+        machine.holds[room] = needs
+        self._settle(machine)
+
+    def free(self, machine: Machine, room: str) -> None:
+        """That room is free again."""
+        machine.holds.pop(room, None)
+        self._settle(machine)
 
     def heard(self, device: str, boot_n: int, beat: Heartbeat) -> Machine | None:
         """Note a heartbeat; None when the device is unknown or the beat is of an older boot."""
@@ -93,6 +110,7 @@ class Fleet:
         machine.heard_at = self.clock()
         machine.boot_n = boot_n
         machine.beat = beat
+        self._settle(machine)
         if not was_online:
             self._ring()
         return machine
@@ -102,6 +120,7 @@ class Fleet:
         machine = self._machines.get(device)
         if machine is not None and boot_n >= machine.boot_n:
             machine.heard_at = None
+            self._settle(machine)
             self._ring()
 
     def online(self, machine: Machine) -> bool:
@@ -122,19 +141,46 @@ class Fleet:
 
     def candidates(self, tenant: str) -> list[Candidate]:
         """The tenant's machines, for `match`."""
-        return [
-            Candidate(
-                device=m.address.device,
-                name=m.name,
-                capacity=m.capacity,
-                labels=m.labels,
-                busy=tuple(m.holds.values()),
-                away=self.away(m),
-                cluster=m.cluster,
-            )
-            for m in self._machines.values()
-            if m.address.tenant == tenant
-        ]
+        return [self._candidate(m) for m in self._machines.values() if m.address.tenant == tenant]
+
+    def could(self, tenant: str, wanted: Wanted) -> Set[str]:
+        """The tenant's machines that could do it, now or later."""
+        return self._of(tenant).could(wanted)
+
+    def ranked(self, tenant: str, wanted: Wanted) -> Iterator[Candidate]:
+        """Those of them that are not away and have a place free, the emptiest first."""
+        return self._of(tenant).ranked(wanted)
+
+    def reserve(self, device: str, cluster: str) -> None:
+        """A machine is of a cluster now, or (an empty name) of none."""
+        machine = self._machines.get(device)
+        if machine is not None:
+            machine.cluster = cluster
+            self._of(machine.address.tenant).put(device)
+
+    def _candidate(self, machine: Machine) -> Candidate:
+        return Candidate(
+            device=machine.address.device,
+            name=machine.name,
+            capacity=machine.capacity,
+            labels=machine.labels,
+            busy=tuple(machine.holds.values()),
+            away=self.away(machine),
+            cluster=machine.cluster,
+        )
+
+    def _of(self, tenant: str) -> Places:
+        places = self._places.get(tenant)
+        if places is None:
+            places = self._places[tenant] = Places(self._look)
+        return places
+
+    def _look(self, device: str) -> Candidate | None:
+        machine = self._machines.get(device)
+        return None if machine is None else self._candidate(machine)
+
+    def _settle(self, machine: Machine) -> None:
+        self._of(machine.address.tenant).settle(machine.address.device)
 
 
 def read_capacity(inventory: Mapping[str, Any]) -> Capacity:

@@ -222,8 +222,7 @@ class Launcher:
         needs = request.needs.needs()
         if not (request.gpus_optional and needs.gpus):
             return needs
-        wanted = _wanted(request, needs)
-        if any(not match.never(wanted, c) for c in self._fleet.candidates(user.tenant)):
+        if self._fleet.could(user.tenant, _wanted(request, needs)):
             return needs
         return replace(needs, gpus=0, gpu_memory_bytes=0, gpu_model="")
 
@@ -358,11 +357,11 @@ def possible(fleet: Fleet, tenant: str, wanted: match.Wanted, count: int = 1) ->
     Raises:
         Problem: 422.
     """
-    candidates = fleet.candidates(tenant)
-    reasons = {c.name: match.never(wanted, c) for c in candidates}
-    fitting = [name for name, reason in reasons.items() if not reason]
+    fitting = fleet.could(tenant, wanted)
     if len(fitting) >= count:
         return
+    candidates = fleet.candidates(tenant)
+    reasons = {c.name: match.never(wanted, c) for c in candidates}
     if not candidates:
         raise Problem(
             422,

@@ -48,7 +48,7 @@ class LogFile(NamedTuple):
 
 def add_event(tx: Connection, run: str, kind: str, data: dict[str, Any]) -> None:
     """Write down that something happened, in the transaction in which it does."""
-    tx.execute(events.insert().values(run=run, at=time.time(), kind=kind, data=data))
+    tx.execute(events.insert(), {"run": run, "at": time.time(), "kind": kind, "data": data})
 
 
 class _Seen:
@@ -117,10 +117,11 @@ class Observer:
         return size
 
     def finish(self, run: str, log: LogFile, size: int) -> None:
-        """The agent says that this log ends at `size`."""
+        """The agent says that this log ends at `size`; an empty one is as good as none."""
         path = self._path(run, log)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".end").write_text(str(size))
+        if size:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".end").write_text(str(size))
 
     def logs(self, run: str) -> list[LogFile]:
         """Every log that the run has so far, by task, epoch and stream."""

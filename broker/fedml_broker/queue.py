@@ -11,9 +11,9 @@ free. A run of several machines gets all of them or none.
 import heapq
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fedml_broker import match
 from fedml_broker.match import Candidate, Wanted
@@ -129,8 +129,12 @@ class _Room:
     busy: list[Needs]
 
     @property
-    def load(self) -> float:
-        return len(self.busy) / self.at.capacity.slots
+    def full(self) -> bool:
+        return len(self.busy) >= self.at.capacity.slots
+
+    def rank(self) -> tuple[float, str, str]:
+        """Work goes to the emptiest machine."""
+        return len(self.busy) / self.at.capacity.slots, self.at.name, self.at.device
 
     def lacks(
         self, needs: Needs, without: Sequence[Held] = (), beside: Needs | None = None
@@ -145,40 +149,55 @@ class _Room:
         return match.shortfall(needs, self.at.capacity, busy)
 
 
-def plan(
-    waiting: Iterable[Waiting],
-    candidates: Sequence[Candidate],
-    held: Callable[[], Sequence[Held]],
-    now: float,
-) -> Plan:
+class View(Protocol):
+    """One tenant's machines at this moment."""
+
+    def everybody(self) -> Sequence[Candidate]:
+        """All of them."""
+        ...
+
+    def ranked(self, wanted: Wanted) -> Iterator[Candidate]:
+        """Those that could do it, are not away and have a place free, the emptiest first."""
+        ...
+
+    def held(self) -> Sequence[Held]:
+        """What they have, oldest first."""
+        ...
+
+
+def plan(waiting: Sequence[Waiting], view: View, now: float) -> Plan:
     """Who starts where, who gives way, what is kept for whom; for one tenant.
 
+    Of the machines only as many are looked at as it takes; all of them when the first that cannot
+    start has its machines reserved.
+
     Args:
-        held: The tasks on the machines; asked only when something needs to be weighed.
         now: The clock that `Held.ends_by` is on.
     """
     made = Plan()
-    waiting = list(waiting)
-    rooms = [_Room(c, list(c.busy)) for c in candidates if not c.away]
-    heap = [(r.load, r.at.name, r.at.device, r) for r in rooms if len(r.busy) < r.at.capacity.slots]
-    heapq.heapify(heap)
     shares: dict[str, float] = defaultdict(float)
-    whole = _whole(candidates)
+    whole: tuple[int, ...] = ()
     if len({w.user for w in waiting}) > 1:
-        shares |= used(held(), candidates)
+        whole = _whole(view.everybody())
+        shares |= used(view.held(), whole)
+    taken: dict[str, _Room] = {}
     hopeless: set[tuple[Any, ...]] = set()
     for run in in_order(waiting, shares):
         kind = run.kind()
         if kind in hopeless:
             continue
-        taken = _take(run, heap, made.reserved, now)
-        if taken:
-            made.places[run.key] = tuple(room.at.device for room in taken)
-            shares[run.user] += run.nodes * _share(_amounts(run.wanted.needs), whole)
+        found = _find(run, view, taken, made.reserved, now)
+        if found:
+            for room in found:
+                room.busy.append(run.wanted.needs)
+                taken[room.at.device] = room
+            made.places[run.key] = tuple(room.at.device for room in found)
+            if whole:
+                shares[run.user] += run.nodes * _share(_amounts(run.wanted.needs), whole)
             continue
         hopeless.add(kind)
         if not made.reserved:
-            _reserve(run, rooms, held(), made)
+            _reserve(run, view, taken, made)
     return made
 
 
@@ -226,9 +245,13 @@ def why(
     return reasons
 
 
-def used(held: Iterable[Held], candidates: Iterable[Candidate]) -> dict[str, float]:
+def shares_of(view: View) -> dict[str, float]:
     """Each user's share of the machines: that of the resource of which he has most."""
-    whole = _whole(candidates)
+    return used(view.held(), _whole(view.everybody()))
+
+
+def used(held: Iterable[Held], whole: Sequence[int]) -> dict[str, float]:
+    """The same, of slots, GPUs, CPUs and memory in all."""
     sums: dict[str, list[int]] = defaultdict(lambda: [0] * len(whole))
     for one in held:
         sums[one.user] = [a + b for a, b in zip(sums[one.user], _amounts(one.needs), strict=True)]
@@ -237,31 +260,25 @@ def used(held: Iterable[Held], candidates: Iterable[Candidate]) -> dict[str, flo
 
 # ---------------------------------------------------------------------- small print
 
-_Heap = list[tuple[float, str, str, _Room]]
 
-
-def _take(
-    run: Waiting, heap: _Heap, reserved: Mapping[str, Reservation], now: float
+def _find(
+    run: Waiting,
+    view: View,
+    taken: Mapping[str, _Room],
+    reserved: Mapping[str, Reservation],
+    now: float,
 ) -> list[_Room]:
     """Room for every task of the run, on the emptiest machines; empty: there is too little."""
+    untouched = (_Room(c, [*c.busy]) for c in view.ranked(run.wanted) if c.device not in taken)
+    touched = sorted((r for r in taken.values() if not r.full), key=_Room.rank)
     found: list[_Room] = []
-    seen: _Heap = []
-    while heap and len(found) < run.nodes:
-        entry = heapq.heappop(heap)
-        seen.append(entry)
-        room = entry[3]
+    for room in heapq.merge(untouched, touched, key=_Room.rank):
         kept = reserved.get(room.at.device)
         if _fits(run, room) and (kept is None or _may_use(run, room, kept, now)):
             found.append(room)
-    if len(found) == run.nodes:
-        for room in found:
-            room.busy.append(run.wanted.needs)
-    else:
-        found = []
-    for _, name, device, room in seen:
-        if len(room.busy) < room.at.capacity.slots:
-            heapq.heappush(heap, (room.load, name, device, room))
-    return found
+            if len(found) == run.nodes:
+                return found
+    return []
 
 
 def _could(run: Waiting, room: _Room) -> bool:
@@ -283,31 +300,32 @@ def _may_use(run: Waiting, room: _Room, kept: Reservation, now: float) -> bool:
     return room.lacks(kept.needs) == room.lacks(kept.needs, beside=run.wanted.needs)
 
 
-def _reserve(run: Waiting, rooms: Sequence[_Room], held: Sequence[Held], made: Plan) -> None:
+def _reserve(run: Waiting, view: View, taken: Mapping[str, _Room], made: Plan) -> None:
     """Keep the machines for the first that waits, and clear them where others must give way."""
     here: dict[str, list[Held]] = defaultdict(list)
-    for one in held:
+    for one in view.held():
         here[one.device].append(one)
     needs = run.wanted.needs
     options = []
-    for room in rooms:
-        if not _could(run, room):
+    for candidate in view.everybody():
+        room = taken.get(candidate.device) or _Room(candidate, [*candidate.busy])
+        if candidate.away or not _could(run, room):
             continue
         tasks = here[room.at.device]
         victims = _victims(run, room, tasks)
         free_at = _free_at(needs, room, tasks)
         cost = (math.inf, 0) if victims is None else _cost(victims)
-        options.append((cost, free_at, room.load, room.at.name, room, victims))
+        options.append((cost, free_at, room.rank(), room, victims))
     if len(options) < run.nodes:
         return  # it waits for machines that are away: to keep these would help nobody
-    options.sort(key=lambda option: option[:4])
+    options.sort(key=lambda option: option[:3])
     chosen = options[: run.nodes]
     if all(victims is not None for *_, victims in chosen):
         for *_, victims in chosen:
             made.recall |= {v.task: run.run for v in victims or () if not v.recalled}
         free_at = math.inf
     else:
-        chosen = sorted(options, key=lambda option: option[1:4])[: run.nodes]
+        chosen = sorted(options, key=lambda option: option[1:3])[: run.nodes]
         free_at = max(option[1] for option in chosen)
     for *_, room, _ in chosen:
         made.reserved[room.at.device] = Reservation(

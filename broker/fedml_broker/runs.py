@@ -191,17 +191,20 @@ def create(
     if _submitted(tx, user, run, spec):
         raise SubmittedBefore(run)
     tx.execute(
-        runs.insert().values(
-            id=run,
-            tenant=user.tenant,
-            user=user.name,
-            kind=kind,
-            name=name,
-            spec=spec,
-            package=None if package is None else {"sha256": package.sha256, "size": package.size},
-            state=TaskState.QUEUED.name,
-            created_at=time.time(),
-        )
+        runs.insert(),
+        {
+            "id": run,
+            "tenant": user.tenant,
+            "user": user.name,
+            "kind": kind,
+            "name": name,
+            "spec": spec,
+            "package": None
+            if package is None
+            else {"sha256": package.sha256, "size": package.size},
+            "state": TaskState.QUEUED.name,
+            "created_at": time.time(),
+        },
     )
     if package is not None:
         refer(tx, package.sha256, f"run/{run}/package")

@@ -40,11 +40,12 @@ def list_runs(limit: int, home: Path, as_json: bool) -> None:
 
 
 @run.command()
+@click.option("--limit", default=20, show_default=True, help="How many, those that go first.")
 @home_option
 @json_option
-def queue(home: Path, as_json: bool) -> None:
+def queue(limit: int, home: Path, as_json: bool) -> None:
     """List the runs that wait for machines, in the order in which they go, and why they wait."""
-    found = connect(home).call("GET", "/v1/queue")["queue"]
+    found = connect(home).call("GET", f"/v1/queue?limit={limit}")["queue"]
     if as_json:
         print_json(found)
         return

@@ -77,8 +77,8 @@ async def test_a_restart_reserves_what_was_reserved(place: Place) -> None:
     await place.clusters.create(ANN, of("a"))
     await place.clusters.create(ANN, of("b", name="off"))
     await place.clusters.stop(ANN, "off")
-    for machine in place.fleet:
-        machine.cluster = ""
+    for device in "abc":
+        place.fleet.reserve(device, "")
     await Clusters(place.store, place.fleet, cast(Dispatcher, place)).load()
     assert place.reserved() == {"a": "lab"}
 
@@ -97,7 +97,7 @@ async def test_a_machine_is_in_one_cluster_at_a_time(place: Place) -> None:
 async def test_so_many_as_are_asked_for_of_those_that_are_free(place: Place) -> None:
     busy = place.fleet.get("a")
     assert busy is not None
-    busy.holds["t"] = Needs()
+    place.fleet.hold(busy, "t", Needs())
     made = await place.clusters.create(ANN, of(count=2))
     assert [d["name"] for d in made["devices"]] == ["b", "c"]
     with pytest.raises(Problem, match="too few machines") as refused:
@@ -118,12 +118,12 @@ async def test_it_stops_by_itself_when_it_has_been_idle_for_long_enough(place: P
     await place.clusters.create(ANN, of("a", autostop_minutes=10.0))
     machine = place.fleet.get("a")
     assert machine is not None
-    machine.holds["t"] = Needs()
+    place.fleet.hold(machine, "t", Needs())
     await place.clusters.stop_idle()
     place.now += 3600
     await place.clusters.stop_idle()  # busy all the time, for all that is known
     assert place.reserved() == {"a": "lab"}
-    machine.holds.clear()
+    place.fleet.free(machine, "t")
     await place.clusters.stop_idle()
     place.now += 599
     await place.clusters.stop_idle()

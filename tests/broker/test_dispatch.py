@@ -301,6 +301,19 @@ async def test_a_task_that_no_machine_can_take_waits_and_says_why_for_each(place
     assert place.dispatcher.waiting("r-1") == ""
 
 
+async def test_of_many_machines_it_is_said_how_many_have_each_reason(place: Place) -> None:
+    for n in range(21):
+        await place.device(f"m{n:02}", beat=n > 0)
+    await place.queue(job(needs=Needs(gpus=1)))
+    told = place.dispatcher.waiting("r-1")
+    assert told == "21 machines: has no GPU, 1 are asked for"
+    await place.queue(*(job(f"f-{n}", run="r-2") for n in range(43)))
+    assert (
+        place.dispatcher.waiting("r-2")
+        == "20 machines: busy: 2 of 2 tasks run; 1 machines: offline"
+    )
+
+
 async def test_from_offer_to_result(place: Place) -> None:
     one = await place.device("one")
     await place.queue(job())

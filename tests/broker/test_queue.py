@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who goes first, and where: order, reservations, those that give way, and all or none."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import given
@@ -39,10 +40,29 @@ def has(task: str, device: str, gpus: int = 0, **more: Any) -> Held:
     return Held(task=task, run=f"r-{task}", device=device, needs=Needs(gpus=gpus), **more)
 
 
+@dataclass
+class View:
+    """What a test says that there is."""
+
+    machines: Sequence[Candidate]
+    tasks: Sequence[Held] = ()
+
+    def everybody(self) -> Sequence[Candidate]:
+        return self.machines
+
+    def ranked(self, wanted: Wanted) -> Iterator[Candidate]:
+        able = [c for c in self.machines if not c.away and not match.never(wanted, c)]
+        free = [c for c in able if len(c.busy) < c.capacity.slots]
+        return iter(sorted(free, key=lambda c: (len(c.busy) / c.capacity.slots, c.name)))
+
+    def held(self) -> Sequence[Held]:
+        return self.tasks
+
+
 def plan(
     waiting: Sequence[Waiting], machines: Sequence[Candidate], held: Sequence[Held] = ()
 ) -> Plan:
-    return queue.plan(waiting, machines, lambda: held, 0.0)
+    return queue.plan(waiting, View(machines, held), 0.0)
 
 
 def starts(made: Plan) -> list[str]:
@@ -81,7 +101,7 @@ def test_a_share_is_that_of_the_resource_of_which_one_has_most() -> None:
         has("t2", "m", user="eve"),
         has("t3", "m", user="eve"),
     ]
-    assert queue.used(held, machines) == {"ann": 0.5, "eve": 0.25}
+    assert queue.shares_of(View(machines, held)) == {"ann": 0.5, "eve": 0.25}
 
 
 # ---------------------------------------------------------------------- where

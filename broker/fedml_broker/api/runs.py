@@ -53,8 +53,9 @@ class Handlers:
         return {"runs": found}
 
     async def list_queue(self, call: Call) -> Any:
-        """The runs that wait for machines, in the order in which they go."""
-        return {"queue": await self._broker.queue(call.user.tenant)}
+        """The runs that wait for machines, in the order in which they go. Query: `limit`."""
+        limit = min(number(call.http.query.get("limit", "100")), 1000)
+        return {"queue": await self._broker.queue(call.user.tenant, limit)}
 
     async def set_priority(self, call: Call) -> Any:
         """Another priority for a run. Members lower that of their own; admins give any."""

@@ -27,7 +27,18 @@ _BROUGHT = (
 )
 
 # Verb -> module. A command is imported when it is used.
-_VERBS = ("up", "status", "keys", "devices", "runs", "users", "audit", "backup", "doctor")
+_VERBS = (
+    "up",
+    "status",
+    "keys",
+    "devices",
+    "runs",
+    "users",
+    "audit",
+    "backup",
+    "doctor",
+    "simulate-fleet",
+)
 
 
 class _Verbs(click.Group):
@@ -37,7 +48,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
-        found = getattr(importlib.import_module(f"fedml_broker.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        found = getattr(importlib.import_module(f"fedml_broker.cli.{name}"), name)
         return found if isinstance(found, click.Command) else None
 
     def resolve_command(

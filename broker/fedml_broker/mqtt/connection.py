@@ -21,6 +21,7 @@ from fedml_broker.mqtt.pipe import Pipe, Pool
 from fedml_broker.mqtt.router import Receipt, Router
 from fedml_broker.mqtt.sessions import Session
 from fedml_broker.mqtt.subscribing import Rights, subscribe, unsubscribe
+from fedml_broker.mqtt.tls import Tls
 from fedml_broker.mqtt.wire import MALFORMED, PROTOCOL, Violation
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class Host(Rights, Pool, Protocol):
     """What a connection needs of the endpoint."""
 
     router: Router
+
+    def tls(self) -> Tls | None: ...
 
     def may_publish(self, identity: str, topic: str) -> bool: ...
 
@@ -71,7 +74,7 @@ class Connection(Pipe):
     )
 
     def __init__(self, host: Host) -> None:
-        super().__init__(host)
+        super().__init__(host, host.tls())
         self._host = host
         self._acks: deque[Receipt] = deque()
         self._aliases: dict[int, Topic] | None = None

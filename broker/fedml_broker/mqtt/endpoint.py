@@ -35,6 +35,7 @@ from fedml_broker.mqtt.registry import Registry
 from fedml_broker.mqtt.router import QUOTA, Receipt, Router
 from fedml_broker.mqtt.sessions import Surroundings
 from fedml_broker.mqtt.subscriptions import split_filter
+from fedml_broker.mqtt.tls import Tls
 from fedml_broker.mqtt.wills import Wills
 from fedml_broker.mqtt.wire import Violation
 
@@ -103,7 +104,7 @@ class Endpoint:
         )
         self.admit = self._admission.admit
         self._address = host, port
-        self.ssl_context = ssl_context
+        self._ssl_context = ssl_context
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
         self._emptied = asyncio.Event()
@@ -234,6 +235,10 @@ class Endpoint:
         await self.share.journal.close()
 
     # --- connections call these ---------------------------------------------------------------
+
+    def tls(self) -> Tls | None:
+        """The server's side of a new connection; None where they are plain."""
+        return None if self._ssl_context is None else Tls(self._ssl_context)
 
     def opened(self, connection: Connection) -> bool:
         """Count a new connection; False when there are too many to even listen to it."""

@@ -19,10 +19,9 @@ log = logging.getLogger(__name__)
 
 
 class Pool(Protocol):
-    """What connections have in common; without `ssl_context` they are plain."""
+    """What connections have in common."""
 
     buffer: memoryview
-    ssl_context: ssl.SSLContext | None
 
     def flush_soon(self, pipe: Pipe) -> None:
         """Call `pipe.flush` at the end of this turn of the event loop."""
@@ -30,7 +29,7 @@ class Pool(Protocol):
 
 
 class Pipe(asyncio.BufferedProtocol):
-    """One socket. A subclass says what the bytes mean.
+    """One socket, plain without `tls`. A subclass says what the bytes mean.
 
     Attributes:
         blocked: The peer does not read, and the write buffer is above its mark.
@@ -49,10 +48,10 @@ class Pipe(asyncio.BufferedProtocol):
         "reading",
     )
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, tls: Tls | None) -> None:
         self._pool = pool
         self._transport: asyncio.Transport
-        self._tls = Tls(pool.ssl_context) if pool.ssl_context is not None else None
+        self._tls = tls
         self._out: list[bytes] = []
         self._rest: bytes | bytearray = b""
         self._need = 0

@@ -14,7 +14,7 @@ _RECORD_BYTES = 16 * 1024
 
 
 class Tls:
-    """The server's side of one TLS session.
+    """One side of one TLS session: the client's, if it is told whom it expects; else the server's.
 
     Attributes:
         established: The handshake is over, and with it the client's certificate is verified.
@@ -23,11 +23,22 @@ class Tls:
 
     __slots__ = ("_incoming", "_object", "_outgoing", "ended", "established")
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self, context: ssl.SSLContext, expected: str | None = None) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._object = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=expected is None,
+            server_hostname=expected,
+        )
         self.established = False
         self.ended = False
+
+    def begin(self) -> bytes:
+        """What the client's side says first."""
+        with suppress(ssl.SSLWantReadError):
+            self._object.do_handshake()
+        return self.pending()
 
     @property
     def certificate(self) -> dict[str, Any] | None:
