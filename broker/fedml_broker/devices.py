@@ -516,7 +516,11 @@ def _public_key(csr: str) -> bytes:
 
 def _free_name(tx: Connection, tenant: str, name: str) -> str:
     """`name`, or `name-2`, … : people tell machines apart by their names."""
-    taken = set(tx.execute(sa.select(devices.c.name).where(devices.c.tenant == tenant)).scalars())
+    # One piece of the index holds them all: "." comes right after "-".
+    query = sa.select(devices.c.name).where(
+        devices.c.tenant == tenant, devices.c.name >= name, devices.c.name < f"{name}."
+    )
+    taken = set(tx.execute(query).scalars())
     candidate, n = name, 2
     while candidate in taken:
         candidate, n = f"{name}-{n}", n + 1

@@ -224,7 +224,10 @@ class Identity:
 
     def mqtt_context(self) -> ssl.SSLContext:
         """For MQTT: TLS 1.2 or newer, and a client certificate of ours."""
-        return self._context(ssl.PROTOCOL_TLS_SERVER, ssl.CERT_REQUIRED)
+        context = self._context(ssl.PROTOCOL_TLS_SERVER, ssl.CERT_REQUIRED)
+        # No agent resumes a session, and a ticket holds its whole certificate: two a connection.
+        context.num_tickets = 0
+        return context
 
     def client_context(self) -> ssl.SSLContext:
         """For our own connection to an external MQTT broker whose certificate is from our CA."""

@@ -82,6 +82,8 @@ devices = Table(
     Column("last_seen_at", Float),
     Column("certificate_expires_at", Float, nullable=False),
     UniqueConstraint("tenant", "machine_id", "public_key"),
+    Index("devices_by_name", "tenant", "name"),
+    Index("devices_by_machine", "machine_id"),
 )
 
 runs = Table(

@@ -35,6 +35,7 @@ _FACTS: Columns = {
         f"{f['messages_in_per_s']:.0f} in and {f['messages_out_per_s']:.0f} out a second"
     ),
     "memory": lambda f: f"{f['rss_idle_mb']:.0f} MB with heartbeats, {f['rss_mb']:.0f} MB at most",
+    "this simulation": lambda f: f"{f['simulator_core']:.0%} of a core",
     "refused": lambda f: f"{f['refused']} messages",
     "troubles": lambda f: "\n".join(f"{n} × {what}" for what, n in f["troubles"].items()) or "none",
 }

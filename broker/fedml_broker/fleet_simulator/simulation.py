@@ -62,6 +62,7 @@ class Figures:
         accept_p50_ms: From the request to the moment at which a machine accepts; and p99, longest.
         unfinished: Tasks that were asked for and have not come to a good end.
         rss_mb: The most that the broker has had.
+        simulator_core: What the simulation itself has taken. Near 1, it was the slower of the two.
         refused: Messages of simulated machines that the broker refused.
         troubles: What should not happen, in words, and how often it did.
     """
@@ -85,6 +86,7 @@ class Figures:
     messages_out_per_s: float
     rss_idle_mb: float
     rss_mb: float
+    simulator_core: float
     refused: int
     troubles: dict[str, int]
 
@@ -224,6 +226,7 @@ class _Course:
             messages_out_per_s=_rate(before, busy, lambda n: n.sent),
             rss_idle_mb=beaten.numbers.rss_bytes / 1e6,
             rss_mb=self._rss / 1e6,
+            simulator_core=(busy.own_cpu_s - before.own_cpu_s) / (busy.at - before.at),
             refused=round(worked.numbers.refused - began.numbers.refused),
             troubles=dict(fleet.tally.troubles.most_common()),
         )
@@ -288,7 +291,7 @@ class _Course:
     async def _look(self) -> "_Look":
         numbers = await self._desk.numbers()
         self._rss = max(self._rss, numbers.rss_bytes)
-        return _Look(time.monotonic(), numbers)
+        return _Look(time.monotonic(), time.process_time(), numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +299,7 @@ class _Look:
     """The broker's numbers at a moment."""
 
     at: float
+    own_cpu_s: float
     numbers: Numbers
 
 
