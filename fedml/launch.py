@@ -9,7 +9,8 @@ from typing import Any
 
 from fedml import jobfile, runfile
 from fedml.client import Client, Told
-from fedml.package import build, files
+from fedml.package import files
+from fedml.parts import send
 
 
 def _silent(done: int, total: int) -> None:
@@ -40,7 +41,7 @@ def launch(
     """
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
     if workspace is not None:
-        request["package"] = _upload(client, workspace, told)
+        request["package"] = send(client, workspace, told)
     return client.submit("launch", {**request, "follow": follow})
 
 
@@ -78,7 +79,7 @@ def federate(client: Client, file: Path, *, strict: bool = False, told: Told = _
         request, workspace = _as_file(translation.accept(file, deployed=True, strict=strict))
     else:
         request, workspace = runfile.read_federated(file)
-    request["package"] = _upload(client, workspace, told)
+    request["package"] = send(client, workspace, told)
     return client.submit("federate", request)
 
 
@@ -88,11 +89,3 @@ def _as_file(run: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
         file = Path(folder) / "run.yaml"
         file.write_text(json.dumps(run))
         return runfile.read_federated(file)
-
-
-def _upload(client: Client, workspace: Path, told: Told) -> dict[str, Any]:
-    """Pack a workspace and put it where the broker finds it; what it has is not sent again."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "package.tar.gz"
-        build(workspace, file)
-        return client.upload(file, told)

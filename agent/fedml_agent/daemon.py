@@ -79,7 +79,7 @@ class Daemon:
         self._background: set[asyncio.Task[None]] = set()
 
         self.voice = Voice(self.membership.address, home.next_boot(), version)
-        self.packages = Packages(home.packages, self.https)
+        self.packages = Packages(home.packages, self.https, self._policy)
         self.attic = Attic(home.logs, self.journal, self.https, self._policy)
         self.jobs = Jobs(
             home, self.journal, self.packages, self.https, self, self._policy, self.attic

@@ -50,6 +50,7 @@ class Policy:
     require: tuple[str, ...] = (HIDE,)
     log_days: float = 7.0
     log_disk: int = 1_000_000_000
+    package_disk: int = 10_000_000_000
     broken: str | None = None
 
 

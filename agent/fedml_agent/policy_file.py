@@ -197,6 +197,11 @@ require = ["hide"]
 keep_days = 7.0
 # Disk space for them all; the oldest go first.
 keep_disk = "1GB"
+
+[cache]
+# Disk space for files of workspaces, so that the next launch does not bring them again; those that
+# nobody has used for longest go first.
+packages = "10GB"
 """
 
 
@@ -344,5 +349,6 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     ),
     "logs.keep_days": ("log_days", _NUMBER),
     "logs.keep_disk": ("log_disk", _SIZE),
+    "cache.packages": ("package_disk", _SIZE),
 }
 _SECTIONS = {name.partition(".")[0] for name in _SETTINGS} | {"data"}

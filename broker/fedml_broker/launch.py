@@ -8,16 +8,16 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection
 
-from fedml_broker import match, runs, tasks
+from fedml_broker import match, packages, runs, tasks
 from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet
 from fedml_broker.observe import LogFile, Observer, add_event
+from fedml_broker.packages import PackageRef, Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
-from fedml_protocol.blob import Blob
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import Needs, Offer, OnLost, Result
@@ -25,13 +25,6 @@ from fedml_protocol.tasks import Needs, Offer, OnLost, Result
 log = logging.getLogger(__name__)
 
 MAX_SCRIPT_BYTES = 64 * 1024
-
-
-class PackageRef(msgspec.Struct, frozen=True):
-    """An uploaded package."""
-
-    sha256: str
-    size: int
 
 
 class NeedsBody(msgspec.Struct, frozen=True):
@@ -105,7 +98,7 @@ class Launcher:
         run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
         if await runs.Runs(self._store).submitted(user, run, spec):
             return run
-        package = check_package(self._blobs, request.package)
+        package = await self._package(user, request)
         needs = self._needs(user, request)
         try:
             offer = Offer(
@@ -122,7 +115,7 @@ class Launcher:
                 on_lost=OnLost.FINISH_AND_HOLD,
                 grace_s=request.grace_s,
                 deadline_s=request.deadline_s,
-                package=package,
+                package=None if package is None else package.manifest,
                 needs=needs,
                 tail=request.follow,
             )
@@ -152,7 +145,8 @@ class Launcher:
                 add_event(tx, run, "without_gpus", wished)
 
         await self._store.write(commit)
-        uploaded(self._blobs, package, user)
+        if package is not None:
+            package.release(self._blobs, f"u/{user.name}")
         self._dispatcher.added([task])
         return run
 
@@ -167,6 +161,11 @@ class Launcher:
             "taken": taken,
             "machines": [msgspec.to_builtins(v) for v in match.verdicts(wanted, candidates)],
         }
+
+    async def _package(self, user: User, request: LaunchRequest) -> Uploaded | None:
+        if request.package is None:
+            return None
+        return await packages.check(self._blobs, request.package, f"u/{user.name}")
 
     def _needs(self, user: User, request: LaunchRequest) -> Needs:
         """What it is to have; without GPUs where it may do without and nobody has them."""
@@ -244,20 +243,3 @@ def possible(
         hint="ask for less, or let a machine join that has it"
         + ("; `--any-resource` does without" if kind == "launch" and needs.gpus else ""),
     )
-
-
-def uploaded(blobs: Blobs, package: Blob | None, user: User) -> None:
-    """The run refers to its package now: the upload need not keep it any longer."""
-    if package is not None:
-        blobs.release(package.sha256, f"u/{user.name}")
-
-
-def check_package(blobs: Blobs, package: PackageRef | None) -> Blob | None:
-    if package is None:
-        return None
-    size = blobs.size(package.sha256)
-    if size is None:
-        raise Problem(
-            422, "the package was not uploaded", package.sha256, hint="upload it first, then submit"
-        )
-    return Blob(sha256=package.sha256, size=size)

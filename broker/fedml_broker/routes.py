@@ -93,6 +93,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route(
             "PUT", "/v1/blobs/{sha256}", MEMBER_OR_DEVICE, blob.put_blob, expect=blob.expect_blob
         ),
+        Route("POST", "/v1/blobs/missing", MEMBER, blob.missing_blobs, blobs.Asked),
         Route("POST", "/v1/launch", MEMBER, run.launch, LaunchRequest),
         Route("POST", "/v1/launch/match", MEMBER, run.match_launch, LaunchRequest),
         Route("POST", "/v1/federate", MEMBER, run.federate, FederateRequest),

@@ -369,6 +369,7 @@ policies = st.builds(
     require=some(st.sampled_from(REQUIRABLE)),
     log_days=st.floats(0, 100),
     log_disk=st.integers(0, 100),
+    package_disk=st.integers(0, 100),
 )
 requests = st.builds(
     Request,
@@ -444,6 +445,7 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "require": lambda draw, value: (*value, *draw(some(st.sampled_from(REQUIRABLE)))),
     "log_days": lower,
     "log_disk": lower,
+    "package_disk": lower,
     "broken": lambda _, value: "the file is broken",
 }
 
@@ -526,6 +528,7 @@ def test_the_explained_file_shows_the_true_defaults() -> None:
     assert example.disk_reserve == Policy().disk_reserve
     assert example.log_days == Policy().log_days
     assert example.log_disk == Policy().log_disk
+    assert example.package_disk == Policy().package_disk
     assert example.require == Policy().require
 
 

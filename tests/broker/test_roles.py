@@ -38,6 +38,7 @@ LEAST = {
     "HEAD /v1/blobs/{sha256}": ("viewer", True),
     "GET /v1/blobs/{sha256}": ("viewer", True),
     "PUT /v1/blobs/{sha256}": ("member", True),
+    "POST /v1/blobs/missing": ("member", False),
     "POST /v1/launch": ("member", False),
     "POST /v1/launch/match": ("member", False),
     "POST /v1/federate": ("member", False),
