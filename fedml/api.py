@@ -13,11 +13,11 @@ Each takes `home=DIR` where the login is not in FEDML_HOME or `~/.fedml`, and ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedml import devices, session
+from fedml import devices, session, storage
 from fedml import launch as submit
 from fedml.client import Client
 from fedml.devices import Device
@@ -33,11 +33,16 @@ __all__ = [
     "data_list",
     "data_load",
     "data_show",
+    "delete",
     "device_list",
     "device_show",
+    "download",
     "federate",
+    "get_storage_metadata",
+    "get_storage_user_defined_metadata",
     "launch",
     "launch_look",
+    "list_storage_objects",
     "login",
     "logout",
     "run_download",
@@ -47,6 +52,7 @@ __all__ = [
     "run_status",
     "run_stop",
     "run_wait",
+    "upload",
     "whoami",
 ]
 
@@ -142,6 +148,45 @@ def device_list(*, home: Home = None) -> list[Device]:
 def device_show(device: str, *, home: Home = None) -> Device:
     """One machine, by name or id."""
     return devices.find(connect(home), device)
+
+
+def upload(
+    data_path: Path | str,
+    name: str = "",
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    home: Home = None,
+) -> dict[str, Any]:
+    """Store a file or folder at the broker; what it knows of it. See `fedml.storage`."""
+    return storage.upload(connect(home), Path(data_path), name, metadata=metadata)
+
+
+def download(data_name: str, dest_path: Path | str | None = None, *, home: Home = None) -> Path:
+    """Write a stored object to `dest_path` (the end of its name, here); where it is."""
+    into = Path(dest_path or data_name.rpartition("/")[2])
+    storage.download(connect(home), data_name, into)
+    return into
+
+
+def delete(data_name: str, *, home: Home = None) -> int:
+    """Delete a stored object; how many bytes the broker has free now."""
+    return storage.delete(connect(home), data_name)
+
+
+def list_storage_objects(prefix: str = "", *, home: Home = None) -> list[dict[str, Any]]:
+    """What is stored, by name."""
+    return list(storage.listed(connect(home), prefix))
+
+
+def get_storage_metadata(data_name: str, *, home: Home = None) -> dict[str, Any]:
+    """Size, hash, who stored it when, and its `metadata`."""
+    return storage.show(connect(home), data_name)
+
+
+def get_storage_user_defined_metadata(data_name: str, *, home: Home = None) -> dict[str, Any]:
+    """What was given with a stored object."""
+    found: dict[str, Any] = get_storage_metadata(data_name, home=home)["metadata"]
+    return found
 
 
 def data_list(*, home: Home = None) -> list[About]:

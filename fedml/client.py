@@ -232,42 +232,54 @@ class Client:
         return None
 
     def download(self, sha256: str, into: Path, told: Told = lambda done, total: None) -> None:
-        """Get a blob into a file; a cut transfer goes on where it stopped.
+        """Get a blob into a file; a cut transfer goes on where it stopped, also the next time.
 
         Raises:
             BrokerRefused: It is not there, or other bytes came.
             BrokerUnreachable: The broker went away and did not come back.
         """
-        part = into.with_name(into.name + ".part")
-        try:
-            with part.open("wb") as file:
-                found = self._fetch(sha256, file, told)
-            if found != sha256:
-                raise BrokerRefused(f"the bytes that came as {sha256} are others")
-            part.replace(into)
-        finally:
-            part.unlink(missing_ok=True)
+        part = into.with_name(f".{into.name}.{sha256[:12]}.part")
+        with part.open("a+b") as file:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256")
+            try:
+                self._fetch(sha256, file, digest, told)
+            except BrokerRefused:
+                part.unlink()
+                raise
+        if digest.hexdigest() != sha256:
+            part.unlink()
+            raise BrokerRefused(f"the bytes that came as {sha256} are others")
+        part.replace(into)
 
-    def _fetch(self, sha256: str, file: Any, told: Told) -> str:
-        digest, done, failures = hashlib.sha256(), 0, 0
+    def _fetch(self, sha256: str, file: Any, digest: Any, told: Told) -> None:
+        """Append to what the file holds, of which `digest` is, until the blob is whole."""
+        failures, size = 0, file.tell()
+        if size:  # of a whole one there is no rest to be asked for
+            head = self._head(sha256)
+            if head.status == 200 and int(head.headers["Content-Length"]) <= size:
+                return
         while True:
-            headers = {"Range": f"bytes={done}-"} if done else {}
+            headers = {"Range": f"bytes={size}-"} if size else {}
             try:
                 response = self._ask("GET", f"/v1/blobs/{sha256}", None, headers, preload=False)
-                total = done + int(response.headers.get("Content-Length", 0))
+                total = size + int(response.headers.get("Content-Length", 0))
                 # In the pieces that come, not in full ones: a cut loses none of what was there.
                 while chunk := response.read1(_CHUNK):
                     digest.update(chunk)
                     file.write(chunk)
-                    done, failures = done + len(chunk), 0
-                    told(done, total)
-                if done >= total:
+                    size, failures = size + len(chunk), 0
+                    told(size, total)
+                if size >= total:
                     response.release_conn()
-                    return digest.hexdigest()
+                    return
                 response.close()
             except (HTTPError, BrokerUnreachable) as error:
                 if failures >= _RESUMPTIONS:
-                    raise BrokerUnreachable(f"{self.url} does not answer: {error}") from error
+                    raise BrokerUnreachable(
+                        f"{self.url} does not answer: {error}",
+                        "what has come is kept: the same command goes on from there",
+                    ) from error
             failures += 1
             time.sleep(min(0.1 * (failures - 1), 3.0))
 

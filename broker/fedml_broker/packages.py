@@ -26,10 +26,16 @@ class PackageRef(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """A package whose blobs are all here. `blobs` are the manifest and its parts."""
+    """A package whose blobs are all here.
+
+    Attributes:
+        blobs: The manifest and the parts.
+        content_bytes: Of all files together.
+    """
 
     manifest: Blob
     blobs: tuple[str, ...]
+    content_bytes: int
 
     def release(self, blobs: Blobs, owner: str) -> None:
         """Something refers to it now: the upload need not keep it any longer."""
@@ -69,7 +75,8 @@ async def check(blobs: Blobs, ref: PackageRef, owner: str) -> Uploaded:
             )
         blobs.claim(part.sha256, owner)
     manifest = Blob(sha256=ref.sha256, size=size)
-    return Uploaded(manifest, (ref.sha256, *(part.sha256 for part in package.parts)))
+    blobs_ = (ref.sha256, *(part.sha256 for part in package.parts))
+    return Uploaded(manifest, blobs_, package.size)
 
 
 def read(blobs: Blobs, sha256: str) -> Package:

@@ -11,13 +11,14 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import about, accounts, agents, blobs, devices, runs
+from fedml_broker.api import about, accounts, agents, blobs, devices, runs, storage
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
 from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.problems import Problem, as_problems
+from fedml_broker.storage import PutObject
 from fedml_protocol.topics import Address
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def table(broker: "Broker") -> Sequence[Route]:
     """One line per URL, and with it the least role: there is no other way to be served."""
     itself, agent, blob = about.Handlers(broker), agents.Handlers(broker), blobs.Handlers(broker)
     run, device = runs.Handlers(broker), devices.Handlers(broker)
-    account = accounts.Handlers(broker)
+    account, stored = accounts.Handlers(broker), storage.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -102,6 +103,10 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("DELETE", "/v1/runs/{run}", ADMIN, run.remove_run),
         Route("GET", "/v1/runs/{run}/follow", VIEWER, run.follow_run),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
+        Route("GET", "/v1/storage", VIEWER, stored.list_objects),
+        Route("GET", "/v1/storage/{name}", VIEWER, stored.show_object),
+        Route("PUT", "/v1/storage/{name}", MEMBER, stored.put_object, PutObject),
+        Route("DELETE", "/v1/storage/{name}", MEMBER, stored.remove_object),
         Route("GET", "/v1/devices", VIEWER, device.list_devices),
         Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),
         Route("POST", "/v1/devices/{device}/labels", ADMIN, device.label_device, devices.Labels),

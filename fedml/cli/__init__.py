@@ -25,6 +25,7 @@ _VERBS = {
     "simulate": "simulate",
     "run": "run",
     "device": "device",
+    "storage": "storage",
     "data": "data",
     "completion": "completion",
     "version": "version",
