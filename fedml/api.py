@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Device",
     "Run",
+    "build",
     "data_fetch",
     "data_list",
     "data_load",
@@ -38,6 +39,8 @@ __all__ = [
     "device_show",
     "download",
     "federate",
+    "federate_build",
+    "fedml_build",
     "get_storage_metadata",
     "get_storage_user_defined_metadata",
     "launch",
@@ -52,6 +55,7 @@ __all__ = [
     "run_status",
     "run_stop",
     "run_wait",
+    "train_build",
     "upload",
     "whoami",
 ]
@@ -80,13 +84,17 @@ def whoami(*, home: Home = None) -> dict[str, str]:
     return found
 
 
-def launch(job: Path | str, *, any_resource: bool = False, home: Home = None) -> Run:
+def launch(
+    job: Path | str, *, any_resource: bool = False, package: str = "", home: Home = None
+) -> Run:
     """Submit a job file; the run, which has only been queued.
 
-    With `any_resource`, on GPUs of any model, or none where no machine has them.
+    With `any_resource`, on GPUs of any model, or none where no machine has them. With `package` (a
+    file of `build`, the name of a stored folder, a hash), with that in place of the workspace.
     """
     client = connect(home)
-    return Run.find(client, submit.launch(client, Path(job), any_resource=any_resource))
+    run = submit.launch(client, Path(job), any_resource=any_resource, package=package)
+    return Run.find(client, run)
 
 
 def launch_look(
@@ -96,10 +104,35 @@ def launch_look(
     return submit.look(connect(home), Path(job), any_resource=any_resource)
 
 
-def federate(file: Path | str, *, home: Home = None) -> Run:
-    """Submit a federated run; the run, which has only been queued."""
+def federate(file: Path | str, *, package: str = "", home: Home = None) -> Run:
+    """Submit a federated run; the run, which has only been queued. For `package` see `launch`."""
     client = connect(home)
-    return Run.find(client, submit.federate(client, Path(file)))
+    return Run.find(client, submit.federate(client, Path(file), package=package))
+
+
+def build(file: Path | str, into: Path | str) -> Path:
+    """Write the package of a job or run file into a .tar.gz, and start nothing; where it is."""
+    submit.build(Path(file), Path(into))
+    return Path(into)
+
+
+def fedml_build(file: Path | str, dest_folder: Path | str = ".") -> Path:
+    """As `build`, into a folder."""
+    return build(file, Path(dest_folder) / f"{Path(file).stem}.tar.gz")
+
+
+def train_build(job_yaml_path: Path | str, dest_folder: Path | str = ".") -> Path:
+    """The package of a job file, in a folder; where it is."""
+    into = Path(dest_folder) / f"{Path(job_yaml_path).stem}.tar.gz"
+    submit.build(Path(job_yaml_path), into, kind="launch")
+    return into
+
+
+def federate_build(job_yaml_path: Path | str, dest_folder: Path | str = ".") -> Path:
+    """The package of a run file, in a folder; where it is."""
+    into = Path(dest_folder) / f"{Path(job_yaml_path).stem}.tar.gz"
+    submit.build(Path(job_yaml_path), into, kind="federate")
+    return into
 
 
 def run_list(*, limit: int = 50, home: Home = None) -> list[Run]:

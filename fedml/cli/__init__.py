@@ -23,6 +23,8 @@ _VERBS = {
     "launch": "launch",
     "federate": "federate",
     "simulate": "simulate",
+    "build": "build",
+    "train": "build",
     "run": "run",
     "device": "device",
     "storage": "storage",

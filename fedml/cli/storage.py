@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fedml import storage as stored
-from fedml.cli.options import connect, home_option, json_option
+from fedml.cli.options import AS_FEDML_SPELLS, connect, home_option, json_option
 from fedml.cli.tables import print_facts, print_json, print_table, size, transfer, when
 
 
@@ -38,7 +38,7 @@ def _object(_: click.Context, __: click.Parameter, given: str | None) -> dict[st
     return found
 
 
-@storage.command()
+@storage.command(context_settings=AS_FEDML_SPELLS)
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.argument("name", default="")
 @click.option("-n", "--name", "name_option", default="", hidden=True, help="NAME, as FedML has it.")
@@ -48,7 +48,6 @@ def _object(_: click.Context, __: click.Parameter, given: str | None) -> dict[st
 @click.option(
     "-um",
     "--user-metadata",
-    "--user_metadata",
     "given",
     metavar="JSON",
     callback=_object,
