@@ -52,6 +52,7 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     command: str
     name: str = "job"
     bootstrap: str = ""
+    requirements: str = ""
     env: dict[str, str] = {}
     package: PackageRef | None = None
     needs: NeedsBody = NeedsBody()
@@ -87,11 +88,12 @@ class Launcher:
         Raises:
             Problem: 422 when the job cannot be, or no machine could ever take it.
         """
-        words = (request.command, request.bootstrap, *request.env, *request.env.values())
+        scripts = (request.command, request.bootstrap, request.requirements)
+        words = (*scripts, *request.env, *request.env.values())
         if sum(len(text.encode()) for text in words) > MAX_SCRIPT_BYTES:
             raise Problem(
                 422,
-                "the job's commands and variables are too long",
+                "the job's commands, variables and requirements are too long",
                 f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
                 hint="put them into a script or a file in the workspace",
             )
@@ -109,6 +111,7 @@ class Launcher:
                     command=request.command,
                     bootstrap=request.bootstrap,
                     env=request.env,
+                    requirements=request.requirements,
                 ),
                 publisher=user.name,
                 lease_s=self._dispatcher.timing.lease_s,
