@@ -159,6 +159,11 @@ class Deployment:
             for role, pids in self.processes().items()
         }
 
+    def metrics(self) -> list[str]:
+        """The broker's page for Prometheus."""
+        page: bytes = self.client._ask("GET", "/metrics", None, {}).data
+        return page.decode().splitlines()
+
     @property
     def broker_pid(self) -> int:
         """The broker's process."""
