@@ -29,7 +29,7 @@ import psutil
 
 from fedml import session
 from fedml.client import Client
-from fedml.package import build
+from fedml.parts import send
 
 _HZ = os.sysconf("SC_CLK_TCK")
 
@@ -121,8 +121,7 @@ class Deployment:
         folder = self.folder / "app"
         folder.mkdir(exist_ok=True)
         (folder / "app.py").write_text(app)
-        build(folder, self.folder / "app.tar.gz")
-        package = self.client.upload(self.folder / "app.tar.gz")
+        package = send(self.client, folder, cache=self.folder / "cache")
         asked = {"app": "app.py", "package": package, **request}
         return str(self.client.call("POST", "/v1/federate", asked)["run"])
 
@@ -159,6 +158,11 @@ class Deployment:
             role: sum(memory_mb(pid, "Pss") for pid in pids)
             for role, pids in self.processes().items()
         }
+
+    def metrics(self) -> list[str]:
+        """The broker's page for Prometheus."""
+        page: bytes = self.client._ask("GET", "/metrics", None, {}).data
+        return page.decode().splitlines()
 
     @property
     def broker_pid(self) -> int:

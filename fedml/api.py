@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedml import clusters, devices, session
+from fedml import clusters, devices, session, storage
 from fedml import launch as submit
 from fedml.client import Client
 from fedml.clusters import Cluster
@@ -31,6 +31,7 @@ __all__ = [
     "Cluster",
     "Device",
     "Run",
+    "build",
     "cluster_create",
     "cluster_list",
     "cluster_show",
@@ -38,11 +39,18 @@ __all__ = [
     "data_list",
     "data_load",
     "data_show",
+    "delete",
     "device_list",
     "device_show",
+    "download",
     "federate",
+    "federate_build",
+    "fedml_build",
+    "get_storage_metadata",
+    "get_storage_user_defined_metadata",
     "launch",
     "launch_look",
+    "list_storage_objects",
     "login",
     "logout",
     "queue",
@@ -53,6 +61,8 @@ __all__ = [
     "run_status",
     "run_stop",
     "run_wait",
+    "train_build",
+    "upload",
     "whoami",
 ]
 
@@ -81,15 +91,23 @@ def whoami(*, home: Home = None) -> dict[str, str]:
 
 
 def launch(
-    job: Path | str, *, any_resource: bool = False, cluster: str = "", home: Home = None
+    job: Path | str,
+    *,
+    any_resource: bool = False,
+    cluster: str = "",
+    package: str = "",
+    home: Home = None,
 ) -> Run:
     """Submit a job file; the run, which has only been queued.
 
     With `any_resource`, on GPUs of any model, or none where no machine has them; with `cluster`,
-    on the machines that are reserved under this name.
+    on the machines that are reserved under this name. With `package` (a file of `build`, the name
+    of a stored folder, a hash), with that in place of the workspace.
     """
     client = connect(home)
-    run = submit.launch(client, Path(job), any_resource=any_resource, cluster=cluster)
+    run = submit.launch(
+        client, Path(job), any_resource=any_resource, cluster=cluster, package=package
+    )
     return Run.find(client, run)
 
 
@@ -129,10 +147,35 @@ def queue(*, home: Home = None) -> list[dict[str, Any]]:
     return found
 
 
-def federate(file: Path | str, *, home: Home = None) -> Run:
-    """Submit a federated run; the run, which has only been queued."""
+def federate(file: Path | str, *, package: str = "", home: Home = None) -> Run:
+    """Submit a federated run; the run, which has only been queued. For `package` see `launch`."""
     client = connect(home)
-    return Run.find(client, submit.federate(client, Path(file)))
+    return Run.find(client, submit.federate(client, Path(file), package=package))
+
+
+def build(file: Path | str, into: Path | str) -> Path:
+    """Write the package of a job or run file into a .tar.gz, and start nothing; where it is."""
+    submit.build(Path(file), Path(into))
+    return Path(into)
+
+
+def fedml_build(file: Path | str, dest_folder: Path | str = ".") -> Path:
+    """As `build`, into a folder."""
+    return build(file, Path(dest_folder) / f"{Path(file).stem}.tar.gz")
+
+
+def train_build(job_yaml_path: Path | str, dest_folder: Path | str = ".") -> Path:
+    """The package of a job file, in a folder; where it is."""
+    into = Path(dest_folder) / f"{Path(job_yaml_path).stem}.tar.gz"
+    submit.build(Path(job_yaml_path), into, kind="launch")
+    return into
+
+
+def federate_build(job_yaml_path: Path | str, dest_folder: Path | str = ".") -> Path:
+    """The package of a run file, in a folder; where it is."""
+    into = Path(dest_folder) / f"{Path(job_yaml_path).stem}.tar.gz"
+    submit.build(Path(job_yaml_path), into, kind="federate")
+    return into
 
 
 def run_list(*, limit: int = 50, home: Home = None) -> list[Run]:
@@ -181,6 +224,45 @@ def device_list(*, home: Home = None) -> list[Device]:
 def device_show(device: str, *, home: Home = None) -> Device:
     """One machine, by name or id."""
     return devices.find(connect(home), device)
+
+
+def upload(
+    data_path: Path | str,
+    name: str = "",
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    home: Home = None,
+) -> dict[str, Any]:
+    """Store a file or folder at the broker; what it knows of it. See `fedml.storage`."""
+    return storage.upload(connect(home), Path(data_path), name, metadata=metadata)
+
+
+def download(data_name: str, dest_path: Path | str | None = None, *, home: Home = None) -> Path:
+    """Write a stored object to `dest_path` (the end of its name, here); where it is."""
+    into = Path(dest_path or data_name.rpartition("/")[2])
+    storage.download(connect(home), data_name, into)
+    return into
+
+
+def delete(data_name: str, *, home: Home = None) -> int:
+    """Delete a stored object; how many bytes the broker has free now."""
+    return storage.delete(connect(home), data_name)
+
+
+def list_storage_objects(prefix: str = "", *, home: Home = None) -> list[dict[str, Any]]:
+    """What is stored, by name."""
+    return list(storage.listed(connect(home), prefix))
+
+
+def get_storage_metadata(data_name: str, *, home: Home = None) -> dict[str, Any]:
+    """Size, hash, who stored it when, and its `metadata`."""
+    return storage.show(connect(home), data_name)
+
+
+def get_storage_user_defined_metadata(data_name: str, *, home: Home = None) -> dict[str, Any]:
+    """What was given with a stored object."""
+    found: dict[str, Any] = get_storage_metadata(data_name, home=home)["metadata"]
+    return found
 
 
 def data_list(*, home: Home = None) -> list[About]:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """HTTP to the broker: JSON calls, blobs by hash, and the stream of a run."""
 
+import contextlib
 import hashlib
 import json
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ Told = Callable[[int, int], None]
 
 _CHUNK = 1024 * 1024
 _RESUMPTIONS = 20
+_ASKED_TOGETHER = 10_000
 # A followed run may be silent for hours; a peer that is gone is noticed in a minute all the same.
 _KEEP_ALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -162,70 +164,122 @@ class Client:
         """Whether the broker has a blob."""
         return self._head(sha256).status == 200
 
+    def lacks(self, blobs: Sequence[str]) -> dict[str, int]:
+        """Which blobs the broker does not have whole, each with the bytes that it has of it."""
+        found: dict[str, int] = {}
+        for at in range(0, len(blobs), _ASKED_TOGETHER):
+            asked = {"blobs": blobs[at : at + _ASKED_TOGETHER]}
+            found |= self.call("POST", "/v1/blobs/missing", asked)["missing"]
+        return found
+
     def upload(self, file: Path, told: Told = lambda done, total: None) -> dict[str, Any]:
-        """Put a file; what the broker has already is not sent. Gives ``{"sha256", "size"}``."""
+        """Put a file; what the broker has of it is not sent again. Gives ``{"sha256", "size"}``."""
         with file.open("rb") as data:
             sha256 = hashlib.file_digest(data, "sha256").hexdigest()
         size = file.stat().st_size
-        blob = {"sha256": sha256, "size": size}
-        if self.has(sha256):
+        lacks = self.lacks([sha256])
+        if lacks:
+            self.put(sha256, size, lambda start: _read(file, start), told, start=lacks[sha256])
+        else:
             told(size, size)
-            return blob
-        start = 0
+        return {"sha256": sha256, "size": size}
+
+    def put(
+        self,
+        sha256: str,
+        size: int,
+        read: Callable[[int], Iterator[bytes]],
+        told: Told = lambda done, total: None,
+        *,
+        start: int = 0,
+    ) -> None:
+        """Put a blob; a cut transfer goes on where it stopped.
+
+        Args:
+            read: Gives its bytes from a place on.
+            start: So many bytes the broker has already.
+
+        Raises:
+            BrokerUnreachable: The broker went away and did not come back.
+            BrokerRefused: It says no.
+        """
         for attempt in range(_RESUMPTIONS):
+            start = min(start, max(size - 1, 0))
+            headers = {"Content-Length": str(size - start)}
+            if start:
+                headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
             try:
-                headers = {"Content-Length": str(size - start)}
-                if start:
-                    headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-                with file.open("rb") as data:
-                    data.seek(start)
-                    body = _read(data, start, size, told)
-                    self._ask("PUT", f"/v1/blobs/{sha256}", body, headers)
-                return blob
-            except BrokerUnreachable:
-                if attempt == _RESUMPTIONS - 1:
-                    raise
-                offset = int(self._head(sha256).headers.get("Upload-Offset", 0))
-                start = min(offset, max(size - 1, 0))
-        return blob
+                body = _counted(read(start), start, size, told)
+                self._ask("PUT", f"/v1/blobs/{sha256}", body, headers)
+                return
+            except BrokerUnreachable as error:
+                found = self._uploaded(sha256) if attempt < _RESUMPTIONS - 1 else None
+                if found is None:
+                    raise BrokerUnreachable(
+                        f"the upload was cut off: {error}",
+                        "what has come is kept there: the same command goes on from there",
+                    ) from error
+                if found.status == 200:  # only the answer was lost
+                    return
+                start = int(found.headers.get("Upload-Offset", 0))
+
+    def _uploaded(self, sha256: str) -> urllib3.BaseHTTPResponse | None:
+        """How much of an upload is there; None: the broker did not come back within a minute."""
+        for attempt in range(_RESUMPTIONS):
+            with contextlib.suppress(BrokerUnreachable):
+                return self._head(sha256)
+            time.sleep(min(0.1 * attempt, 3.0))
+        return None
 
     def download(self, sha256: str, into: Path, told: Told = lambda done, total: None) -> None:
-        """Get a blob into a file; a cut transfer goes on where it stopped.
+        """Get a blob into a file; a cut transfer goes on where it stopped, also the next time.
 
         Raises:
             BrokerRefused: It is not there, or other bytes came.
             BrokerUnreachable: The broker went away and did not come back.
         """
-        part = into.with_name(into.name + ".part")
-        try:
-            with part.open("wb") as file:
-                found = self._fetch(sha256, file, told)
-            if found != sha256:
-                raise BrokerRefused(f"the bytes that came as {sha256} are others")
-            part.replace(into)
-        finally:
-            part.unlink(missing_ok=True)
+        part = into.with_name(f".{into.name}.{sha256[:12]}.part")
+        with part.open("a+b") as file:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256")
+            try:
+                self._fetch(sha256, file, digest, told)
+            except BrokerRefused:
+                part.unlink()
+                raise
+        if digest.hexdigest() != sha256:
+            part.unlink()
+            raise BrokerRefused(f"the bytes that came as {sha256} are others")
+        part.replace(into)
 
-    def _fetch(self, sha256: str, file: Any, told: Told) -> str:
-        digest, done, failures = hashlib.sha256(), 0, 0
+    def _fetch(self, sha256: str, file: Any, digest: Any, told: Told) -> None:
+        """Append to what the file holds, of which `digest` is, until the blob is whole."""
+        failures, size = 0, file.tell()
+        if size:  # of a whole one there is no rest to be asked for
+            head = self._head(sha256)
+            if head.status == 200 and int(head.headers["Content-Length"]) <= size:
+                return
         while True:
-            headers = {"Range": f"bytes={done}-"} if done else {}
+            headers = {"Range": f"bytes={size}-"} if size else {}
             try:
                 response = self._ask("GET", f"/v1/blobs/{sha256}", None, headers, preload=False)
-                total = done + int(response.headers.get("Content-Length", 0))
+                total = size + int(response.headers.get("Content-Length", 0))
                 # In the pieces that come, not in full ones: a cut loses none of what was there.
                 while chunk := response.read1(_CHUNK):
                     digest.update(chunk)
                     file.write(chunk)
-                    done, failures = done + len(chunk), 0
-                    told(done, total)
-                if done >= total:
+                    size, failures = size + len(chunk), 0
+                    told(size, total)
+                if size >= total:
                     response.release_conn()
-                    return digest.hexdigest()
+                    return
                 response.close()
             except (HTTPError, BrokerUnreachable) as error:
                 if failures >= _RESUMPTIONS:
-                    raise BrokerUnreachable(f"{self.url} does not answer: {error}") from error
+                    raise BrokerUnreachable(
+                        f"{self.url} does not answer: {error}",
+                        "what has come is kept: the same command goes on from there",
+                    ) from error
             failures += 1
             time.sleep(min(0.1 * (failures - 1), 3.0))
 
@@ -282,8 +336,15 @@ class Client:
         )
 
 
-def _read(data: Any, done: int, size: int, told: Told) -> Iterator[bytes]:
-    while chunk := data.read(_CHUNK):
-        yield chunk
-        done += len(chunk)
+def _read(file: Path, start: int) -> Iterator[bytes]:
+    with file.open("rb") as data:
+        data.seek(start)
+        while chunk := data.read(_CHUNK):
+            yield chunk
+
+
+def _counted(pieces: Iterator[bytes], done: int, size: int, told: Told) -> Iterator[bytes]:
+    for piece in pieces:
+        yield piece
+        done += len(piece)
         told(done, size)

@@ -145,6 +145,14 @@ def _recovery(loader: yaml.SafeLoader, node: yaml.Node) -> int:
     return whole(loader, found["max_restarts_on_errors"])
 
 
+def _requirements(loader: yaml.SafeLoader, node: yaml.Node) -> str | list[str]:
+    """The name of a file in the workspace, or packages as such a file names them."""
+    if isinstance(node, yaml.SequenceNode):
+        return [text(loader, line) for line in node.value]
+    written = text(loader, node)
+    return written.splitlines() if "\n" in written.strip() else written.strip()
+
+
 def _section(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, str]:
     """A free section: the end of each variable's name, and its value as it is written."""
     if is_null(node):
@@ -177,6 +185,7 @@ _ONLY_THE_WORKSPACE = "only the workspace is sent"
 KEYS: dict[str, Any] = {
     "job": script,
     "bootstrap": script,
+    "requirements": _requirements,
     "workspace": text,
     "job_name": text,
     "environment_variables": texts,
@@ -296,6 +305,11 @@ job: |
 #  echo "preparing"
 
 # Given to the job as they are written.
+# Python packages, or the name of a requirements file in the workspace; in a virtual environment
+# that is kept for the next job which requires the same.
+#requirements:
+#  - tqdm
+
 #environment_variables:
 #  SEED: "7"
 
@@ -372,6 +386,7 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
     if any_resource:
         needs.pop("gpu_model", None)
         optional = needs["gpus"] > 0
+    workspace = workspace_of(file, found) if "workspace" in found else None
     request = {
         "command": found["job"],
         "bootstrap": found.get("bootstrap", ""),
@@ -393,7 +408,35 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
         request["preemptible"] = found["preemptible"]
     if "maximum_cost_per_hour" in found.get("computing", {}):
         request["max_price_per_hour"] = found["computing"]["maximum_cost_per_hour"]
-    return request, workspace_of(file, found) if "workspace" in found else None
+    if requirements := _required(file, found.get("requirements", ""), workspace):
+        request["requirements"] = requirements
+    return request, workspace
+
+
+def _required(file: Path, said: str | list[str], workspace: Path | None) -> str:
+    """What is to be installed, as the lines of a requirements file."""
+    if isinstance(said, list):
+        lines, where = said, f"{file}: `requirements`"
+    elif not said:
+        return ""
+    else:
+        path = None if workspace is None else (workspace / said).resolve()
+        if path is None or not path.is_relative_to(workspace or path) or not path.is_file():
+            raise ConfigError(
+                f"{file}: there is no file {said} in the workspace, which `requirements` names",
+                "packages themselves are a list: `requirements: [numpy==2.4.6]`",
+            )
+        try:
+            lines, where = path.read_text().splitlines(), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+    for line in lines:
+        if re.match(r"\s*(-e|--editable)\b", line):
+            raise ConfigError(
+                f"{where}: {line.strip()!r} cannot be: an environment may be shared by many jobs",
+                "`pip install --target=lib .` in `bootstrap`, or without -e",
+            )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _one_way(file: Path, found: Mapping[str, Any], name: str, other: str) -> None:

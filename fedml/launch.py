@@ -2,14 +2,20 @@
 """Asking the broker for a run: a file is read, its workspace packed and sent, the run submitted."""
 
 import json
+import re
+import tarfile
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fedml import jobfile, runfile
+from fedml import jobfile, package, runfile, storage
 from fedml.client import Client, Told
-from fedml.package import build, files
+from fedml.errors import ConfigError
+from fedml.parts import send
+
+Kind = Literal["launch", "federate"]
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def _silent(done: int, total: int) -> None:
@@ -23,6 +29,7 @@ def launch(
     follow: bool = False,
     any_resource: bool = False,
     cluster: str = "",
+    package: str = "",
     told: Told = _silent,
 ) -> str:
     """Submit a job file; the run's id.
@@ -33,6 +40,8 @@ def launch(
         follow: Whether somebody is going to watch: its first lines then come at once.
         any_resource: Take GPUs of any model, or none where no machine has them.
         cluster: Run it on this cluster, whatever the file says.
+        package: In place of the workspace: a file that `build` made, the name of a stored folder,
+            or a hash.
         told: Hears how far the upload is, bytes.
 
     Raises:
@@ -42,8 +51,10 @@ def launch(
     """
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
     request["cluster"] = cluster or request["cluster"]
-    if workspace is not None:
-        request["package"] = _upload(client, workspace, told)
+    if package:
+        request["package"] = _given(client, package, told)
+    elif workspace is not None:
+        request["package"] = send(client, workspace, told)
     return client.submit("launch", {**request, "follow": follow})
 
 
@@ -64,28 +75,91 @@ def look(
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
     request["cluster"] = cluster or request["cluster"]
     if workspace is not None:
-        files(workspace)
+        package.files(workspace)
     found: dict[str, Any] = client.call("POST", "/v1/launch/match", request)
     return found
 
 
-def federate(client: Client, file: Path, *, strict: bool = False, told: Told = _silent) -> str:
+def federate(
+    client: Client, file: Path, *, strict: bool = False, package: str = "", told: Told = _silent
+) -> str:
     """Submit a federated run (docs/federate.md); the run's id. Raises what `launch` does.
 
     Args:
         client: The broker.
         file: A run file, or a configuration of FedML's (docs/fedml.md).
         strict: Refuse a configuration where something else would be done than it asks for.
+        package: As for `launch`.
         told: Hears how far the upload is, bytes.
     """
+    request, workspace = _read_federated(file, strict=strict)
+    given = package
+    request["package"] = _given(client, given, told) if given else send(client, workspace, told)
+    return client.submit("federate", request)
+
+
+def build(file: Path, into: Path, *, kind: Kind | None = None) -> int:
+    """Write the workspace of a job or run file into a .tar.gz; how many files it has.
+
+    Args:
+        kind: What the file is; None: it is looked into.
+
+    Raises:
+        ConfigError: The file or its workspace is wrong, or it names none.
+    """
+    return package.build(_workspace(file, kind), into)
+
+
+def store(
+    client: Client, file: Path, name: str = "", *, kind: Kind | None = None, told: Told = _silent
+) -> dict[str, Any]:
+    """Store the workspace of a job or run file at the broker, as `packages/NAME`.
+
+    Returns:
+        What the broker knows of it; `name` and `sha256` are good for `launch(package=…)`.
+
+    Raises:
+        ConfigError: The file or its workspace is wrong, or it names none.
+        BrokerRefused: The name is another user's.
+        BrokerUnreachable: No answer.
+    """
+    workspace = _workspace(file, kind)
+    return storage.upload(client, workspace, name or f"packages/{file.stem}", told=told)
+
+
+def _workspace(file: Path, kind: Kind | None) -> Path:
+    if kind == "federate" or (kind is None and runfile.is_federated(file)):
+        return _read_federated(file)[1]
+    _, workspace = jobfile.read_job(file)
+    if workspace is None:
+        raise ConfigError(f"{file}: there is no `workspace`: nothing to pack", "`workspace: .`")
+    return workspace
+
+
+def _given(client: Client, given: str, told: Told) -> dict[str, Any]:
+    """A package that was made before, at the broker."""
+    if Path(given).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with tarfile.open(given) as archive:
+                    archive.extractall(Path(folder) / "workspace", filter="data")
+            except (tarfile.TarError, EOFError, OSError) as error:
+                raise ConfigError(f"{given} is no package: {error}", "`fedml build`") from error
+            return send(client, Path(folder) / "workspace", told, cache=Path(folder))
+    if _SHA256.fullmatch(given):
+        return {"sha256": given}
+    found = storage.show(client, given)
+    if not found["folder"]:
+        raise ConfigError(f"{given} is a stored file, and no package", "`fedml build --upload`")
+    return {"sha256": found["sha256"]}
+
+
+def _read_federated(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], Path]:
     if runfile.is_fedml(file):
         from fedml import translation  # brings NumPy, which a run file does not need
 
-        request, workspace = _as_file(translation.accept(file, deployed=True, strict=strict))
-    else:
-        request, workspace = runfile.read_federated(file)
-    request["package"] = _upload(client, workspace, told)
-    return client.submit("federate", request)
+        return _as_file(translation.accept(file, deployed=True, strict=strict))
+    return runfile.read_federated(file)
 
 
 def _as_file(run: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -94,11 +168,3 @@ def _as_file(run: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
         file = Path(folder) / "run.yaml"
         file.write_text(json.dumps(run))
         return runfile.read_federated(file)
-
-
-def _upload(client: Client, workspace: Path, told: Told) -> dict[str, Any]:
-    """Pack a workspace and put it where the broker finds it; what it has is not sent again."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "package.tar.gz"
-        build(workspace, file)
-        return client.upload(file, told)

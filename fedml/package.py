@@ -14,6 +14,7 @@ from pathlib import Path
 from pathspec import GitIgnoreSpec
 
 from fedml.errors import ConfigError
+from fedml_protocol.package import leads_out
 
 _NEVER = (
     ".git", "__pycache__", ".venv", ".DS_Store", ".pytest_cache", ".mypy_cache", ".ruff_cache",
@@ -106,8 +107,7 @@ def _is_ignored(path: Path, directory: bool, ignored: _Ignored) -> bool:
 def _check_link(path: Path, root: Path) -> None:
     """A link that leads out of the workspace would lead nowhere on the machine."""
     target = path.readlink()
-    inside = Path(os.path.normpath(path.parent.relative_to(root) / target))
-    if target.is_absolute() or inside.parts[:1] == (os.pardir,):
+    if leads_out(str(path.relative_to(root)), str(target)):
         raise ConfigError(
             f"the link {path} leads out of the workspace, to {target}",
             "copy the file into the workspace, or name the link in .fedmlignore",

@@ -124,10 +124,20 @@ def is_fedml(file: Path) -> bool:
 
     What cannot be read is not: whoever reads it as a run file says what is wrong.
     """
+    return has_fedml_sections(_found(file))
+
+
+def is_federated(file: Path) -> bool:
+    """Whether a file describes a federated run, ours or FedML's, and not a job."""
+    found = _found(file)
+    return isinstance(found, Mapping) and ("app" in found or has_fedml_sections(found))
+
+
+def _found(file: Path) -> Any:
     try:
-        return has_fedml_sections(yaml.load(file.read_text(), Loader))  # noqa: S506 - a safe one
+        return yaml.load(file.read_text(), Loader)  # noqa: S506 - a safe one
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
+        return None
 
 
 def has_fedml_sections(found: Any) -> bool:

@@ -33,3 +33,9 @@ def real(data_home: Path) -> Load:
             pytest.skip(str(problem))
 
     return load
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `fedml` notes of workspaces does not go into the cache of whoever runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

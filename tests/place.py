@@ -33,7 +33,7 @@ import sqlalchemy as sa
 
 from fedml import session
 from fedml.client import Client
-from fedml.package import build
+from fedml.parts import send
 from fedml_broker.identity import Identity
 from fedml_broker.mqtt.mosquitto import Mosquitto
 
@@ -288,10 +288,9 @@ class Place:
         folder = self.folder / "app"
         folder.mkdir(exist_ok=True)
         (folder / "app.py").write_text(app)
-        build(folder, self.folder / "app.tar.gz")
         request = {
             "app": "app.py",
-            "package": self.client.upload(self.folder / "app.tar.gz"),
+            "package": send(self.client, folder, cache=self.folder / "cache"),
             "clients": {"count": len(self.agents)},
             "rounds": 5,
             "seed": 7,

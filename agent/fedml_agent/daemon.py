@@ -17,6 +17,7 @@ from typing import Any
 from fedml_agent import hardware, login, sandbox, systemd
 from fedml_agent.attic import Attic
 from fedml_agent.control import Control
+from fedml_agent.environments import Environments
 from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable
 from fedml_agent.federate import Stages
 from fedml_agent.heartbeat import Heart
@@ -79,10 +80,18 @@ class Daemon:
         self._background: set[asyncio.Task[None]] = set()
 
         self.voice = Voice(self.membership.address, home.next_boot(), version)
-        self.packages = Packages(home.packages, self.https)
+        self.packages = Packages(home.packages, self.https, self._policy)
         self.attic = Attic(home.logs, self.journal, self.https, self._policy)
+        self.environments = Environments(home, self._policy)
         self.jobs = Jobs(
-            home, self.journal, self.packages, self.https, self, self._policy, self.attic
+            home,
+            self.journal,
+            self.packages,
+            self.environments,
+            self.https,
+            self,
+            self._policy,
+            self.attic,
         )
         self.stages = Stages(
             home,
@@ -198,6 +207,7 @@ class Daemon:
         for entry in self.journal.owed():
             if isinstance(entry.offer.spec, LaunchSpec):
                 self._spawn(self.jobs.ship_rest(entry), "agent.log")
+        self._spawn(self.environments.take_up(), "agent.environments")
         known = {e.folder for e in (*self.journal.held(), *self.journal.owed())}
         for folder in self.home.tasks.iterdir():
             if folder.name not in known:
@@ -285,6 +295,7 @@ class Daemon:
         if low or now > self._tidied_at + _TIDY_S:
             self._tidied_at = now
             await asyncio.to_thread(self.attic.tidy, disk_low=low)
+            await asyncio.to_thread(self.environments.evict, 0 if low else None)
         if set(self.policy.require) & set(sandbox.cannot()) and now > self._tried_at + _HOUSE_S:
             self._tried_at = now
             sandbox.capabilities.cache_clear()  # its owner may have mended that

@@ -6,6 +6,7 @@ HOME/agent/private/           never visible to a task: keys, certificate, journa
 HOME/agent/tasks/             one directory for each task (and epoch) that is here
 HOME/agent/sessions/          warm workers of federated runs
 HOME/agent/packages/          fetched packages, by hash
+HOME/agent/environments/      virtual environments that jobs require
 HOME/agent/logs/              of tasks that have ended
 HOME/agent/lock, control      held and served by the running agent
 """
@@ -84,6 +85,11 @@ class Home:
         return self.root / "packages"
 
     @property
+    def environments(self) -> Path:
+        """Virtual environments of jobs."""
+        return self.root / "environments"
+
+    @property
     def logs(self) -> Path:
         """Logs of tasks that have ended."""
         return self.root / "logs"
@@ -121,6 +127,7 @@ class Home:
                 self.tasks,
                 self.sessions,
                 self.packages,
+                self.environments,
                 self.logs,
             ):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -159,6 +159,8 @@ class Https:
                     "ignores `Range`"
                 )
             for chunk in response.stream(_CHUNK):
+                if 0 < blob.size < file.tell() + len(chunk):
+                    raise BlobChanged(f"more than the {blob.size} bytes of {blob.sha256} came")
                 file.write(chunk)
                 digest.update(chunk)
         finally:

@@ -236,6 +236,7 @@ class Intake:
             devices=self._devices,
             cannot=sandbox.cannot(),
             commands=launched,
+            installs=isinstance(offer.spec, LaunchSpec) and bool(offer.spec.requirements.strip()),
             gpus=needs.gpus,
             cpus=float(needs.cpus),
             memory=needs.memory_bytes,

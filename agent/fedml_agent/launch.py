@@ -17,6 +17,7 @@ from typing import Protocol
 
 from fedml_agent import sandbox, tending
 from fedml_agent.attic import Attic
+from fedml_agent.environments import CannotBuild, Environments, Wanted
 from fedml_agent.errors import AgentError, BrokerUnreachable
 from fedml_agent.home import Home
 from fedml_agent.https import Https
@@ -66,6 +67,7 @@ class Jobs:
         home: Home,
         journal: Journal,
         packages: Packages,
+        environments: Environments,
         https: Callable[[], Https],
         reporter: Reporter,
         policy: Callable[[], Policy],
@@ -75,6 +77,7 @@ class Jobs:
         self._home = home
         self._journal = journal
         self._packages = packages
+        self._environments = environments
         self._https = https
         self._reporter = reporter
         self._policy = policy
@@ -82,13 +85,17 @@ class Jobs:
         self._shippers: dict[tuple[str, int], LogShipper] = {}
         self._stops: dict[tuple[str, int], float] = {}
         self._kept: set[tuple[str, int]] = set()
+        self._building: dict[tuple[str, int], asyncio.Task[Path]] = {}
 
     async def run(self, entry: Entry) -> None:
         """One job from its offer, or from where a former agent left it, to its confirmed end."""
         try:
             tended = await self._begin(entry)
         except (BadPackage, tending.TaskRefused) as error:
-            self._fail(entry, Fault.MACHINE, str(error))
+            self._fail(entry, Cause(fault=Fault.MACHINE, message=str(error)))
+            return
+        except CannotBuild as error:
+            self._fail(entry, error.cause)
             return
         except (AgentError, tending.TendingError, OSError) as error:
             self.lose(entry, str(error))
@@ -123,9 +130,11 @@ class Jobs:
     def stop(self, entry: Entry, grace_s: float) -> None:
         """TERM, grace, KILL; also when it has not begun."""
         self._stops[entry.key] = grace_s
-        tended = self._tended.get(entry.key)
+        tended, building = self._tended.get(entry.key), self._building.get(entry.key)
         if tended is not None:
             tended.stop(grace_s)
+        elif building is not None:
+            building.cancel()
 
     def detach(self) -> None:
         """The agent stops; the jobs go on without it."""
@@ -167,14 +176,46 @@ class Jobs:
         (work / "tmp").mkdir(exist_ok=True)
         (folder / "bootstrap.sh").write_text(spec.bootstrap)
         (folder / "job.sh").write_text(spec.command)
+        if not spec.requirements.strip():
+            return await self._start(entry, spec, work, None)
+        task = "/".join(map(str, entry.key))
+        wanted = self._environments.wanted(spec.requirements, entry.offer.package, task)
+        with self._environments.held(wanted):
+            venv = await self._build(entry, wanted, work)
+            return await self._start(entry, spec, work, venv)
+
+    async def _build(self, entry: Entry, wanted: Wanted, work: Path) -> Path | None:
+        """The environment that the job requires; None: it was stopped meanwhile."""
+        now, policy = datetime.datetime.now().astimezone().time(), self._policy()
+        ready = self._environments.ready(
+            wanted,
+            work,
+            limits=limits_of(entry, policy),
+            deadline_s=time_limit_s(policy, now, entry.offer.deadline_s or None),
+        )
+        self._building[entry.key] = asyncio.create_task(ready, name=f"build.{entry.key[0]}")
+        try:
+            return await self._building[entry.key]
+        except asyncio.CancelledError:
+            if entry.key not in self._stops:
+                raise  # the agent stops
+            return None
+        finally:
+            self._building.pop(entry.key, None)
+
+    async def _start(
+        self, entry: Entry, spec: LaunchSpec, work: Path, venv: Path | None
+    ) -> Tended | None:
         if entry.key in self._stops:
             self._reporter.ended(entry, _stopped(entry))
             return None
-        tended = await tending.start(folder, self._spec(entry, spec, work))
+        tended = await tending.start(work.parent, self._spec(entry, spec, work, venv))
         self._reporter.started(entry)
         return tended
 
-    def _spec(self, entry: Entry, spec: LaunchSpec, work: Path) -> TaskSpec:
+    def _spec(
+        self, entry: Entry, spec: LaunchSpec, work: Path, venv: Path | None = None
+    ) -> TaskSpec:
         offer, policy = entry.offer, self._policy()
         membership = self._home.membership()
         extra = {
@@ -196,6 +237,9 @@ class Jobs:
             "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),
             "NVIDIA_VISIBLE_DEVICES": ",".join(entry.gpus) or "void",
         }
+        env = sandbox.clean_env(os.environ, extra, home=work)
+        if venv is not None:
+            env |= {"VIRTUAL_ENV": str(venv), "PATH": f"{venv / 'bin'}:{env['PATH']}"}
         shell = shutil.which("bash") or "/bin/sh"
         now = datetime.datetime.now().astimezone().time()
         # Data sets are for federated runs: a job could carry them off.
@@ -203,11 +247,11 @@ class Jobs:
         data = tuple(Path(path) for path in policy.data.values() if os.access(path, os.F_OK))
         return TaskSpec(
             argv=(shell, "-c", _SCRIPT),
-            env=sandbox.clean_env(os.environ, extra, home=work),
+            env=env,
             cwd=work,
             limits=limits_of(entry, policy),
             hide=(self._home.root, *data),
-            show=(self._folder(entry),),
+            show=(self._folder(entry), *([] if venv is None else [venv])),
             optional=sandbox.optional(policy.require),
             say_missing=True,
             deadline_s=time_limit_s(policy, now, offer.deadline_s or None),
@@ -280,8 +324,7 @@ class Jobs:
     def _end(self, entry: Entry, end: Ended) -> None:
         self._reporter.ended(entry, result_of(entry, end))
 
-    def _fail(self, entry: Entry, fault: Fault, message: str) -> None:
-        cause = Cause(fault=fault, message=message)
+    def _fail(self, entry: Entry, cause: Cause) -> None:
         self._reporter.ended(
             entry,
             Result(task=entry.key[0], epoch=entry.key[1], state=TaskState.FAILED, cause=cause),

@@ -93,7 +93,14 @@ def login(
 
 def logout(home: Home) -> None:
     """Forget the broker: key, certificate, journal, logs, what was fetched. The policy stays."""
-    for folder in (home.private, home.tasks, home.sessions, home.packages, home.logs):
+    for folder in (
+        home.private,
+        home.tasks,
+        home.sessions,
+        home.packages,
+        home.environments,
+        home.logs,
+    ):
         shutil.rmtree(folder, ignore_errors=True)
     if home.private.exists():
         raise HomeUnusable(f"cannot delete {home.private}", "delete it by hand")

@@ -34,6 +34,7 @@ class Policy:
 
     kinds: tuple[str, ...] = KINDS
     commands: bool = True
+    installs: bool = True
     at_once: int | None = None
     run_time_s: int | None = None
     hours: tuple[tuple[int, int], ...] | None = None
@@ -51,6 +52,8 @@ class Policy:
     require: tuple[str, ...] = (HIDE,)
     log_days: float = 7.0
     log_disk: int = 1_000_000_000
+    package_disk: int = 10_000_000_000
+    environment_disk: int = 20_000_000_000
     broken: str | None = None
 
 
@@ -79,6 +82,7 @@ class Request:
         cannot: Protections that this machine cannot give (sandbox.py), each with its reason.
         gpus, cpus, memory, disk: What it needs for itself; bytes.
         deadline_s: Seconds that it may run; None: it names no limit.
+        installs: Packages are installed for it, in an environment of its own.
         secure_aggregation: What leaves the machine is masked.
         epsilon: Privacy that it costs; None: it does not promise any.
 
@@ -96,6 +100,7 @@ class Request:
     devices: tuple[tuple[int | str | None, ...], ...] = ()
     cannot: Mapping[str, str] = field(default_factory=dict)
     commands: bool = False
+    installs: bool = False
     gpus: int = 0
     cpus: float = 0.0
     memory: int = 0
@@ -151,6 +156,8 @@ def explain(policy: Policy, request: Request) -> Iterator[Ruling]:
     yield Ruling("tasks.kinds", r.kind in p.kinds, f"kind {r.kind}", _list(p.kinds))
     ok, asked = p.commands or not r.commands, "commands" if r.commands else "no commands"
     yield Ruling("tasks.commands", ok, asked, "commands" if p.commands else "no commands")
+    ok, asked = p.installs or not r.installs, "requirements" if r.installs else "no requirements"
+    yield Ruling("tasks.installs", ok, asked, "requirements" if p.installs else "no requirements")
     yield _at_most("tasks.at_once", p.at_once, 1, r.held.tasks, "{:g} tasks".format)
     # A task that names no time is stopped after `time_limit_s`.
     yield _at_most("tasks.run_time", p.run_time_s, r.deadline_s or 0, 0, "{:g} s".format)

@@ -144,6 +144,8 @@ EXPLAINED = """\
 kinds = ["launch", "federate"]
 # May a task run shell commands?
 commands = true
+# May packages be installed for a job, into a virtual environment apart from all else?
+installs = true
 # How many tasks may run at the same time; not set: as many as fit.
 at_once = 4
 # How long one task (a job, or one stage of a federated run) may run. It is stopped then.
@@ -200,6 +202,13 @@ require = ["hide"]
 keep_days = 7.0
 # Disk space for them all; the oldest go first.
 keep_disk = "1GB"
+
+[cache]
+# Disk space for files of workspaces, so that the next launch does not bring them again; those that
+# nobody has used for longest go first.
+packages = "10GB"
+# Disk space for virtual environments of jobs, in the same way.
+environments = "20GB"
 """
 
 
@@ -329,6 +338,7 @@ _TIME = _Kind(
 _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "tasks.kinds": ("kinds", _Kind(_must(_all(KINDS.__contains__), _KINDS, tuple))),
     "tasks.commands": ("commands", _BOOL),
+    "tasks.installs": ("installs", _BOOL),
     "tasks.at_once": ("at_once", _COUNT),
     "tasks.run_time": ("run_time_s", _TIME),
     "tasks.hours": ("hours", _Kind(_read_hours, window_texts)),
@@ -348,5 +358,7 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     ),
     "logs.keep_days": ("log_days", _NUMBER),
     "logs.keep_disk": ("log_disk", _SIZE),
+    "cache.packages": ("package_disk", _SIZE),
+    "cache.environments": ("environment_disk", _SIZE),
 }
 _SECTIONS = {name.partition(".")[0] for name in _SETTINGS} | {"data"}

@@ -47,6 +47,7 @@ from fedml_broker.problems import Problem
 from fedml_broker.reports import Reports
 from fedml_broker.routes import application
 from fedml_broker.runs import Runs
+from fedml_broker.storage import Storage
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
 from fedml_protocol import topics
@@ -103,6 +104,7 @@ class Broker:
         self.blobs = Blobs(config.home / "blobs", reserve_bytes=config.disk_reserve_bytes)
         self.observer = Observer(store, config.home / "logs")
         self.runs = Runs(store)
+        self.storage = Storage(store, self.blobs)
         self.refusals = Refusals(store)
         self.metrics = Metrics(self)
         store.on_commit = self.metrics.committed

@@ -133,6 +133,22 @@ class Blobs:
         except FileNotFoundError:
             return None
 
+    def missing(self, blobs: Sequence[str], owner: str) -> dict[str, int]:
+        """Those that are not here, with the bytes that this owner has uploaded of each.
+
+        The others are claimed for the owner.
+
+        Raises:
+            Problem: 400 for what is no hash.
+        """
+        found = {}
+        for sha256 in blobs:
+            if self.size(sha256) is None:
+                found[sha256] = self._uploads.offset(sha256, owner)
+            else:
+                self.claim(sha256, owner)
+        return found
+
     async def add(self, data: bytes, *, owner: str = "broker") -> Blob:
         """Keep `data`; claimed for `owner`.
 

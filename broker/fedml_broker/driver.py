@@ -10,7 +10,6 @@ import asyncio
 import logging
 import math
 import shutil
-import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import Connection
 
-from fedml_broker import match, rounds, runs, tasks
+from fedml_broker import match, packages, rounds, runs, tasks
 from fedml_broker.aggregator import Aggregator, AggregatorDied, AggregatorRefused
 from fedml_broker.asynchronous import Versions
 from fedml_broker.observe import add_event
@@ -223,9 +222,8 @@ class Driver:
 
     async def _opening(self) -> OpenRun:
         request = self.request
-        package = self.all.blobs.path(request.package.sha256)
         app_dir = self._work_dir / "app"
-        await asyncio.to_thread(_unpack, package, app_dir)
+        await asyncio.to_thread(packages.unpack, self.all.blobs, request.package.sha256, app_dir)
         return OpenRun(
             algorithm=request.algorithm,
             algorithm_config=request.algorithm_config,
@@ -351,6 +349,7 @@ class Driver:
             evaluate=evaluate,
             labels=machine.labels if machine is not None else {},
         )
+        package = request.package.sha256
         offer = Offer(
             task=f"{self.run}-{turn}-{client}",
             epoch=1,
@@ -359,7 +358,7 @@ class Driver:
             publisher=self._publisher,
             lease_s=self.all.dispatcher.timing.lease_s,
             on_lost=OnLost.FINISH_AND_HOLD,
-            package=Blob(sha256=request.package.sha256, size=request.package.size),
+            package=Blob(sha256=package, size=self.all.blobs.size(package) or 0),
             needs=self._needs,
         )
         return Task(
@@ -466,10 +465,3 @@ class Driver:
 
     async def _discard(self, idle: list[str]) -> None:
         await asyncio.gather(*(self.all.blobs.discard(sha256) for sha256 in idle))
-
-
-def _unpack(package: Path, into: Path) -> None:
-    shutil.rmtree(into, ignore_errors=True)
-    into.mkdir(mode=0o700, parents=True)
-    with tarfile.open(package) as archive:
-        archive.extractall(into, filter="data")

@@ -12,14 +12,15 @@ from pathlib import Path
 import msgspec
 from sqlalchemy import Connection
 
-from fedml_broker import match, runs
+from fedml_broker import match, packages, runs
 from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.driver import Driver
 from fedml_broker.fleet import Fleet
-from fedml_broker.launch import NeedsBody, PackageRef, check_package, possible, uploaded
+from fedml_broker.launch import NeedsBody, possible
 from fedml_broker.observe import Observer
+from fedml_broker.packages import PackageRef
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
@@ -109,7 +110,7 @@ class Federation:
         run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
         if await runs.Runs(self.store).submitted(user, run, spec):
             return run
-        package = check_package(self.blobs, request.package)
+        package = await packages.check(self.blobs, request.package, f"u/{user.name}")
         needs = request.needs.needs()
         clients = request.clients
         wanted = match.Wanted(kind="federate", needs=needs, labels=clients.labels)
@@ -127,7 +128,7 @@ class Federation:
             )
 
         await self.store.write(commit)
-        uploaded(self.blobs, package, user)
+        package.release(self.blobs, f"u/{user.name}")
         self._drive(run, user.tenant, user.name, request)
         return run
 

@@ -10,17 +10,17 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection
 
-from fedml_broker import match, runs, tasks
+from fedml_broker import match, packages, runs, tasks
 from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.observe import LogFile, Observer, add_event
+from fedml_broker.packages import PackageRef, Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.queue import HIGHEST, LOWEST, Terms
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
-from fedml_protocol.blob import Blob
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import FINAL, Needs, Offer, OnLost, Result, TaskState
@@ -32,13 +32,6 @@ MAX_NODES = 1000
 
 # Below those that Linux gives to outgoing connections (32768 and up).
 _FIRST_PORT, _PORTS = 20_000, 10_000
-
-
-class PackageRef(msgspec.Struct, frozen=True):
-    """An uploaded package."""
-
-    sha256: str
-    size: int
 
 
 class NeedsBody(msgspec.Struct, frozen=True):
@@ -68,6 +61,7 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     command: str
     name: str = "job"
     bootstrap: str = ""
+    requirements: str = ""
     env: dict[str, str] = {}
     package: PackageRef | None = None
     needs: NeedsBody = NeedsBody()
@@ -109,18 +103,19 @@ class Launcher:
         Raises:
             Problem: 422 when the job cannot be, or no machine could ever take it.
         """
-        words = (request.command, request.bootstrap, *request.env, *request.env.values())
+        scripts = (request.command, request.bootstrap, request.requirements)
+        words = (*scripts, *request.env, *request.env.values())
         if sum(len(text.encode()) for text in words) > MAX_SCRIPT_BYTES:
             raise Problem(
                 422,
-                "the job's commands and variables are too long",
+                "the job's commands, variables and requirements are too long",
                 f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
                 hint="put them into a script or a file in the workspace",
             )
         run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
         if await runs.Runs(self._store).submitted(user, run, spec):
             return run
-        package = check_package(self._blobs, request.package)
+        package = await self._package(user, request)
         needs = self._needs(user, request)
         terms = self._terms(user, request)
         ids = [f"{run}-t"]
@@ -135,13 +130,14 @@ class Launcher:
                     command=request.command,
                     bootstrap=request.bootstrap,
                     env=request.env,
+                    requirements=request.requirements,
                 ),
                 publisher=user.name,
                 lease_s=self._dispatcher.timing.lease_s,
                 on_lost=OnLost.FINISH_AND_HOLD,
                 grace_s=request.grace_s,
                 deadline_s=request.deadline_s,
-                package=package,
+                package=None if package is None else package.manifest,
                 needs=needs,
                 tail=request.follow,
             )
@@ -179,7 +175,8 @@ class Launcher:
                 add_event(tx, run, "without_gpus", wished)
 
         await self._store.write(commit)
-        uploaded(self._blobs, package, user)
+        if package is not None:
+            package.release(self._blobs, f"u/{user.name}")
         self._dispatcher.added(new)
         return run
 
@@ -216,6 +213,11 @@ class Launcher:
             "taken": taken,
             "machines": [msgspec.to_builtins(v) for v in match.verdicts(wanted, candidates)],
         }
+
+    async def _package(self, user: User, request: LaunchRequest) -> Uploaded | None:
+        if request.package is None:
+            return None
+        return await packages.check(self._blobs, request.package, f"u/{user.name}")
 
     def _needs(self, user: User, request: LaunchRequest) -> Needs:
         """What it is to have; without GPUs where it may do without and nobody has them."""
@@ -382,20 +384,3 @@ def possible(fleet: Fleet, tenant: str, wanted: match.Wanted, count: int = 1) ->
             else ""
         ),
     )
-
-
-def uploaded(blobs: Blobs, package: Blob | None, user: User) -> None:
-    """The run refers to its package now: the upload need not keep it any longer."""
-    if package is not None:
-        blobs.release(package.sha256, f"u/{user.name}")
-
-
-def check_package(blobs: Blobs, package: PackageRef | None) -> Blob | None:
-    if package is None:
-        return None
-    size = blobs.size(package.sha256)
-    if size is None:
-        raise Problem(
-            422, "the package was not uploaded", package.sha256, hint="upload it first, then submit"
-        )
-    return Blob(sha256=package.sha256, size=size)

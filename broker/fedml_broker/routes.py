@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import about, accounts, agents, blobs, clusters, devices, runs
+from fedml_broker.api import about, accounts, agents, blobs, clusters, devices, runs, storage
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
 from fedml_broker.clusters import AutostopBody, ClusterRequest
@@ -19,6 +19,7 @@ from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
 from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.problems import Problem, as_problems
+from fedml_broker.storage import PutObject
 from fedml_protocol.topics import Address
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def table(broker: "Broker") -> Sequence[Route]:
     itself, agent, blob = about.Handlers(broker), agents.Handlers(broker), blobs.Handlers(broker)
     run, device = runs.Handlers(broker), devices.Handlers(broker)
     account, cluster = accounts.Handlers(broker), clusters.Handlers(broker)
+    stored = storage.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -94,6 +96,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route(
             "PUT", "/v1/blobs/{sha256}", MEMBER_OR_DEVICE, blob.put_blob, expect=blob.expect_blob
         ),
+        Route("POST", "/v1/blobs/missing", MEMBER, blob.missing_blobs, blobs.Asked),
         Route("POST", "/v1/launch", MEMBER, run.launch, LaunchRequest),
         Route("POST", "/v1/launch/match", MEMBER, run.match_launch, LaunchRequest),
         Route("POST", "/v1/federate", MEMBER, run.federate, FederateRequest),
@@ -113,6 +116,10 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route(
             "PUT", "/v1/clusters/{cluster}/autostop", MEMBER, cluster.autostop_cluster, AutostopBody
         ),
+        Route("GET", "/v1/storage", VIEWER, stored.list_objects),
+        Route("GET", "/v1/storage/{name}", VIEWER, stored.show_object),
+        Route("PUT", "/v1/storage/{name}", MEMBER, stored.put_object, PutObject),
+        Route("DELETE", "/v1/storage/{name}", MEMBER, stored.remove_object),
         Route("GET", "/v1/devices", VIEWER, device.list_devices),
         Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),
         Route("POST", "/v1/devices/{device}/labels", ADMIN, device.label_device, devices.Labels),

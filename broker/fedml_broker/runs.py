@@ -8,21 +8,22 @@ the same whatever it does.
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from fedml_broker import audit
 from fedml_broker.accounts import User
 from fedml_broker.observe import add_event
+from fedml_broker.packages import Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import blob_refs, clients, events, rounds, runs, tasks
 from fedml_broker.tasks import cause_json
-from fedml_protocol.blob import Blob
 from fedml_protocol.cause import Cause
 from fedml_protocol.tasks import FINAL, TaskState
 
@@ -180,7 +181,7 @@ def create(
     kind: str,
     name: str,
     spec: dict[str, Any],
-    package: Blob | None,
+    package: Uploaded | None,
 ) -> None:
     """Write down a new run, queued.
 
@@ -199,18 +200,17 @@ def create(
             "kind": kind,
             "name": name,
             "spec": spec,
-            "package": None
-            if package is None
-            else {"sha256": package.sha256, "size": package.size},
+            "package": None if package is None else msgspec.to_builtins(package.manifest),
             "state": TaskState.QUEUED.name,
             "created_at": time.time(),
         },
     )
     if package is not None:
-        refer(tx, package.sha256, f"run/{run}/package")
+        refer_all(tx, package.blobs, f"run/{run}/package")
     add_event(tx, run, "state", {"state": TaskState.QUEUED.name})
     # Not the spec: commands, environment and configuration may hold somebody's secrets.
-    facts = {"kind": kind, "name": name, "package": None if package is None else package.sha256}
+    sha256 = None if package is None else package.manifest.sha256
+    facts = {"kind": kind, "name": name, "package": sha256}
     audit.note(tx, user.tenant, audit.user(user.name), "run.submit", run, **facts)
 
 
@@ -300,17 +300,23 @@ def _tenant(tx: Connection, run: str) -> str:
 
 def refer(tx: Connection, sha256: str, owner: str) -> None:
     """Keep a blob as long as `owner` is there; again is harmless."""
-    present = sa.select(blob_refs).where(blob_refs.c.sha256 == sha256, blob_refs.c.owner == owner)
-    if tx.execute(present).first() is None:
-        tx.execute(blob_refs.insert().values(sha256=sha256, owner=owner))
+    refer_all(tx, (sha256,), owner)
+
+
+def refer_all(tx: Connection, blobs: Iterable[str], owner: str) -> None:
+    """Keep blobs as long as `owner` is there; again is harmless."""
+    kept = set(
+        tx.execute(sa.select(blob_refs.c.sha256).where(blob_refs.c.owner == owner)).scalars()
+    )
+    if new := [{"sha256": sha256, "owner": owner} for sha256 in {*blobs} - kept]:
+        tx.execute(blob_refs.insert(), new)
 
 
 def release(tx: Connection, owner: str) -> list[str]:
     """Drop what `owner` and everything below it refers to; the blobs that nobody needs now."""
     mine = sa.or_(blob_refs.c.owner == owner, blob_refs.c.owner.startswith(owner + "/"))
-    hashes = set(tx.execute(sa.select(blob_refs.c.sha256).where(mine)).scalars())
+    hashes = sa.select(blob_refs.c.sha256).where(mine)
+    others = sa.select(blob_refs.c.sha256).where(blob_refs.c.sha256.in_(hashes), sa.not_(mine))
+    idle = set(tx.execute(hashes).scalars()) - set(tx.execute(others).scalars())
     tx.execute(blob_refs.delete().where(mine))
-    still = set(
-        tx.execute(sa.select(blob_refs.c.sha256).where(blob_refs.c.sha256.in_(hashes))).scalars()
-    )
-    return sorted(hashes - still)
+    return sorted(idle)

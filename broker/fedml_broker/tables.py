@@ -7,6 +7,7 @@ end of keys and certificates. Leases and deadlines are durations, counted on mon
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -198,6 +199,22 @@ audit = Table(
     Column("details", String, nullable=False),  # canonical JSON
     Column("hash", String, nullable=False),
     Index("audit_by_tenant", "tenant", "n"),
+)
+
+objects = Table(
+    "objects",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("tenant", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("sha256", String, nullable=False),  # of its bytes, or of a folder's manifest
+    Column("size", BigInteger, nullable=False),  # of all its files
+    Column("folder", Boolean, nullable=False),
+    Column("metadata", JSON, nullable=False),  # its user's own
+    Column("user", String, nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("tenant", "name"),
+    sqlite_autoincrement=True,
 )
 
 # A blob lives as long as somebody names it here.

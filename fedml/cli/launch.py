@@ -5,48 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from fedml import launch as submit
+from fedml.cli.file_or_verb import FileOrVerb, complete
 from fedml.cli.following import follow
-from fedml.cli.options import connect, home_option, json_lines_option
+from fedml.cli.options import connect, home_option, json_lines_option, package_option
 from fedml.cli.tables import print_json, print_table, size, transfer
 from fedml.errors import BrokerRefused
 
 
-class _JobOrVerb(click.Group):
-    """A command of its own whose first word may be a verb instead of a file.
-
-    A file that is called like a verb is written as `./init`.
-    """
-
-    allow_interspersed_args = True
-
-    def make_context(
-        self,
-        info_name: str | None,
-        args: list[str],
-        parent: click.Context | None = None,
-        **extra: Any,
-    ) -> click.Context:
-        """As click does; a verb gets its context without the arguments of the command."""
-        if not args or args[0] not in self.commands:
-            return super().make_context(info_name, args, parent, **extra)
-        # Not of this command itself: its JOB would stand in the usage of the verb.
-        own = click.Context(click.Group(self.name), info_name=info_name, parent=parent)
-        return self.commands[args[0]].make_context(args[0], args[1:], own, **extra)
-
-
-def _complete(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
-    verbs = [CompletionItem(verb) for verb in launch.commands if verb.startswith(begun)]
-    return [*verbs, CompletionItem(begun, type="file")]
-
-
-@click.group(cls=_JobOrVerb, invoke_without_command=True, subcommand_metavar="")
+@click.group(cls=FileOrVerb, invoke_without_command=True, subcommand_metavar="")
 @click.argument(
     "job",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    shell_complete=_complete,
+    shell_complete=complete,
 )
 @click.option("--follow/--detach", "stay", default=True, help="Show the log until the run ends.")
 @click.option("--dry-run", is_flag=True, help="Show where it would run and why; start nothing.")
@@ -56,6 +28,7 @@ def _complete(_: click.Context, __: click.Parameter, begun: str) -> list[Complet
 @click.option(
     "-c", "--cluster", default="", metavar="NAME", help="On the machines of this cluster."
 )
+@package_option
 @json_lines_option
 @home_option
 def launch(
@@ -64,6 +37,7 @@ def launch(
     dry_run: bool,
     any_resource: bool,
     cluster: str,
+    package: str,
     as_json: bool,
     home: Path,
 ) -> None:
@@ -89,7 +63,13 @@ def launch(
         return
     with transfer("workspace") as told:
         run = submit.launch(
-            client, job, follow=stay, any_resource=any_resource, cluster=cluster, told=told
+            client,
+            job,
+            follow=stay,
+            any_resource=any_resource,
+            cluster=cluster,
+            package=package,
+            told=told,
         )
     if as_json:
         print_json({"run": run})

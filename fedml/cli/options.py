@@ -13,6 +13,10 @@ from fedml.client import Client
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+# For commands that FedML spells with underscores: `--dest_folder` is `--dest-folder`.
+AS_FEDML_SPELLS = {"token_normalize_func": lambda token: token.replace("_", "-")}
+
+
 def home_option(function: F) -> F:
     """`--home DIR`, handed over as the path of this home."""
     return click.option(
@@ -34,6 +38,15 @@ def json_lines_option(function: F) -> F:
     """`--json` of a command that goes on for a while, handed over as `as_json`."""
     text = "Print one JSON object a line, for scripts."
     return click.option("--json", "as_json", is_flag=True, help=text)(function)
+
+
+def package_option(function: F) -> F:
+    """`--package WHAT`, handed over as `package`."""
+    text = (
+        "In place of the workspace: a file of `fedml build`, the name of a stored folder, or the "
+        "hash of a package."
+    )
+    return click.option("--package", default="", metavar="FILE|NAME|HASH", help=text)(function)
 
 
 def strict_option(function: F) -> F:

@@ -402,7 +402,7 @@ class ResultAck(_message.Message):
     def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class LaunchSpec(_message.Message):
-    __slots__ = ("bootstrap", "command", "env")
+    __slots__ = ("bootstrap", "command", "env", "requirements")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -413,10 +413,12 @@ class LaunchSpec(_message.Message):
     BOOTSTRAP_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
     ENV_FIELD_NUMBER: _ClassVar[int]
+    REQUIREMENTS_FIELD_NUMBER: _ClassVar[int]
     bootstrap: str
     command: str
     env: _containers.ScalarMap[str, str]
-    def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    requirements: str
+    def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., requirements: _Optional[str] = ...) -> None: ...
 
 class StageSpec(_message.Message):
     __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "treatment", "evaluate", "labels")

@@ -56,7 +56,7 @@ class Yard:
         nobody: Any = None
         self.attic = Attic(home.logs, self.journal, nobody, lambda: self.policy)
         self.jobs = Jobs(
-            home, self.journal, nobody, nobody, nobody, lambda: self.policy, self.attic
+            home, self.journal, nobody, nobody, nobody, nobody, lambda: self.policy, self.attic
         )
 
     def spec(self, job: Entry, **policy: Any) -> TaskSpec:

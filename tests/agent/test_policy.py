@@ -63,6 +63,7 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
     ("tasks.kinds", {"kinds": ("federate",)}, {"kind": "federate"}, {"kind": "launch"}),
     ("tasks.kinds", {}, {"kind": "federate"}, {"kind": "mine-bitcoin"}),
     ("tasks.commands", {"commands": False}, {}, {"commands": True}),
+    ("tasks.installs", {"installs": False}, {}, {"installs": True}),
     ("tasks.at_once", {"at_once": 2}, {"held": Held(tasks=1)}, {"held": Held(tasks=2)}),
     ("tasks.run_time", {"run_time_s": 60}, {"deadline_s": 60.0}, {"deadline_s": 61.0}),
     (
@@ -253,7 +254,7 @@ def test_what_closes_the_whole_machine_is_said_before_anybody_asks(
 def test_explain_lists_every_rule_with_its_verdict() -> None:
     policy = Policy(commands=False, gpus=())
     rulings = {one.rule: one.ok for one in explain(policy, asked(commands=True, gpus=1))}
-    assert len(rulings) == 15
+    assert len(rulings) == 16
     assert {rule for rule, ok in rulings.items() if not ok} == {"tasks.commands", "resources.gpus"}
 
 
@@ -353,6 +354,7 @@ policies = st.builds(
     Policy,
     kinds=some(st.sampled_from(KINDS)),
     commands=st.booleans(),
+    installs=st.booleans(),
     at_once=st.none() | st.integers(0, 5),
     run_time_s=st.none() | st.integers(0, 100),
     hours=st.none() | some(windows),
@@ -369,6 +371,8 @@ policies = st.builds(
     require=some(st.sampled_from(REQUIRABLE)),
     log_days=st.floats(0, 100),
     log_disk=st.integers(0, 100),
+    package_disk=st.integers(0, 100),
+    environment_disk=st.integers(0, 100),
 )
 requests = st.builds(
     Request,
@@ -388,6 +392,7 @@ requests = st.builds(
     devices=some(st.sampled_from(asked().devices)),
     cannot=st.dictionaries(st.sampled_from(REQUIRABLE), st.just("no")),
     commands=st.booleans(),
+    installs=st.booleans(),
     gpus=st.integers(0, 3),
     cpus=st.floats(0, 3),
     memory=st.integers(0, 80),
@@ -427,6 +432,7 @@ def narrower(draw: Any, value: Any) -> Any:
 TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "kinds": fewer,
     "commands": lambda _, value: False,
+    "installs": lambda _, value: False,
     "at_once": lower,
     "run_time_s": lower,
     "hours": narrower,
@@ -444,6 +450,8 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "require": lambda draw, value: (*value, *draw(some(st.sampled_from(REQUIRABLE)))),
     "log_days": lower,
     "log_disk": lower,
+    "package_disk": lower,
+    "environment_disk": lower,
     "broken": lambda _, value: "the file is broken",
 }
 
@@ -528,6 +536,8 @@ def test_the_explained_file_shows_the_true_defaults() -> None:
     assert example.disk_reserve == Policy().disk_reserve
     assert example.log_days == Policy().log_days
     assert example.log_disk == Policy().log_disk
+    assert example.package_disk == Policy().package_disk
+    assert example.environment_disk == Policy().environment_disk
     assert example.require == Policy().require
 
 

@@ -38,6 +38,7 @@ LEAST = {
     "HEAD /v1/blobs/{sha256}": ("viewer", True),
     "GET /v1/blobs/{sha256}": ("viewer", True),
     "PUT /v1/blobs/{sha256}": ("member", True),
+    "POST /v1/blobs/missing": ("member", False),
     "POST /v1/launch": ("member", False),
     "POST /v1/launch/match": ("member", False),
     "POST /v1/federate": ("member", False),
@@ -55,6 +56,10 @@ LEAST = {
     "DELETE /v1/runs/{run}": ("admin", False),
     "GET /v1/runs/{run}/follow": ("viewer", False),
     "POST /v1/runs/{run}/stop": ("member", False),
+    "GET /v1/storage": ("viewer", False),
+    "GET /v1/storage/{name}": ("viewer", False),
+    "PUT /v1/storage/{name}": ("member", False),
+    "DELETE /v1/storage/{name}": ("member", False),
     "GET /v1/devices": ("viewer", False),
     "GET /v1/devices/{device}": ("viewer", False),
     "POST /v1/devices/{device}/labels": ("admin", False),
@@ -101,6 +106,10 @@ def test_each_route_has_its_least_role_and_no_route_is_without_a_row() -> None:
     assert all(isinstance(r, web.ResourceRoute) for r in served)
 
 
+# What a hash names is nobody's, and a name that is ours may be somebody else's, too.
+OURS_ALONE = [r for r in ROUTES if "{" in r and "/blobs/" not in r and "PUT /v1/storage" not in r]
+
+
 class Askers:
     """A broker, and everybody who may come: by name, with the credentials of each."""
 
@@ -143,7 +152,10 @@ class Askers:
             "user": "default-member",
             "cluster": call("POST", "/v1/clusters", {"name": "c", "devices": ["ours"]})["name"],
             "sha256": hashlib.sha256(b"").hexdigest(),
+            "name": "an-object",
         }
+        place.client.put(self.real["sha256"], 0, lambda start: iter([]))
+        call("PUT", "/v1/storage/an-object", {"sha256": self.real["sha256"]})
         # What is not there: for those who may, so that nothing of ours is deleted by the way.
         self.made_up = {**dict.fromkeys(self.real, "nothing"), "epoch": "1", "stream": "stdout"}
         self.made_up["sha256"] = self.real["sha256"]
@@ -208,7 +220,7 @@ def test_a_route_answers_those_who_may_ask_and_refuses_the_others(
 
 
 @pytest.mark.parametrize("who", ["foreign viewer", "foreign member", "foreign admin"])
-@pytest.mark.parametrize("route", [r for r in ROUTES if "{" in r and "/blobs/" not in r])
+@pytest.mark.parametrize("route", OURS_ALONE)
 def test_what_is_ours_does_not_exist_for_another_tenant(
     askers: Askers, route: str, who: str
 ) -> None:
@@ -221,7 +233,7 @@ def test_what_is_ours_does_not_exist_for_another_tenant(
 def test_no_list_shows_another_tenant_what_is_ours(askers: Askers, route: str, who: str) -> None:
     _, answer = askers.ask(who, route, {})
     if route != "GET /v1/openapi.json":
-        for name in ("device", "run", "key", "user"):
+        for name in ("device", "run", "key", "user", "name"):
             assert askers.real[name] not in json.dumps(answer)
 
 

@@ -19,6 +19,7 @@ from fedml_broker.launch import LaunchRequest
 from fedml_broker.match import Capacity
 from fedml_broker.problems import Problem
 from fedml_broker.tables import DEFAULT_TENANT
+from fedml_protocol.package import Package
 from fedml_protocol.topics import Address
 
 RUN = "r-0123456789"
@@ -38,7 +39,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
 async def _request(broker: Broker, word: str) -> Any:
     if word == "launch":
         return LaunchRequest(command="true", run=RUN)
-    package = await broker.blobs.add(b"a package", owner="u/ann")
+    package = await broker.blobs.add(Package().manifest(), owner="u/ann")
     asked = {
         "run": RUN,
         "app": "app.py",

@@ -5,6 +5,7 @@ Real commands against a real broker; a wrong job file is in tests/fedml, a rewri
 tests/agent/test_intake.py.
 """
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 from fedml.errors import BrokerRefused
+from fedml.parts import send
 from fedml_protocol.keys import LoginKey, Scope, parse_login_key
+from fedml_protocol.package import File, Package, Part, parse
 from tests.place import APP, Place, command
 
 
@@ -157,9 +160,12 @@ def test_an_agent_with_a_corrupt_journal_sets_it_aside_and_works(place: Place) -
 def test_a_package_with_another_hash_never_runs(place: Place) -> None:
     place.agent("one")
     package = _package(place, "echo ran > ran")
-    blob = next(f for f in (place.home / "broker" / "blobs").rglob(package["sha256"]))
+    blobs = place.home / "broker" / "blobs"
+    (manifest,) = blobs.rglob(str(package["sha256"]))
+    (part,) = parse(manifest.read_bytes()).parts
+    (blob,) = blobs.rglob(part.sha256)
     blob.chmod(0o600)
-    blob.write_bytes(b"other bytes than those that the offer names")
+    blob.write_bytes(b"X" * blob.stat().st_size)
     run = place.launch("sh script.sh", package=package)
     end = place.end(run)
     assert end["state"] == "FAILED"
@@ -167,14 +173,26 @@ def test_a_package_with_another_hash_never_runs(place: Place) -> None:
     assert place.stdout(run) == ""
 
 
-def _package(place: Place, script: str) -> dict[str, object]:
-    from fedml.package import build
+def test_a_package_that_is_not_all_there_or_none_is_refused_before_anything_runs(
+    broker: Place,
+) -> None:
+    data = b"no manifest"
+    sha256 = hashlib.sha256(data).hexdigest()
+    broker.client.put(sha256, len(data), lambda start: iter([data[start:]]))
+    with pytest.raises(BrokerRefused, match="not a package"):
+        broker.launch("true", package={"sha256": sha256, "size": len(data)})
+    manifest = Package((Part("ab" * 32, (File("a", 7),)),)).manifest()
+    sha256 = hashlib.sha256(manifest).hexdigest()
+    broker.client.put(sha256, len(manifest), lambda start: iter([manifest[start:]]))
+    with pytest.raises(BrokerRefused, match="part of the package was not uploaded: abab"):
+        broker.launch("true", package={"sha256": sha256, "size": len(manifest)})
 
+
+def _package(place: Place, script: str) -> dict[str, object]:
     folder = place.folder / "workspace"
     folder.mkdir()
     (folder / "script.sh").write_text(script)
-    build(folder, place.folder / "workspace.tar.gz")
-    return place.client.upload(place.folder / "workspace.tar.gz")
+    return send(place.client, folder, cache=place.folder / "cache")
 
 
 def test_a_store_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> None:

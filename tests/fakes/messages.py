@@ -92,6 +92,7 @@ BY_FIELD: Mapping[tuple[type, str], st.SearchStrategy[Any]] = {
     (LaunchSpec, "bootstrap"): _NO_NUL,
     (LaunchSpec, "command"): _NO_NUL.filter(str.strip),
     (LaunchSpec, "env"): st.dictionaries(_ENV_NAME, _NO_NUL, max_size=3),
+    (LaunchSpec, "requirements"): _NO_NUL,
     (Progress, "state"): st.just(TaskState.RUNNING),
     (Result, "state"): st.sampled_from(sorted(FINAL)),
 }

@@ -299,3 +299,36 @@ def test_switches_that_are_off_are_not_spoken_of(tmp_path: Path) -> None:
             "computing: {allow_cross_cloud_resources: false}\n",
         )
     )
+
+
+def test_requirements_are_a_list_or_a_file_in_the_workspace(tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "r.txt").write_text("numpy==2.0  # why\n./a.whl")
+    for text, wanted in (
+        ("requirements: [numpy==2.0, tqdm]\n", "numpy==2.0\ntqdm\n"),
+        ("requirements: |\n  numpy==2.0\n  tqdm\n", "numpy==2.0\ntqdm\n"),
+        ("workspace: w\nrequirements: r.txt\n", "numpy==2.0  # why\n./a.whl\n"),
+        ("requirements:\n", None),
+        ("", None),
+    ):
+        request, _ = read_job(_job(tmp_path, f"job: echo\n{text}"))
+        assert request.get("requirements") == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("requirements: r.txt\n", "there is no file r.txt in the workspace"),
+        ("workspace: w\nrequirements: ../job.yaml\n", "there is no file ../job.yaml"),
+        ("workspace: w\nrequirements: numpy\n", "there is no file numpy"),
+        ("requirements: [-e .]\n", "'-e .' cannot be: an environment may be shared"),
+        ("requirements: {a: b}\n", "line 2: `requirements` must be text"),
+        ("requirements: [[a]]\n", "line 2: `requirements` must be text"),
+    ],
+)
+def test_requirements_that_cannot_be_are_refused_with_a_way_out(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "w").mkdir()
+    with pytest.raises(ConfigError, match=said):
+        read_job(_job(tmp_path, f"job: echo\n{text}"))

@@ -60,6 +60,7 @@ def show(output: Path | None, home: Home) -> None:
     help="What is asked for: a job, or a stage of a federated run.",
 )
 @click.option("--publisher", default="somebody", show_default=True, help="Who asks.")
+@click.option("--requirements", is_flag=True, help="Packages are to be installed for it.")
 @click.option("--gpus", default=0, show_default=True, help="GPUs that are asked for.")
 @click.option("--cpus", default=0.0, show_default=True, help="CPUs that are asked for.")
 @click.option("--memory-gb", default=0.0, show_default=True, help="Memory that is asked for.")
@@ -71,6 +72,7 @@ def show(output: Path | None, home: Home) -> None:
 def check(
     kind: str,
     publisher: str,
+    requirements: bool,
     gpus: int,
     cpus: float,
     memory_gb: float,
@@ -101,6 +103,7 @@ def check(
         devices=room.all_names(inventory),
         cannot=sandbox.cannot(),
         commands=kind == "launch",
+        installs=requirements,
         gpus=gpus,
         cpus=cpus,
         memory=int(memory_gb * 1e9),

@@ -3,12 +3,19 @@
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from aiohttp import web
 
 from fedml_broker.api.call import Call
 
 if TYPE_CHECKING:
     from fedml_broker.app import Broker
+
+
+class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Blobs, by their hash."""
+
+    blobs: list[str]
 
 
 class Handlers:
@@ -32,3 +39,10 @@ class Handlers:
     async def put_blob(self, call: Call) -> Any:
         """Upload a blob, whole or in parts."""
         return await self._broker.blobs.put(call.http, call.part("sha256"), call.owner)
+
+    async def missing_blobs(self, call: Call) -> Any:
+        """Which of these blobs are not here whole, each with the byte at which to go on.
+
+        The others stay for ten minutes at least: a run is going to refer to them.
+        """
+        return {"missing": self._broker.blobs.missing(call.body.blobs, call.owner)}

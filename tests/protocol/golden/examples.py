@@ -139,6 +139,14 @@ _ORDERS: Mapping[str, _What] = {
         spec=LaunchSpec(command="nvidia-smi"),
         needs=Needs(gpus=2, gpu_model="A100-80G"),
     ),
+    "offer-requirements": Offer(
+        task=TASK,
+        epoch=1,
+        run="r-42",
+        spec=LaunchSpec(
+            command="python train.py", requirements="numpy==2.4.6\n./wheels/ours.whl\n"
+        ),
+    ),
 }
 
 _BODIES: Mapping[str, Body] = {
