@@ -24,6 +24,7 @@ from fedml_agent.journal import Entry, Journal
 from fedml_agent.observe import Finished, Logged, LogShipper
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
+from fedml_agent.secret_names import secrets_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
@@ -195,6 +196,7 @@ class Jobs:
             "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),
             "NVIDIA_VISIBLE_DEVICES": ",".join(entry.gpus) or "void",
         }
+        env = sandbox.clean_env(os.environ, extra, home=work)
         shell = shutil.which("bash") or "/bin/sh"
         now = datetime.datetime.now().astimezone().time()
         # Data sets are for federated runs: a job could carry them off.
@@ -202,7 +204,8 @@ class Jobs:
         data = tuple(Path(path) for path in policy.data.values() if os.access(path, os.F_OK))
         return TaskSpec(
             argv=(shell, "-c", _SCRIPT),
-            env=sandbox.clean_env(os.environ, extra, home=work),
+            env=env,
+            secrets=tuple(secrets_of(env, spec.secrets, policy.log_hide)),
             cwd=work,
             limits=limits_of(entry, policy),
             hide=(self._home.root, *data),

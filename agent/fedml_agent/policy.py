@@ -50,6 +50,7 @@ class Policy:
     require: tuple[str, ...] = (HIDE,)
     log_days: float = 7.0
     log_disk: int = 1_000_000_000
+    log_hide: tuple[str, ...] = ()
     broken: str | None = None
 
 

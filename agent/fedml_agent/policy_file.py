@@ -197,6 +197,9 @@ require = ["hide"]
 keep_days = 7.0
 # Disk space for them all; the oldest go first.
 keep_disk = "1GB"
+# Variables whose values logs never show, * allowed; beside those whose names look secret, such as
+# HF_TOKEN, and those that a job declares.
+hide = ["SITE_LOGIN", "CORP_*"]
 """
 
 
@@ -344,5 +347,6 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     ),
     "logs.keep_days": ("log_days", _NUMBER),
     "logs.keep_disk": ("log_disk", _SIZE),
+    "logs.hide": ("log_hide", _TEXTS),
 }
 _SECTIONS = {name.partition(".")[0] for name in _SETTINGS} | {"data"}

@@ -19,7 +19,7 @@ from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_protocol.blob import Blob
 from fedml_protocol.errors import MalformedMessage
-from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.launch import LaunchSpec, looks_secret
 from fedml_protocol.tasks import Needs, Offer, OnLost, Result
 
 log = logging.getLogger(__name__)
@@ -53,13 +53,15 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job, as `fedml launch` sends it.
 
     A client that chooses the id of its `run` may ask again until it is answered: it starts once.
-    With `gpus_optional`, it goes without GPUs where no machine has those that it needs.
+    No log shows the values of variables that are named in `secrets`. With `gpus_optional`, it goes
+    without GPUs where no machine has those that it needs.
     """
 
     command: str
     name: str = "job"
     bootstrap: str = ""
     env: dict[str, str] = {}
+    secrets: list[str] = []
     package: PackageRef | None = None
     needs: NeedsBody = NeedsBody()
     gpus_optional: bool = False
@@ -102,7 +104,7 @@ class Launcher:
                 f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
                 hint="put them into a script or a file in the workspace",
             )
-        run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
+        run, spec = runs.check_new_id(request.run), _shown(request)
         if await runs.Runs(self._store).submitted(user, run, spec):
             return run
         package = check_package(self._blobs, request.package)
@@ -116,6 +118,7 @@ class Launcher:
                     command=request.command,
                     bootstrap=request.bootstrap,
                     env=request.env,
+                    secrets=tuple(request.secrets),
                 ),
                 publisher=user.name,
                 lease_s=self._dispatcher.timing.lease_s,
@@ -205,6 +208,15 @@ class Launcher:
 
         await self._store.write(commit)
         self._observer.ring(task.run)
+
+
+def _shown(request: LaunchRequest) -> dict[str, Any]:
+    """The request as people may see it afterwards."""
+    spec: dict[str, Any] = msgspec.to_builtins(request)
+    for name in spec["env"]:
+        if name in request.secrets or looks_secret(name):
+            spec["env"][name] = f"***{name}***"
+    return spec
 
 
 def _exit_code(result: Result) -> int | None:

@@ -369,6 +369,7 @@ policies = st.builds(
     require=some(st.sampled_from(REQUIRABLE)),
     log_days=st.floats(0, 100),
     log_disk=st.integers(0, 100),
+    log_hide=some(patterns),
 )
 requests = st.builds(
     Request,
@@ -444,6 +445,7 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "require": lambda draw, value: (*value, *draw(some(st.sampled_from(REQUIRABLE)))),
     "log_days": lower,
     "log_disk": lower,
+    "log_hide": lambda draw, value: (*value, *draw(some(patterns))),
     "broken": lambda _, value: "the file is broken",
 }
 
@@ -503,6 +505,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         cpus=4.0,
         memory=16 * GB,
         max_epsilon=2.0,
+        log_hide=("SITE_LOGIN", "CORP_*"),
     )
 
 

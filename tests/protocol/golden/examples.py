@@ -139,6 +139,13 @@ _ORDERS: Mapping[str, _What] = {
         spec=LaunchSpec(command="nvidia-smi"),
         needs=Needs(gpus=2, gpu_model="A100-80G"),
     ),
+    "offer-secrets-traced": Offer(
+        task=TASK,
+        epoch=1,
+        run="r-42",
+        spec=LaunchSpec(command="env", env={"HF_TOKEN": "hf_x1y2"}, secrets=("HF_TOKEN",)),
+        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    ),
 }
 
 _BODIES: Mapping[str, Body] = {
