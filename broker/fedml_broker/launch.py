@@ -13,7 +13,8 @@ from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet
-from fedml_broker.observe import LogFile, Observer, add_event
+from fedml_broker.log_order import LogFile
+from fedml_broker.observe import Observer, add_event
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task

@@ -45,6 +45,7 @@ LEAST = {
     "GET /v1/runs/{run}": ("viewer", False),
     "DELETE /v1/runs/{run}": ("admin", False),
     "GET /v1/runs/{run}/follow": ("viewer", False),
+    "GET /v1/runs/{run}/logs": ("viewer", False),
     "POST /v1/runs/{run}/stop": ("member", False),
     "GET /v1/devices": ("viewer", False),
     "GET /v1/devices/{device}": ("viewer", False),
