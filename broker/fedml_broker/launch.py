@@ -198,6 +198,7 @@ class Launcher:
         """The device has started the command."""
         machine = self._fleet.get(task.device or "")
         data: dict[str, Any] = {
+            "task": task.id,
             "device": task.device,
             "name": machine.name if machine is not None else task.device,
             "epoch": task.epoch,

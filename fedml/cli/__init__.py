@@ -24,6 +24,7 @@ _VERBS = {
     "federate": "federate",
     "simulate": "simulate",
     "run": "run",
+    "logs": "logs",
     "device": "device",
     "data": "data",
     "completion": "completion",
