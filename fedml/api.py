@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from fedml import clusters, devices, session, storage
 from fedml import launch as submit
 from fedml.client import Client
 from fedml.clusters import Cluster
 from fedml.devices import Device
-from fedml.runs import Run
+from fedml.runs import Run, RunLogResult, log_page
 
 if TYPE_CHECKING:
     from fedml.data import About
@@ -31,6 +31,7 @@ __all__ = [
     "Cluster",
     "Device",
     "Run",
+    "RunLogResult",
     "build",
     "cluster_create",
     "cluster_list",
@@ -194,9 +195,37 @@ def run_status(run: str, *, home: Home = None) -> str:
     return run_show(run, home=home).state
 
 
-def run_logs(run: str, *, follow: bool = False, home: Home = None) -> Iterator[str]:
-    """What its tasks have printed, in pieces; with `follow` until the run has ended."""
-    return run_show(run, home=home).logs(follow=follow)
+@overload
+def run_logs(run_id: str, *, follow: bool = ..., home: Home = ...) -> Iterator[str]: ...
+@overload
+def run_logs(
+    run_id: str,
+    page_num: int,
+    page_size: int = ...,
+    need_all_logs: bool = ...,
+    *,
+    home: Home = ...,
+) -> RunLogResult: ...
+@overload
+def run_logs(run_id: str, *, need_all_logs: bool, home: Home = ...) -> RunLogResult: ...
+def run_logs(
+    run_id: str,
+    page_num: int | None = None,
+    page_size: int = 10,
+    need_all_logs: bool = False,
+    *,
+    follow: bool = False,
+    home: Home = None,
+) -> Iterator[str] | RunLogResult:
+    """What its tasks have printed, in pieces; with `follow` until the run has ended.
+
+    With `page_num` (from 1) and `page_size`, or `need_all_logs`, as FedML has it: lines, how many
+    there are, and the run's status in FedML's words.
+    """
+    run = run_show(run_id, home=home)
+    if page_num is None and not need_all_logs:
+        return run.logs(follow=follow)
+    return log_page(run, 1 if page_num is None else page_num, page_size, everything=need_all_logs)
 
 
 def run_stop(run: str, *, home: Home = None) -> None:

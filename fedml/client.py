@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import urllib3
 from urllib3.exceptions import HTTPError, NewConnectionError, SSLError
@@ -40,8 +41,10 @@ class Seen:
         event: Id of the newest event.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, starts: str = "") -> None:
+        """`starts`: what of logs is known, `TASK.EPOCH.STREAM:OFFSET,…`."""
         self.event = 0
+        self.starts = starts
         self._logs: dict[tuple[str, int, str], int] = {}
 
     def is_new(self, item: dict[str, Any]) -> bool:
@@ -130,7 +133,7 @@ class Client:
         seen, failures = seen or Seen(), 0
         while True:
             try:
-                for item in self._stream(run, seen.event, logs, stay):
+                for item in self._stream(run, seen, logs, stay):
                     failures = 0
                     if seen.is_new(item):
                         yield item
@@ -145,8 +148,10 @@ class Client:
                     ) from error
                 time.sleep(min(0.2 * failures, 3.0))
 
-    def _stream(self, run: str, after: int, logs: bool, stay: bool) -> Iterator[dict[str, Any]]:
-        path = f"/v1/runs/{run}/follow?after={after}&logs={int(logs)}&stay={int(stay)}"
+    def _stream(self, run: str, seen: Seen, logs: bool, stay: bool) -> Iterator[dict[str, Any]]:
+        path = f"/v1/runs/{run}/follow?after={seen.event}&logs={int(logs)}&stay={int(stay)}"
+        if seen.starts:
+            path += f"&from={seen.starts}"
         # No read time-out: a run may be silent for hours.
         timeout = urllib3.Timeout(connect=10, read=None)
         response = self._ask("GET", path, None, {}, preload=False, timeout=timeout)
@@ -159,6 +164,12 @@ class Client:
         finally:
             response.close()
         raise BrokerUnreachable("the stream ended early")
+
+    def logs(self, run: str, **query: str | float) -> dict[str, Any]:
+        """Lines of a run's logs: `GET /v1/runs/{run}/logs` with what is not empty of the query."""
+        asked = urlencode({name: value for name, value in query.items() if value != ""})
+        found: dict[str, Any] = self.call("GET", f"/v1/runs/{run}/logs?{asked}")
+        return found
 
     def has(self, sha256: str) -> bool:
         """Whether the broker has a blob."""

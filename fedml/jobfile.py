@@ -6,6 +6,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import warnings
@@ -29,6 +30,7 @@ from fedml.yamlfile import (
     whole,
     workspace_of,
 )
+from fedml_protocol.launch import SHORTEST_SECRET
 
 GIB = 2**30
 _UNITS: dict[str, int] = {"": GIB} | {
@@ -175,6 +177,21 @@ def _section(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, str]:
     return found
 
 
+def _secrets(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, str | None]:
+    """Names of variables, as a list, or with their values; None: given elsewhere."""
+    if is_null(node):
+        return {}
+    if isinstance(node, yaml.SequenceNode):
+        return {text(loader, one): None for one in node.value}
+    if not isinstance(node, yaml.MappingNode):
+        raise Unfit("must be a list of names of variables, or names with values")
+    loader.flatten_mapping(node)
+    return {
+        text(loader, key): None if is_null(value) else text(loader, value)
+        for key, value in node.value
+    }
+
+
 # ---------------------------------------------------------------------- the format
 
 _NO_CLOUD = "jobs run on machines that have joined; nothing is rented"
@@ -189,6 +206,7 @@ KEYS: dict[str, Any] = {
     "workspace": text,
     "job_name": text,
     "environment_variables": texts,
+    "secrets": _secrets,
     "computing": {
         "minimum_num_gpus": whole,
         "resource_type": text,
@@ -271,7 +289,6 @@ KEYS: dict[str, Any] = {
     },
     "file_mounts": _ONLY_THE_WORKSPACE,
     "volumes": _ONLY_THE_WORKSPACE,
-    "secrets": "nothing here keeps secrets; let the machine's owner put them there",
     "service": "models are not served yet",
 }
 # Other names of the same.
@@ -312,6 +329,11 @@ job: |
 
 #environment_variables:
 #  SEED: "7"
+
+# Variables that no log shows. Without a value (`HF_TOKEN:`), it comes from the terminal in which
+# you type `fedml launch`.
+#secrets:
+#  DEMO_PASSWORD: correct-horse
 
 # Free sections, given as FEDML_ENV_<SECTION>_<KEY>: here FEDML_ENV_TRAINING_PARAMS_EPOCHS.
 #training_params:
@@ -387,11 +409,13 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
         needs.pop("gpu_model", None)
         optional = needs["gpus"] > 0
     workspace = workspace_of(file, found) if "workspace" in found else None
+    variables = env | found.get("environment_variables", {})
+    secrets = _secret_variables(file, found.get("secrets", {}), variables)
     request = {
         "command": found["job"],
         "bootstrap": found.get("bootstrap", ""),
         "name": found.get("job_name") or file.stem,
-        "env": env | found.get("environment_variables", {}),
+        "env": variables | secrets,
         "needs": needs,
         "labels": found.get("labels", {}),
         "nodes": found.get("num_nodes", 1),
@@ -402,6 +426,8 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
         "deadline_s": found.get("deadline", 0.0),
         "grace_s": found.get("grace", 10.0),
     }
+    if secrets:
+        request["secrets"] = sorted(secrets)
     if optional:
         request["gpus_optional"] = True
     if "preemptible" in found:
@@ -437,6 +463,28 @@ def _required(file: Path, said: str | list[str], workspace: Path | None) -> str:
                 "`pip install --target=lib .` in `bootstrap`, or without -e",
             )
     return "".join(f"{line}\n" for line in lines)
+
+
+def _secret_variables(
+    file: Path, said: Mapping[str, str | None], variables: Mapping[str, str]
+) -> dict[str, str]:
+    """Each secret with its value: from the section, the other variables, or our environment."""
+    found = {}
+    for name, given in said.items():
+        value = given if given is not None else variables.get(name, os.environ.get(name))
+        if value is None:
+            raise ConfigError(
+                f"{file}: `secrets.{name}` has no value here and no variable of that name is set",
+                f"export {name}=…, then launch again",
+            )
+        if len(value.strip()) < SHORTEST_SECRET:
+            raise ConfigError(
+                f"{file}: `secrets.{name}` is too short to be hidden: it would be found everywhere",
+                f"at least {SHORTEST_SECRET} characters; what is no secret goes into "
+                "`environment_variables`",
+            )
+        found[name] = value
+    return found
 
 
 def _one_way(file: Path, found: Mapping[str, Any], name: str, other: str) -> None:

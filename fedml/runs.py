@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,21 @@ from fedml.errors import BrokerRefused, RunFailed
 
 # The states in which nothing happens any more.
 FINAL = frozenset({"FINISHED", "FAILED", "STOPPED", "LOST"})
+
+
+@dataclass(frozen=True, slots=True)
+class RunLogResult:
+    """A page of a run's log, as FedML's `run_logs` gives it.
+
+    Attributes:
+        run_status: In FedML's words: STOPPED is KILLED there, LOST is FAILED.
+        log_line_list: The lines of the page, or all.
+    """
+
+    run_status: str
+    total_log_lines: int
+    total_log_pages: int
+    log_line_list: list[str]
 
 
 class Run:
@@ -94,6 +110,15 @@ class Run:
             if "log" in item:
                 yield item["log"]["text"]
 
+    def log_lines(self, search: str = "", **query: Any) -> dict[str, Any]:
+        """Lines of its logs that hold a text, in their order, and whether that is all.
+
+        Args:
+            query: `regex`, `case`, `context`, `since`, `tail`, `skip`, `limit`, `stream`, `task`;
+                see docs/observe.md, as for the answer.
+        """
+        return self._client.logs(self.id, search=search, **query)
+
     def stop(self) -> None:
         """Ask for its end; again is harmless. `wait` tells when it has come."""
         self._client.call("POST", f"/v1/runs/{self.id}/stop")
@@ -133,6 +158,23 @@ class Run:
         number, blob = _model(self.refresh(), of_round)
         self._client.download(blob["sha256"], Path(into), told)
         return number
+
+
+def log_page(run: Run, number: int, size: int, *, everything: bool) -> RunLogResult:
+    """A page of the lines of a run, counted from 1; or all of them.
+
+    Raises:
+        ValueError: There is no such page in any run.
+    """
+    if number < 1 or size < 1:
+        raise ValueError(f"pages and their size count from 1, got {number} and {size}")
+    status = {"STOPPED": "KILLED", "LOST": "FAILED"}.get(run.state, run.state)
+    if everything:
+        lines = "".join(run.logs()).splitlines()
+        return RunLogResult(status, len(lines), -(-len(lines) // size), lines)
+    found = run.log_lines(skip=(number - 1) * size, limit=size)
+    total = found["total"]
+    return RunLogResult(status, total, -(-total // size), [line["text"] for line in found["lines"]])
 
 
 def _model(run: Run, wanted: int | None) -> tuple[int, Mapping[str, Any]]:

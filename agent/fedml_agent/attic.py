@@ -3,7 +3,7 @@
 
 logs/TASK.EPOCH/            of a launched job, its workspace gone
 logs/SESSION.shim-N/        of a federated worker
-    out.N err.N exit.json   as the shim left them (a shim that was killed wrote no record)
+    out.N err.N order.N exit.json   as the shim left them (a shim that was killed wrote no record)
     owed.json               under which task the broker wants them; gone when it has everything
 
 What the broker does not have yet is sent from here, however long that takes, and never removed.
@@ -32,7 +32,7 @@ from fedml_agent.tending import End, Ended, Gone
 log = logging.getLogger(__name__)
 
 OWED = "owed.json"
-_KEPT = ("out.*", "err.*", EXIT_RECORD, "job.sh", "bootstrap.sh", OWED)
+_KEPT = ("out.*", "err.*", "order.*", EXIT_RECORD, "job.sh", "bootstrap.sh", OWED)
 _DAY_S = 86400.0
 _RETRY_S = 60.0
 

@@ -5,22 +5,31 @@ Layout, in the task's directory, for the streams `out` and `err`:
 
     out.0  out.4194304  out.8388608  …     the number is the offset of the file's first byte
 
-Offsets count every byte that the task ever wrote. What lies between the end of one file and the
-number of the next was dropped: the oldest files when the log outgrew its cap, or bytes that the
-disk had no room for. So the directory needs no index, and a writer that is killed leaves a log
-that can be read. Nothing is synced: a power cut may cost the last seconds.
+Offsets count every byte that the task ever wrote, its secrets replaced (redact.py). What lies
+between the end of one file and the number of the next was dropped: the oldest files when the log
+outgrew its cap, or bytes that the disk had no room for. So the directory needs no index, and a
+writer that is killed leaves a log that can be read. Nothing is synced: a power cut may cost the
+last seconds.
+
+A third stream, `order`, says how the two lie in time: one record for each stretch of one of them.
 """
 
 import contextlib
 import errno
 import json
 import os
+import struct
 
 STREAMS = ("out", "err")
+ORDER = "order"
 DEFAULT_CAP = 64 << 20
 DEFAULT_SEGMENT = 4 << 20
 EXIT_RECORD = "exit.json"
 
+# 16 bytes each, and files end between two.
+_ORDER_RECORD = struct.Struct("<QQ")
+_ORDER_CAP = 4 << 20
+_ORDER_SEGMENT = 256 << 10
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -98,9 +107,9 @@ class LogReader:
     """Reads the log of one stream while it is being written, or afterwards."""
 
     def __init__(self, taskdir: str | os.PathLike[str], stream: str) -> None:
-        """`stream` is "out" or "err"."""
-        if stream not in STREAMS:
-            raise ValueError(f"stream is one of {STREAMS}, got {stream!r}")
+        """`stream` is "out", "err" or "order"."""
+        if stream not in (*STREAMS, ORDER):
+            raise ValueError(f"stream is one of {(*STREAMS, ORDER)}, got {stream!r}")
         self._taskdir = os.fspath(taskdir)
         self._stream = stream
 
@@ -150,5 +159,39 @@ class LogReader:
         try:
             with open(path, "rb") as file:  # noqa: PTH123
                 return int(json.load(file)["logs"][self._stream]["size"])
-        except FileNotFoundError:
+        except (FileNotFoundError, KeyError):  # a shim of an earlier version kept no order
             return 0
+
+
+class OrderWriter:
+    """Notes which of the two streams went on, how far, and when.
+
+    A record (16 bytes, little endian): milliseconds since 1970 times two, plus 1 for `err`; and the
+    offset up to which that stream had come. It covers what no record before it did. Stretches of
+    one stream are one until `flush`.
+    """
+
+    def __init__(self) -> None:
+        self._log = LogWriter(ORDER, cap=_ORDER_CAP, segment=_ORDER_SEGMENT)
+        self._stream = 0
+        self._end = -1
+        self._at = 0.0
+
+    @property
+    def log(self) -> LogWriter:
+        """What it writes to."""
+        return self._log
+
+    def note(self, stream: str, end: int, at: float) -> None:
+        """`stream` has come to `end`, at seconds since 1970."""
+        number = STREAMS.index(stream)
+        if number != self._stream:
+            self.flush()
+        self._stream, self._end, self._at = number, end, at
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        if self._end >= 0:
+            when = int(self._at * 1000) << 1 | self._stream
+            self._log.append(memoryview(_ORDER_RECORD.pack(when, self._end)))
+            self._end = -1

@@ -11,6 +11,7 @@ import asyncio
 import datetime
 import logging
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
@@ -69,7 +70,9 @@ class Daemon:
         self.inventory = hardware.inventory(nvml=nvml)
         sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
-        self._nvml = nvml
+        self.nvml = nvml
+        # Since this process began, by how they ended.
+        self.ended_tasks: Counter[TaskState] = Counter()
         self._https: Https | None = None
         self._stopping = asyncio.Event()
         self._confirmation = asyncio.Event()
@@ -141,7 +144,7 @@ class Daemon:
         """Run until stopped."""
         self._serving = asyncio.current_task()
         try:
-            with hardware.nvml_held_open(self._nvml):
+            with hardware.nvml_held_open(self.nvml):
                 async with self.control, asyncio.TaskGroup() as loops:
                     every = [
                         loops.create_task(self.link.serve(), name="agent.link"),
@@ -385,6 +388,7 @@ class Daemon:
         if entry.result is not None:
             return
         self.journal.end(entry, result)
+        self.ended_tasks[result.state] += 1
         if isinstance(entry.offer.spec, LaunchSpec):
             self.room.give_back(room_name(entry.offer))
         self.outbox.new(entry)

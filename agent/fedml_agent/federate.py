@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from fedml_agent.observe import LogShipper
 from fedml_agent.outbox import FilesSpoilt
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
+from fedml_agent.redact import Secrets
 from fedml_agent.room import Room
+from fedml_agent.secret_names import secrets_of
 from fedml_agent.sockets import address_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_protocol.blob import Blob, NamedBlob
@@ -264,7 +266,9 @@ class Stages:
             return _result(entry, TaskState.FAILED, out_of_time(entry, loop.time() - began))
         self._deaths.pop(spec.session, None)
         if done.cause is not None:
-            return _result(entry, TaskState.FAILED, done.cause)
+            return _result(
+                entry, TaskState.FAILED, self._without_secrets(session, entry, done.cause)
+            )
         artifacts = []
         for name in done.files:
             file = out / f"{name}.safetensors"
@@ -363,7 +367,15 @@ class Stages:
         tended = await tending.start(shim_dir, self._spec(session, entry, work))
         session.take(tended, self._shipper(session, tended))
 
-    def _spec(self, session: "Session", entry: Entry, work: Path) -> TaskSpec:
+    def _without_secrets(self, session: "Session", entry: Entry, cause: Cause) -> Cause:
+        """A traceback may show what no log does."""
+        env = self._env(entry, session.folder / "work")
+        secrets = Secrets(secrets_of(env, (), self._policy().log_hide))
+        return replace(
+            cause, message=secrets.hide(cause.message), traceback=secrets.hide(cause.traceback)
+        )
+
+    def _env(self, entry: Entry, work: Path) -> dict[str, str]:
         policy = self._policy()
         extra = {
             "FEDML_CURRENT_RUN_ID": entry.offer.run,
@@ -378,10 +390,16 @@ class Stages:
         }
         if "OPENBLAS_CORETYPE" in os.environ:  # without it, some builds compute wrong results
             extra["OPENBLAS_CORETYPE"] = os.environ["OPENBLAS_CORETYPE"]
+        return sandbox.clean_env(os.environ, extra, home=work)
+
+    def _spec(self, session: "Session", entry: Entry, work: Path) -> TaskSpec:
+        policy = self._policy()
+        env = self._env(entry, work)
         python = os.environ.get("FEDML_WORKER_PYTHON", sys.executable)
         return TaskSpec(
             argv=(python, "-m", "fedml.federate.worker", session.name),
-            env=sandbox.clean_env(os.environ, extra, home=work),
+            env=env,
+            secrets=tuple(secrets_of(env, (), policy.log_hide)),
             cwd=work,
             limits=limits_of(entry, policy),
             hide=(self._home.root,),

@@ -51,6 +51,7 @@ class Spec:
         self.show = self._strings("show", ())
         self.writable = self._strings("writable", ())
         self.optional = self._strings("optional", ())
+        self.secrets = self._strings("secrets", ())
         self.network = self._flag("network", True)
         self.read_only = self._flag("read_only", True)
         self.say_missing = self._flag("say_missing", False)

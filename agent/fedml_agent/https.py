@@ -113,7 +113,9 @@ class Https:
     ) -> int:
         """Append to a log, after `gap` bytes that nobody has any more; how long it is there now."""
         headers = {"X-Chunk-Encoding": "gzip"} if gzipped else {}
-        path = f"/v1/agent/logs/{task}/{epoch}/{stream}?offset={offset}&gap={gap}"
+        # `ordered`: whoever reads may wait for the order of the lines.
+        query = f"offset={offset}&gap={gap}&ordered=1"
+        path = f"/v1/agent/logs/{task}/{epoch}/{stream}?{query}"
         return int(json.loads(self._ask("PUT", path, data, headers).data)["size"])
 
     # ------------------------------------------------------------------ blobs

@@ -85,6 +85,8 @@ class Journal:
             HomeUnusable: Neither can be done.
         """
         self.set_aside: Path | None = None
+        # Of logs, that the broker has taken since this process began.
+        self.log_bytes = 0
         try:
             self._db = _open(path)
         except sqlite3.DatabaseError as error:
@@ -193,6 +195,7 @@ class Journal:
 
     def set_shipped(self, task: str, epoch: int, stream: str, size: int) -> None:
         """The broker has so much of a log."""
+        self.log_bytes += max(0, size - self.shipped(task, epoch, stream))
         with self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO logs VALUES (?, ?, ?, ?)", (task, epoch, stream, size)

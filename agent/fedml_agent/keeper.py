@@ -17,9 +17,10 @@ import struct
 import time
 
 from fedml_agent import confine, namespaces, processes, view
-from fedml_agent.capped_log import EXIT_RECORD, STREAMS, LogWriter
+from fedml_agent.capped_log import EXIT_RECORD, ORDER, STREAMS, LogWriter, OrderWriter
 from fedml_agent.guard import VERSION, Channels, Spec, guard
 from fedml_agent.namespaces import SandboxError
+from fedml_agent.redact import Redactor, Secrets
 
 SHIM_FILE = "shim.json"
 SOCKET_FILE = "s"
@@ -37,7 +38,7 @@ _RESERVED_BYTES = 8192
 _LINE_LIMIT = 4096
 _UNSENT_LIMIT = 256 << 10
 _READ_BYTES = 256 << 10
-_DRAIN_BYTES = 1 << 20
+_DRAIN_READS = 4
 
 
 def write_record(name: str, record: object, *, into: str | None = None) -> None:
@@ -110,6 +111,10 @@ class Keeper:
         self._logs = {
             name: LogWriter(name, cap=spec.log_cap, segment=spec.log_segment) for name in STREAMS
         }
+        self._order = OrderWriter()
+        secrets = Secrets({name: spec.env[name] for name in spec.secrets if name in spec.env})
+        # Without secrets, output goes from the pipe to the file as it is.
+        self._redactors = {name: Redactor(secrets) for name in STREAMS} if secrets else {}
         self._who: dict[str, object] = {
             "version": VERSION,
             "marker": spec.marker,
@@ -209,6 +214,7 @@ class Keeper:
         for name, why in missing.items():
             line = f"fedml: this machine gives tasks no protection '{name}': {why}\n"
             self._logs["err"].append(memoryview(line.encode()))
+            self._order.note("err", self._logs["err"].size, time.time())
 
     def _start_within(self, protections: list[str], walls: list[str]) -> None:
         channels = self._channels
@@ -254,10 +260,7 @@ class Keeper:
             guard_end = os.pidfd_open(self._guard)
         except OSError:
             guard_end = -1  # Linux < 5.3: the guard's end of the status pipe tells as well
-        logs = {
-            self._channels.out[0]: self._logs["out"],
-            self._channels.err[0]: self._logs["err"],
-        }
+        logs = {self._channels.out[0]: "out", self._channels.err[0]: "err"}
         status, listener = self._channels.status[0], self._listener.fileno()
         for number in (*logs, status, self._wake[0], listener, guard_end):
             if number >= 0:
@@ -295,19 +298,28 @@ class Keeper:
         if self._log_event_at is not None and now >= self._log_event_at:
             self._log_event_at = None
             self._log_event_not_before = now + LOG_EVENT_EVERY_S
+            self._order.flush()  # first: whoever hears of the bytes finds their place
             for connection in self._connections.values():
                 self._tell_log(connection)
 
-    def _take_output(self, number: int, log: LogWriter) -> bool:
+    def _take_output(self, number: int, stream: str) -> bool:
         """Move what is in the pipe to the log; False when nobody can write to it any more."""
         try:
             count = os.readv(number, [self._buffer])
         except BlockingIOError:
             return True
-        log.append(memoryview(self._buffer)[:count])
+        piece = memoryview(self._buffer)[:count]
+        if stream in self._redactors:
+            piece = memoryview(self._redactors[stream].feed(bytes(piece)))
+        self._write(stream, piece)
         if count and self._log_event_at is None:
             self._log_event_at = self._log_event_not_before
         return count > 0
+
+    def _write(self, stream: str, piece: memoryview) -> None:
+        if piece:
+            self._logs[stream].append(piece)
+            self._order.note(stream, self._logs[stream].size, time.time())
 
     def _take_status(self) -> bool:
         """Hear from the guard how the task's first process ended; False when the guard is gone."""
@@ -348,7 +360,8 @@ class Keeper:
 
     def _sizes(self) -> dict[str, dict[str, int]]:
         return {
-            name: {"size": log.size, "dropped": log.dropped} for name, log in self._logs.items()
+            name: {"size": log.size, "dropped": log.dropped}
+            for name, log in (*self._logs.items(), (ORDER, self._order.log))
         }
 
     def _tell_log(self, connection: _Connection) -> None:
@@ -419,19 +432,19 @@ class Keeper:
         for stream, pipe in (("out", self._channels.out), ("err", self._channels.err)):
             os.set_blocking(pipe[0], False)
             # All who could write are dead. The bound is for one who was handed the pipe and is not.
-            limit = self._logs[stream].size + _DRAIN_BYTES
-            while self._logs[stream].size < limit:
-                before = self._logs[stream].size
-                self._take_output(pipe[0], self._logs[stream])
-                if self._logs[stream].size == before:
+            for _ in range(_DRAIN_READS):
+                if not self._take_output(pipe[0], stream):
                     break
+            if stream in self._redactors:
+                self._write(stream, memoryview(self._redactors[stream].rest()))
+        self._order.flush()
         record = self._record()
         while True:
             try:
                 write_record(EXIT_RECORD, record, into=_RESERVED_FILE)
                 break
             except OSError as error:  # a file system that copies on write may want new space
-                room = any(log.give_way() for log in self._logs.values())
+                room = any(log.give_way() for log in (*self._logs.values(), self._order.log))
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not room:
                     raise
         os.unlink(SOCKET_FILE)  # noqa: PTH108

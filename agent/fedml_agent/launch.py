@@ -25,6 +25,7 @@ from fedml_agent.journal import Entry, Journal
 from fedml_agent.observe import Finished, Logged, LogShipper
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
+from fedml_agent.secret_names import secrets_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
@@ -248,6 +249,7 @@ class Jobs:
         return TaskSpec(
             argv=(shell, "-c", _SCRIPT),
             env=env,
+            secrets=tuple(secrets_of(env, spec.secrets, policy.log_hide)),
             cwd=work,
             limits=limits_of(entry, policy),
             hide=(self._home.root, *data),

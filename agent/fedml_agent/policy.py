@@ -54,6 +54,7 @@ class Policy:
     log_disk: int = 1_000_000_000
     package_disk: int = 10_000_000_000
     environment_disk: int = 20_000_000_000
+    log_hide: tuple[str, ...] = ()
     broken: str | None = None
 
 

@@ -202,6 +202,9 @@ require = ["hide"]
 keep_days = 7.0
 # Disk space for them all; the oldest go first.
 keep_disk = "1GB"
+# Variables whose values logs never show, * allowed; beside those whose names look secret, such as
+# HF_TOKEN, and those that a job declares.
+hide = ["SITE_LOGIN", "CORP_*"]
 
 [cache]
 # Disk space for files of workspaces, so that the next launch does not bring them again; those that
@@ -360,5 +363,6 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "logs.keep_disk": ("log_disk", _SIZE),
     "cache.packages": ("package_disk", _SIZE),
     "cache.environments": ("environment_disk", _SIZE),
+    "logs.hide": ("log_hide", _TEXTS),
 }
 _SECTIONS = {name.partition(".")[0] for name in _SETTINGS} | {"data"}

@@ -15,7 +15,7 @@ Files in TASKDIR (0600; the task itself cannot see them where directories can be
     spec.json   what to run; written by the agent, see `Spec` in guard.py
     shim.json   who runs it: pids, start times, boot id; synced before the program starts
     s           Unix socket: newline-delimited JSON, any number of connections
-    out.N err.N the logs, see capped_log.py
+    out.N err.N the logs, see capped_log.py; order.N: which came when
     exit.json   how it ended; synced before anybody is told
     shim.err    the traceback of a shim that failed, which should not happen
 

@@ -28,7 +28,7 @@ from fedml_agent.capped_log import LogReader
 from fedml_agent.sandbox import Limits
 from fedml_agent.sockets import address_of
 
-Stream: TypeAlias = Literal["out", "err"]
+Stream: TypeAlias = Literal["out", "err", "order"]
 _Facts: TypeAlias = dict[str, Any]  # a JSON object of the shim's, see shim.py
 
 
@@ -70,6 +70,7 @@ class TaskSpec:
         grace_s: How long it gets between TERM and KILL when its deadline is over.
         log_cap_bytes: Kept of each output stream at most; the oldest goes first.
         log_segment_bytes: Size of one log file.
+        secrets: Names of variables in `env` whose values its logs do not show.
         marker: Handed back in every record, for the agent to know whose task this is.
         cgroup: From `delegated_cgroup`, or None for limits that hold for each process.
     """
@@ -89,6 +90,7 @@ class TaskSpec:
     grace_s: float = guard.DEFAULT_GRACE_S
     log_cap_bytes: int = capped_log.DEFAULT_CAP
     log_segment_bytes: int = capped_log.DEFAULT_SEGMENT
+    secrets: Sequence[str] = ()
     marker: str = ""
     cgroup: str | None = None
 
@@ -112,6 +114,7 @@ class TaskSpec:
                 "grace_s": self.grace_s,
                 "log_cap_bytes": self.log_cap_bytes,
                 "log_segment_bytes": self.log_segment_bytes,
+                "secrets": list(self.secrets),
                 "marker": self.marker,
                 "cgroup": self.cgroup,
             }

@@ -15,14 +15,15 @@ from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet, Machine
-from fedml_broker.observe import LogFile, Observer, add_event
+from fedml_broker.log_order import LogFile
+from fedml_broker.observe import Observer, add_event
 from fedml_broker.packages import PackageRef, Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.queue import HIGHEST, LOWEST, Terms
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_protocol.errors import MalformedMessage
-from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.launch import LaunchSpec, looks_secret
 from fedml_protocol.tasks import FINAL, Needs, Offer, OnLost, Result, TaskState
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,10 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job, as `fedml launch` sends it.
 
     A client that chooses the id of its `run` may ask again until it is answered: it starts once.
-    With `gpus_optional`, it goes without GPUs where no machine has those that it needs.
-    `restarts`: how often it is started again when its command fails; `retries` is for machines.
-    `preemptible`: None leaves it to the priority: below 0 it is.
+    No log shows the values of variables that are named in `secrets`. With `gpus_optional`, it goes
+    without GPUs where no machine has those that it needs. `restarts`: how often it is started again
+    when its command fails; `retries` is for machines. `preemptible`: None leaves it to the
+    priority: below 0 it is.
     """
 
     command: str
@@ -63,6 +65,7 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bootstrap: str = ""
     requirements: str = ""
     env: dict[str, str] = {}
+    secrets: list[str] = []
     package: PackageRef | None = None
     needs: NeedsBody = NeedsBody()
     gpus_optional: bool = False
@@ -112,7 +115,7 @@ class Launcher:
                 f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
                 hint="put them into a script or a file in the workspace",
             )
-        run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
+        run, spec = runs.check_new_id(request.run), _shown(request)
         if await runs.Runs(self._store).submitted(user, run, spec):
             return run
         package = await self._package(user, request)
@@ -131,6 +134,7 @@ class Launcher:
                     bootstrap=request.bootstrap,
                     env=request.env,
                     requirements=request.requirements,
+                    secrets=tuple(request.secrets),
                 ),
                 publisher=user.name,
                 lease_s=self._dispatcher.timing.lease_s,
@@ -258,6 +262,7 @@ class Launcher:
         """The device has started the command."""
         machine = self._fleet.get(task.device or "")
         data: dict[str, Any] = {
+            "task": task.id,
             "device": task.device,
             "name": machine.name if machine is not None else task.device,
             "epoch": task.epoch,
@@ -271,6 +276,15 @@ class Launcher:
 
         await self._store.write(commit)
         self._observer.ring(task.run)
+
+
+def _shown(request: LaunchRequest) -> dict[str, Any]:
+    """The request as people may see it afterwards."""
+    spec: dict[str, Any] = msgspec.to_builtins(request)
+    for name in spec["env"]:
+        if name in request.secrets or looks_secret(name):
+            spec["env"][name] = f"***{name}***"
+    return spec
 
 
 def _exit_code(result: Result) -> int | None:

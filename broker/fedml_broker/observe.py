@@ -2,32 +2,33 @@
 """What can be seen of a run: its events, and the logs of its tasks.
 
 Events are rows, written in the transaction that they tell of. Logs are files, one per task, epoch
-and stream, to which agents append at stated offsets: a chunk that came twice changes nothing.
+and stream, to which agents append at stated offsets: a chunk that came twice changes nothing. Which
+lines of a task's two streams came when is a third file, see log_order.py.
 Whoever follows is woken by the write, not by a timer.
 """
 
 import asyncio
-import codecs
 import errno
 import json
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from fedml_broker.log_order import CHUNK, ORDER, STREAMS, LogFile, Ordered, Text
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import events
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.ids import check_id
 
-STREAMS = ("stdout", "stderr")
-_CHUNK = 256 * 1024
+# Handed to who follows at once; the next ones are read when he has taken these.
+_BATCH = 1 << 20
 
 
 class RunState(Protocol):
@@ -38,25 +39,21 @@ class RunState(Protocol):
         ...
 
 
-class LogFile(NamedTuple):
-    """One stream of one attempt at a task."""
-
-    task: str
-    epoch: int
-    stream: str
-
-
 def add_event(tx: Connection, run: str, kind: str, data: dict[str, Any]) -> None:
     """Write down that something happened, in the transaction in which it does."""
     tx.execute(events.insert(), {"run": run, "at": time.time(), "kind": kind, "data": data})
 
 
-class _Seen:
-    """How far a follower has read one log. Chunks may end inside a character."""
+class _Reading:
+    """How far a follower has read one attempt at a task."""
 
-    def __init__(self) -> None:
-        self.offset = 0
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def __init__(self, ordered: Ordered, starts: Mapping[LogFile, int]) -> None:
+        self.ordered = ordered
+        self.texts = {stream: Text() for stream in STREAMS}
+        for log, offset in starts.items():
+            if (log.task, log.epoch) == (ordered.task, ordered.epoch):
+                ordered.skip(log.stream, offset)
+                self.texts[log.stream].begin_at(offset)
 
 
 class Observer:
@@ -104,14 +101,25 @@ class Observer:
     # ------------------------------------------------------------------ logs
 
     async def append(
-        self, run: str, log: LogFile, offset: int, data: bytes, *, gap: int = 0
+        self,
+        run: str,
+        log: LogFile,
+        offset: int,
+        data: bytes,
+        *,
+        gap: int = 0,
+        ordered: bool = False,
     ) -> int:
         """Add a chunk at its offset; how long the log is now.
 
         What lies before the end is known already and skipped; a gap is told by the answer, which is
         then smaller than `offset`. A `gap` that the agent admits (a capped log) becomes a hole.
+        `ordered`: it sends the order too, which readers then wait for.
         """
-        size = await asyncio.to_thread(_append, self._path(run, log), offset, data, gap)
+        path, order = self._path(run, log), self._path(run, log._replace(stream=ORDER))
+        if ordered and not path.exists() and not order.exists():
+            await asyncio.to_thread(_append, order, 0, b"", 0)
+        size = await asyncio.to_thread(_append, path, offset, data, gap)
         if data:
             self.ring(run)
         return size
@@ -129,19 +137,30 @@ class Observer:
         found = set()
         for path in folder.glob("*.*.*.*"):  # the log, or its end, which may come first
             task, epoch, stream = path.stem.rsplit(".", 2)
-            found.add(LogFile(task, int(epoch), stream))
+            if stream != ORDER:
+                found.add(LogFile(task, int(epoch), stream))
         return sorted(found)
 
-    def _lacks_its_end(self, run: str, log: LogFile) -> bool:
-        """Whether a log is known to be longer than what is here."""
-        path = self._path(run, log)
+    def attempts(self, run: str) -> list[tuple[str, int]]:
+        """The attempts at tasks that have a log."""
+        return sorted({(log.task, log.epoch) for log in self.logs(run)})
+
+    def size(self, run: str, log: LogFile) -> int | None:
+        """How long a log is by now; None: there is none."""
         try:
-            end = int(path.with_suffix(".end").read_text())
+            return self._path(run, log).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def _lacks_its_end(self, run: str, log: LogFile, covered: int) -> bool:
+        """Whether a log is known to be longer than what is here and in order."""
+        try:
+            end = int(self._path(run, log).with_suffix(".end").read_text())
         except (OSError, ValueError):
             return False
-        return end > 0 and (not path.exists() or path.stat().st_size < end)
+        return end > 0 and min(self.size(run, log) or 0, covered) < end
 
-    def read(self, run: str, log: LogFile, offset: int, limit: int = _CHUNK) -> tuple[int, bytes]:
+    def read(self, run: str, log: LogFile, offset: int, limit: int = CHUNK) -> tuple[int, bytes]:
         """Up to `limit` bytes of a log from `offset` on, and where they begin."""
         try:
             with self._path(run, log).open("rb") as file:
@@ -163,7 +182,7 @@ class Observer:
             check_id(log.task, "task")
         except MalformedMessage as error:
             raise Problem(422, "not a log's name", str(error)) from error
-        if log.stream not in STREAMS or log.epoch < 1:
+        if log.stream not in (*STREAMS, ORDER) or log.epoch < 1:
             raise Problem(422, "not a log's name", f"{log.stream}, epoch {log.epoch}")
         return self._root / run / f"{log.task}.{log.epoch}.{log.stream}.log"
 
@@ -179,6 +198,7 @@ class Observer:
         after: int = 0,
         logs: bool = True,
         stay: bool = True,
+        starts: Mapping[LogFile, int] | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Everything of a run as it happens: events, log lines, and at last its end.
 
@@ -188,12 +208,14 @@ class Observer:
             progress: The open round of a federated run in numbers; goes beside `waiting`.
             after: Events up to this id are known to the caller.
             stay: Until the run has ended; otherwise only what there is by now.
+            starts: How much of which log is known to the caller.
 
         Yields:
             ``{"event": …}``, ``{"log": …}`` and ``{"waiting": …}`` objects; the last one is
             ``{"end": run}``.
         """
-        seen: dict[LogFile, _Seen] = {}
+        seen: dict[tuple[str, int], _Reading] = {}
+        starts = starts or {}
         told = ""
         row = await state.row(run)
         while True:
@@ -204,7 +226,7 @@ class Observer:
                     row = await state.row(run)
                 yield {"event": event}
             if logs:
-                for chunk in self._new_chunks(run, seen):
+                async for chunk in self._new_chunks(run, seen, starts, all_of_it=not stay):
                     yield chunk
             if row["ended_at"] is None and (reason := waiting(run)) != told:
                 told = reason
@@ -213,36 +235,64 @@ class Observer:
             if not stay:
                 yield {"end": row}
                 return
-            if row["ended_at"] is not None and (not logs or await self._arrived(run, row, bell)):
-                for chunk in self._new_chunks(run, seen) if logs else ():
-                    yield chunk
+            ended = row["ended_at"] is not None
+            if ended and (not logs or await self._arrived(run, row, bell, seen)):
+                if logs:
+                    async for chunk in self._new_chunks(run, seen, starts, all_of_it=True):
+                        yield chunk
                 for event in await self.events(run, after):
                     yield {"event": event}
                 yield {"end": await state.row(run)}
                 return
             await bell.wait()
 
-    def _new_chunks(self, run: str, seen: dict[LogFile, "_Seen"]) -> list[dict[str, Any]]:
-        chunks = []
-        for log in self.logs(run):
-            so_far = seen.setdefault(log, _Seen())
-            while True:
-                begin, data = self.read(run, log, so_far.offset)
-                if not data:
-                    break
-                # The end of a hole reads as NULs; a log has no other use for them.
-                text = so_far.decoder.decode(data).replace("\0", "")
-                if begin > so_far.offset:
-                    text = f"\n[about {begin - so_far.offset} bytes were not kept]\n{text}"
-                end = begin + len(data)
-                place = {"offset": begin, "end": end}
-                chunks.append({"log": {**log._asdict(), **place, "text": text}})
-                so_far.offset = end
-        return chunks
+    async def _new_chunks(
+        self,
+        run: str,
+        seen: dict[tuple[str, int], _Reading],
+        starts: Mapping[LogFile, int],
+        *,
+        all_of_it: bool,
+    ) -> AsyncIterator[dict[str, Any]]:
+        while batch := await asyncio.to_thread(self._batch, run, seen, starts, all_of_it):
+            for item in batch:
+                yield item
 
-    async def _arrived(self, run: str, row: dict[str, Any], bell: asyncio.Event) -> bool:
+    def _batch(
+        self,
+        run: str,
+        seen: dict[tuple[str, int], _Reading],
+        starts: Mapping[LogFile, int],
+        all_of_it: bool,
+    ) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = []
+        size = 0
+        for attempt in self.attempts(run):
+            if attempt not in seen:
+                seen[attempt] = _Reading(Ordered(self, run, *attempt), starts)
+            reading = seen[attempt]
+            for chunk in reading.ordered.chunks(all_of_it=all_of_it):
+                text = reading.texts[chunk.log.stream].of(chunk)
+                place = {"offset": chunk.offset, "end": chunk.end, "at": chunk.at}
+                items.append({"log": {**chunk.log._asdict(), **place, "text": text}})
+                size += len(chunk.data)
+                if size > _BATCH:
+                    return items
+        return items
+
+    async def _arrived(
+        self,
+        run: str,
+        row: dict[str, Any],
+        bell: asyncio.Event,
+        seen: Mapping[tuple[str, int], _Reading],
+    ) -> bool:
         """Whether all logs of an ended run are here; a lost machine is not waited for long."""
-        waiting = [log for log in self.logs(run) if self._lacks_its_end(run, log)]
+        waiting = []
+        for log in self.logs(run):
+            reading = seen.get((log.task, log.epoch))
+            covered = reading.ordered.covered(log.stream) if reading is not None else 0
+            waiting += [log] if self._lacks_its_end(run, log, covered) else []
         patience = row["ended_at"] + 10 - time.time()
         if not waiting or patience <= 0:
             return True

@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import about, accounts, agents, blobs, clusters, devices, runs, storage
+from fedml_broker.api import about, accounts, agents, blobs, clusters, devices, logs, runs, storage
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
 from fedml_broker.clusters import AutostopBody, ClusterRequest
@@ -74,7 +74,7 @@ def table(broker: "Broker") -> Sequence[Route]:
     itself, agent, blob = about.Handlers(broker), agents.Handlers(broker), blobs.Handlers(broker)
     run, device = runs.Handlers(broker), devices.Handlers(broker)
     account, cluster = accounts.Handlers(broker), clusters.Handlers(broker)
-    stored = storage.Handlers(broker)
+    stored, log = storage.Handlers(broker), logs.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -105,6 +105,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/runs/{run}", VIEWER, run.show_run),
         Route("DELETE", "/v1/runs/{run}", ADMIN, run.remove_run),
         Route("GET", "/v1/runs/{run}/follow", VIEWER, run.follow_run),
+        Route("GET", "/v1/runs/{run}/logs", VIEWER, log.search_logs),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
         Route("PUT", "/v1/runs/{run}/priority", MEMBER, run.set_priority, runs.PriorityBody),
         Route("GET", "/v1/clusters", VIEWER, cluster.list_clusters),

@@ -27,6 +27,7 @@ _VERBS = {
     "train": "build",
     "run": "run",
     "cluster": "cluster",
+    "logs": "logs",
     "device": "device",
     "storage": "storage",
     "data": "data",

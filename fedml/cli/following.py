@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import click
 
+from fedml.cli.job_view import JobView
+from fedml.cli.log_lines import OneTask, lines_view, task_of
 from fedml.cli.tables import duration, print_json
 from fedml.client import Client, Seen
 
@@ -29,41 +31,6 @@ class View(Protocol):
 
     def has_told(self, cause: Mapping[str, Any]) -> bool:
         """Whether the traceback of a cause has been shown."""
-
-
-class JobView:
-    """A launched job: its output, and where it runs."""
-
-    def show(self, item: dict[str, Any]) -> None:
-        """One item."""
-        if "log" in item:
-            stream = sys.stderr if item["log"]["stream"] == "stderr" else sys.stdout
-            stream.write(item["log"]["text"])
-            stream.flush()
-        elif item.get("waiting"):
-            click.secho(f"waiting: {item['waiting']}", dim=True, err=True)
-        elif "event" in item and item["event"]["kind"] == "started":
-            data = item["event"]["data"]
-            again = f", attempt {data['epoch']}" if data["epoch"] > 1 else ""
-            again += f", as rank {data['rank']}" if "rank" in data else ""
-            click.secho(f"runs on {data['name']}{again}", dim=True, err=True)
-        elif "event" in item and item["event"]["kind"] == "again":
-            data = item["event"]["data"]
-            rank = f"rank {data['rank']} is" if "rank" in data else "it is"
-            click.secho(f"{rank} queued again: {data['why']}", fg="yellow", err=True)
-        elif "event" in item and item["event"]["kind"] == "without_gpus":
-            data = item["event"]["data"]
-            wished = f"{data['gpus']} × {data['model'] or 'GPU'}"
-            click.secho(f"no machine has {wished}: it runs without GPUs", fg="yellow", err=True)
-        elif "event" in item and item["event"]["kind"] == "stopping":
-            click.echo(f"{item['event']['data']['by']} stops the run", err=True)
-
-    def close(self) -> None:
-        """Nothing is kept open."""
-
-    def has_told(self, cause: Mapping[str, Any]) -> bool:
-        """A job's own output shows what it raised."""
-        return False
 
 
 class JsonView:
@@ -89,11 +56,26 @@ class SilentView(JobView):
 
 
 def follow(
-    client: Client, run: str, *, as_json: bool, logs: bool | None = None, stay: bool = True
+    client: Client,
+    run: str,
+    *,
+    as_json: bool,
+    logs: bool | None = None,
+    stay: bool = True,
+    rank: int | None = None,
+    prefix: bool = True,
+    timestamps: bool = False,
+    starts: str = "",
 ) -> int:
     """Show a run until it ends, or (`stay` off) as far as it has come; the exit code for it.
 
     Unless said otherwise, the `logs` of a job are shown and those of a federated run are not.
+
+    Args:
+        rank: Only the output of this task.
+        prefix: Where there are several tasks, say whose each line is.
+        timestamps: Say when each line was written.
+        starts: How much of its logs was shown before, see `Client.follow`.
     """
     details = client.call("GET", f"/v1/runs/{run}")
     federated = details["kind"] == "federate"
@@ -104,13 +86,25 @@ def follow(
         from fedml.cli.rounds import RoundsView
 
         view = RoundsView(details["spec"]["rounds"])
+    elif timestamps or len(details["tasks"]) > 1:
+        view = lines_view(client, details, prefix=prefix, timestamps=timestamps)
+    if rank is not None:
+        view = OneTask(view, task_of(details, rank))
     shown = (not federated) if logs is None else logs
-    return watch(client, run, view, logs=shown or as_json, stay=stay)
+    return watch(client, run, view, logs=shown or as_json, stay=stay, starts=starts)
 
 
-def watch(client: Client, run: str, view: View, *, logs: bool = True, stay: bool = True) -> int:
+def watch(
+    client: Client,
+    run: str,
+    view: View,
+    *,
+    logs: bool = True,
+    stay: bool = True,
+    starts: str = "",
+) -> int:
     """Hand a run to a view until it ends; the exit code for it, or for Ctrl-C."""
-    seen = Seen()
+    seen = Seen(starts)
     try:
         return _show(client, run, view, seen, logs, stay)
     except KeyboardInterrupt:

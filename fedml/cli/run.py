@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from fedml.cli.following import SilentView, follow, users_part, watch
-from fedml.cli.options import connect, home_option, json_lines_option, json_option
+from fedml.cli.following import SilentView, users_part, watch
+from fedml.cli.logs import run_logs
+from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import duration, print_facts, print_json, print_table, transfer, when
 from fedml.client import Client
 from fedml.runs import Run
@@ -19,6 +20,9 @@ run_argument = click.argument("run_id", metavar="RUN")
 @click.group()
 def run() -> None:
     """Look at runs, stop them, get what they made."""
+
+
+run.add_command(run_logs, "logs")
 
 
 @run.command("list")
@@ -154,21 +158,6 @@ def status(run_id: str, home: Path, as_json: bool) -> None:
     click.echo(found["state"])
     if found["waiting"]:
         click.secho(f"waits: {found['waiting']}", dim=True, err=True)
-
-
-@run.command()
-@run_argument
-@click.option("-f", "--follow", "stay", is_flag=True, help="Go on until the run has ended.")
-@json_lines_option
-@home_option
-def logs(run_id: str, stay: bool, as_json: bool, home: Path) -> None:
-    """Show what a run has printed so far, from its beginning.
-
-    With --follow, the exit code is that of the run; Ctrl-C leaves it running unless you say
-    otherwise.
-    """
-    code = follow(connect(home), run_id, as_json=as_json, logs=True, stay=stay)
-    raise SystemExit(code if stay else 0)
 
 
 @run.command()

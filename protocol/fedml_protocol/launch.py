@@ -1,10 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a launched job is, as the agent is told it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedml_protocol.errors import MalformedMessage
+
+# A shorter value would be found in every other line of a log.
+SHORTEST_SECRET = 4
+
+_SECRET = re.compile(
+    r".*(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|APIKEY|_KEY|CREDENTIAL)S?", re.IGNORECASE
+)
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable that nobody has declared is one to hide, by its name."""
+    return _SECRET.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +30,14 @@ class LaunchSpec:
         env: Added to the clean environment of the task.
         requirements: What a virtual environment of the job has, as lines of a requirements file;
             relative paths are those of the workspace. Empty: it has none.
+        secrets: Names of variables in `env` whose values no log may show.
     """
 
     command: str
     bootstrap: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     requirements: str = ""
+    secrets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.command.strip():
@@ -30,5 +45,7 @@ class LaunchSpec:
         for name, value in self.env.items():
             if not name or "=" in name or "\0" in name + value:
                 raise MalformedMessage(f"not an environment variable: {name[:60]!r}")
+        if unknown := sorted(set(self.secrets) - self.env.keys()):
+            raise MalformedMessage(f"a secret that is no variable of the job: {unknown[0][:60]!r}")
         if "\0" in self.command + self.bootstrap + self.requirements:
             raise MalformedMessage("commands and requirements cannot hold a NUL")

@@ -9,6 +9,7 @@ Every effect is fenced by (task, epoch): the broker gives each (re-)offer the ne
 result counts only while its epoch is the current one. Repeating any message is harmless.
 """
 
+import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -33,6 +34,9 @@ class TaskState(IntEnum):
     STOPPED = 7
     LOST = 8
 
+
+# https://www.w3.org/TR/trace-context/#traceparent-header, version 00.
+TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 _S = TaskState
 
@@ -126,6 +130,7 @@ class Offer:
         deadline_s: The task is ended after this many seconds; 0 means never.
         package: The files it needs, checked against their hash before use.
         tail: Somebody watches: ship log lines as they come.
+        traceparent: W3C Trace Context of the run; empty: nobody traces it.
     """
 
     task: str
@@ -140,10 +145,13 @@ class Offer:
     package: Blob | None = None
     needs: Needs = field(default_factory=Needs)
     tail: bool = False
+    traceparent: str = ""
 
     def __post_init__(self) -> None:
         _check_task(self.task, self.epoch)
         check_id(self.run, "run")
+        if self.traceparent and TRACEPARENT.fullmatch(self.traceparent) is None:
+            raise MalformedMessage(f"not a traceparent: {self.traceparent[:60]!r}")
         if not self.lease_s > 0 or not self.grace_s >= 0 or not self.deadline_s >= 0:
             raise MalformedMessage("lease_s must be > 0, grace_s and deadline_s >= 0")
 

@@ -223,7 +223,7 @@ class Needs(_message.Message):
     def __init__(self, gpus: _Optional[int] = ..., gpu_memory_bytes: _Optional[int] = ..., cpus: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., gpu_model: _Optional[str] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("task", "epoch", "run", "publisher", "lease_s", "on_lost", "grace_s", "deadline_s", "package", "needs", "tail", "launch", "stage")
+    __slots__ = ("task", "epoch", "run", "publisher", "lease_s", "on_lost", "grace_s", "deadline_s", "package", "needs", "tail", "traceparent", "launch", "stage")
     TASK_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class Offer(_message.Message):
     PACKAGE_FIELD_NUMBER: _ClassVar[int]
     NEEDS_FIELD_NUMBER: _ClassVar[int]
     TAIL_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     LAUNCH_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     task: str
@@ -248,9 +249,10 @@ class Offer(_message.Message):
     package: Blob
     needs: Needs
     tail: bool
+    traceparent: str
     launch: LaunchSpec
     stage: StageSpec
-    def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ..., run: _Optional[str] = ..., publisher: _Optional[str] = ..., lease_s: _Optional[float] = ..., on_lost: _Optional[_Union[OnLost, str]] = ..., grace_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., package: _Optional[_Union[Blob, _Mapping]] = ..., needs: _Optional[_Union[Needs, _Mapping]] = ..., tail: _Optional[bool] = ..., launch: _Optional[_Union[LaunchSpec, _Mapping]] = ..., stage: _Optional[_Union[StageSpec, _Mapping]] = ...) -> None: ...
+    def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ..., run: _Optional[str] = ..., publisher: _Optional[str] = ..., lease_s: _Optional[float] = ..., on_lost: _Optional[_Union[OnLost, str]] = ..., grace_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., package: _Optional[_Union[Blob, _Mapping]] = ..., needs: _Optional[_Union[Needs, _Mapping]] = ..., tail: _Optional[bool] = ..., traceparent: _Optional[str] = ..., launch: _Optional[_Union[LaunchSpec, _Mapping]] = ..., stage: _Optional[_Union[StageSpec, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("task", "epoch", "grace_s", "reason")
@@ -402,7 +404,7 @@ class ResultAck(_message.Message):
     def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class LaunchSpec(_message.Message):
-    __slots__ = ("bootstrap", "command", "env", "requirements")
+    __slots__ = ("bootstrap", "command", "env", "requirements", "secrets")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -414,11 +416,13 @@ class LaunchSpec(_message.Message):
     COMMAND_FIELD_NUMBER: _ClassVar[int]
     ENV_FIELD_NUMBER: _ClassVar[int]
     REQUIREMENTS_FIELD_NUMBER: _ClassVar[int]
+    SECRETS_FIELD_NUMBER: _ClassVar[int]
     bootstrap: str
     command: str
     env: _containers.ScalarMap[str, str]
     requirements: str
-    def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., requirements: _Optional[str] = ...) -> None: ...
+    secrets: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., requirements: _Optional[str] = ..., secrets: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StageSpec(_message.Message):
     __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "treatment", "evaluate", "labels")

@@ -373,6 +373,7 @@ policies = st.builds(
     log_disk=st.integers(0, 100),
     package_disk=st.integers(0, 100),
     environment_disk=st.integers(0, 100),
+    log_hide=some(patterns),
 )
 requests = st.builds(
     Request,
@@ -452,6 +453,7 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "log_disk": lower,
     "package_disk": lower,
     "environment_disk": lower,
+    "log_hide": lambda draw, value: (*value, *draw(some(patterns))),
     "broken": lambda _, value: "the file is broken",
 }
 
@@ -513,6 +515,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         memory=16 * GB,
         price_per_hour=0.5,
         max_epsilon=2.0,
+        log_hide=("SITE_LOGIN", "CORP_*"),
     )
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedml_broker.observe import LogFile, Observer, add_event, line
+from fedml_broker.log_order import LogFile
+from fedml_broker.observe import Observer, add_event, line
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from tests.fakes.messages import LAW

@@ -55,6 +55,7 @@ LEAST = {
     "PUT /v1/clusters/{cluster}/autostop": ("member", False),
     "DELETE /v1/runs/{run}": ("admin", False),
     "GET /v1/runs/{run}/follow": ("viewer", False),
+    "GET /v1/runs/{run}/logs": ("viewer", False),
     "POST /v1/runs/{run}/stop": ("member", False),
     "GET /v1/storage": ("viewer", False),
     "GET /v1/storage/{name}": ("viewer", False),

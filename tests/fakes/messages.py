@@ -46,7 +46,7 @@ from fedml_protocol.devices import Presence
 from fedml_protocol.envelope import Envelope
 from fedml_protocol.federate import StageSpec
 from fedml_protocol.launch import LaunchSpec
-from fedml_protocol.tasks import FINAL, Progress, Result, TaskState
+from fedml_protocol.tasks import FINAL, TRACEPARENT, Progress, Result, TaskState
 
 T = TypeVar("T")
 
@@ -85,19 +85,22 @@ BY_NAME: Mapping[str, st.SearchStrategy[Any]] = {
     "session": IDS,
     "sha256": SHA256,
     "task": IDS,
+    "traceparent": st.just("") | st.from_regex(TRACEPARENT, fullmatch=True),
 }
 
 BY_FIELD: Mapping[tuple[type, str], st.SearchStrategy[Any]] = {
     (Envelope, "schema"): st.integers(1, 2**32 - 1),
     (LaunchSpec, "bootstrap"): _NO_NUL,
     (LaunchSpec, "command"): _NO_NUL.filter(str.strip),
-    (LaunchSpec, "env"): st.dictionaries(_ENV_NAME, _NO_NUL, max_size=3),
     (LaunchSpec, "requirements"): _NO_NUL,
     (Progress, "state"): st.just(TaskState.RUNNING),
     (Result, "state"): st.sampled_from(sorted(FINAL)),
 }
 
 TOGETHER: Mapping[type, st.SearchStrategy[Mapping[str, Any]]] = {
+    LaunchSpec: st.tuples(st.dictionaries(_ENV_NAME, _NO_NUL, max_size=3), st.integers(0, 3)).map(
+        lambda two: {"env": two[0], "secrets": tuple(sorted(two[0])[: two[1]])}
+    ),
     Presence: st.tuples(st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1)).map(
         lambda two: {"oldest_schema": min(two), "newest_schema": max(two)}
     ),

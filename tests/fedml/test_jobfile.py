@@ -59,6 +59,9 @@ def _job(folder: Path, text: str) -> Path:
         ("job: a\ndata_args: 3\n", "line 2: `data_args` must be a mapping"),
         ("job: a\ndata_args: {a-b: 1, a_b: 2}\n", "would both be the variable A_B"),
         ("job: a\ndata_arg: {a: 1}\n", "line 2: .*`data_args`"),
+        ("job: a\nsecrets: [NOT_SET_HERE]\n", "`secrets.NOT_SET_HERE` has no value here"),
+        ("job: a\nsecrets: {A: abc}\n", "`secrets.A` is too short to be hidden"),
+        ("job: a\nsecrets: A\n", "line 2: `secrets` must be a list of names"),
         ("job: echo\njob_type: federate\n", "line 2: `job_type` is 'federate', and cannot be"),
     ],
 )
@@ -66,6 +69,18 @@ def test_a_wrong_job_file_is_told_where_and_what(tmp_path: Path, text: str, said
     with pytest.raises(ConfigError, match=r"job\.yaml") as caught:
         read_job(_job(tmp_path, text))
     assert caught.match(said)
+
+
+def test_secrets_come_from_the_file_its_variables_or_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "from-the-terminal")
+    text = "job: a\nenvironment_variables: {LOGIN: ana-1234, SEED: 7}\nsecrets: [LOGIN, HF_TOKEN]\n"
+    request, _ = read_job(_job(tmp_path, text))
+    assert request["env"] == {"LOGIN": "ana-1234", "SEED": "7", "HF_TOKEN": "from-the-terminal"}
+    assert request["secrets"] == ["HF_TOKEN", "LOGIN"]
+    request, _ = read_job(_job(tmp_path, "job: a\nsecrets: {PASS: 'word', HF_TOKEN: }\n"))
+    assert request["env"] == {"PASS": "word", "HF_TOKEN": "from-the-terminal"}
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -137,7 +152,12 @@ def test_what_the_example_names_may_all_be_switched_on(tmp_path: Path) -> None:
         "memory_bytes": GIB // 4,
         "disk_bytes": math.ceil(0.1 * GIB),
     }
-    assert request["env"] == {"SEED": "7", "FEDML_ENV_TRAINING_PARAMS_EPOCHS": "3"}
+    assert request["env"] == {
+        "SEED": "7",
+        "DEMO_PASSWORD": "correct-horse",
+        "FEDML_ENV_TRAINING_PARAMS_EPOCHS": "3",
+    }
+    assert request["secrets"] == ["DEMO_PASSWORD"]
     assert workspace == tmp_path
     bare, none = read_job(_job(tmp_path, EXAMPLE))
     assert (bare["needs"], bare["env"], none) == ({"gpus": 0}, {}, None)

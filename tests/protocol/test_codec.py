@@ -264,6 +264,7 @@ def test_a_value_that_the_wire_cannot_hold_is_refused_before_it_is_sent() -> Non
         (lambda: LaunchSpec(command="a", bootstrap="\0"), "NUL"),
         (lambda: LaunchSpec(command="a", env={"A=B": "c"}), "environment variable"),
         (lambda: LaunchSpec(command="a", env={"": "c"}), "environment variable"),
+        (lambda: LaunchSpec(command="a", secrets=("B",)), "a secret that is no variable"),
         (lambda: LaunchSpec(command="a", env={"A": "\0"}), "environment variable"),
         (lambda: NamedBlob(name="", blob=Blob(sha256="0" * 64)), "needs a name"),
         (lambda: Presence(online=True, boot_n=1, oldest_schema=0, newest_schema=1), "range"),

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from fedml_broker.api.call import Call, number
 from fedml_broker.devices import Inventory
-from fedml_broker.observe import LogFile
+from fedml_broker.log_order import LogFile
 from fedml_broker.problems import Problem
 from fedml_broker.tables import tasks
 from fedml_protocol.topics import Address
@@ -82,7 +82,9 @@ class Handlers:
             data = await asyncio.to_thread(_gunzip, data)
         offset = number(call.http.query.get("offset", "0"))
         gap = number(call.http.query.get("gap", "0"))
-        return {"size": await self._broker.observer.append(run, log, offset, data, gap=gap)}
+        ordered = call.http.query.get("ordered") == "1"
+        append = self._broker.observer.append
+        return {"size": await append(run, log, offset, data, gap=gap, ordered=ordered)}
 
     async def _run_of(self, device: Address, task: str) -> str:
         query = sa.select(tasks.c.run).where(

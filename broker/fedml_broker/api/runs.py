@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from fedml_broker import audit, launch, observe, runs
+from fedml_broker.api import logs as logs_api
 from fedml_broker.api.call import Call, number
 from fedml_broker.problems import Problem
 
@@ -124,12 +125,14 @@ class Handlers:
     async def follow_run(self, call: Call) -> Any:
         """Everything of a run as it happens: newline-delimited JSON, until the run has ended.
 
-        Query: `after` (an event's id), `logs=0` (events only), `stay=0` (only what there is now).
+        Query: `after` (an event's id), `logs=0` (events only), `stay=0` (only what there is now),
+        `from` (what is known of logs, as `GET /v1/runs/{run}/logs` gives it in `ends`).
         """
         run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
         after = number(call.http.query.get("after", "0"))
         logs = call.http.query.get("logs", "1") != "0"
         stay = call.http.query.get("stay", "1") != "0"
+        starts = logs_api.starts(call.http.query.get("from", ""))
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         response.enable_chunked_encoding()
         await response.prepare(call.http)
@@ -142,6 +145,7 @@ class Handlers:
                 after=after,
                 logs=logs,
                 stay=stay,
+                starts=starts,
             ):
                 await response.write(observe.line(item))
         await response.write_eof()

@@ -144,8 +144,16 @@ _ORDERS: Mapping[str, _What] = {
         epoch=1,
         run="r-42",
         spec=LaunchSpec(
-            command="python train.py", requirements="numpy==2.4.6\n./wheels/ours.whl\n"
+            command="python train.py",
+            requirements="numpy==2.4.6\n./wheels/ours.whl\n",
         ),
+    ),
+    "offer-secrets-traced": Offer(
+        task=TASK,
+        epoch=1,
+        run="r-42",
+        spec=LaunchSpec(command="env", env={"HF_TOKEN": "hf_x1y2"}, secrets=("HF_TOKEN",)),
+        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     ),
 }
 
