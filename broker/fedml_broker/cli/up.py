@@ -3,6 +3,7 @@
 
 import asyncio
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -100,6 +101,7 @@ def up(
             raise CommandFailed(
                 f"another broker works on {home}", "stop it, or give this one its own --home"
             ) from error
+        _collect_rarely()
         try:
             asyncio.run(_serve(settings, as_json))
         except (PortInUse, IdentityUnusable, ValueError) as error:
@@ -109,6 +111,17 @@ def up(
                 f"the store {home / 'broker.db'} cannot be opened: {error.orig}",
                 "`fedml-broker doctor`; restore a backup if it is damaged",
             ) from error
+
+
+def _collect_rarely() -> None:
+    """Have Python look for circular garbage rarely: we make little of it.
+
+    A full look walks over everything that lives, 0.3 s with ten thousand machines, in which nobody
+    is served. What was loaded by now stays for ever and is left out.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 100)
 
 
 async def _serve(settings: Settings, as_json: bool) -> None:
