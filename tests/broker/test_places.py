@@ -14,7 +14,14 @@ from fedml_protocol.topics import Address
 from tests.fakes.messages import LAW
 
 DEVICES = [f"d-{n}" for n in range(2)]
-NEEDS = [Needs(), Needs(), Needs(cpus=2), Needs(gpus=1), Needs(memory_bytes=3 * GIB), Needs(cpus=99)]
+NEEDS = [
+    Needs(),
+    Needs(),
+    Needs(cpus=2),
+    Needs(gpus=1),
+    Needs(memory_bytes=3 * GIB),
+    Needs(cpus=99),
+]
 
 device = st.sampled_from(DEVICES)
 wanted = st.builds(

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -102,6 +103,9 @@ def up(
                 f"another broker works on {home}", "stop it, or give this one its own --home"
             ) from error
         _collect_rarely()
+        # Each machine is an open file; services and shells are given 1,024 and may have more.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         try:
             asyncio.run(_serve(settings, as_json))
         except (PortInUse, IdentityUnusable, ValueError) as error:
