@@ -79,7 +79,9 @@ def _takes_words(command: click.Command) -> bool:
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_no_page_shows_a_command_that_does_not_exist(page: str) -> None:
     text = README if page == "README.md" else PAGES[page]
-    shown = re.findall(r"(?:^|`|\$\()(fedml(?:-agent|-broker)?(?: [a-z]+(?:-[a-z]+)*)*)", text, re.M)
+    shown = re.findall(
+        r"(?:^|`|\$\()(fedml(?:-agent|-broker)?(?: [a-z]+(?:-[a-z]+)*)*)", text, re.M
+    )
     for words in {tuple(found.split()) for found in shown if " " in found}:
         known = words[0]
         for word in words[1:]:
