@@ -44,6 +44,9 @@ from fedml_protocol.topics import Address
 
 log = logging.getLogger(__name__)
 
+# CPU seconds for which nobody else is served, that are worth sparing.
+_LONG_S = 0.002
+
 # Different demands that wait at one time, of which the reasons are kept.
 _KEPT_REASONS = 256
 
@@ -225,13 +228,14 @@ class Dispatcher:
                 async with asyncio.timeout(self.timing.heartbeat_s):
                     await self._wake.wait()
             self._wake.clear()
-            began = time.perf_counter()
+            began = time.thread_time()
             picked = [(t, m) for t in self._queued() if (m := self._look(t)) is not None]
-            took = time.perf_counter() - began
+            took = time.thread_time() - began
             if picked:
                 await self._offer(picked)
             # However long the queue: looking through it takes half of the time at most.
-            await asyncio.sleep(took)
+            if took > _LONG_S:
+                await asyncio.sleep(took)
 
     def _queued(self) -> list[Task]:
         return [t for t in self._tasks.values() if t.state is TaskState.QUEUED]
@@ -280,10 +284,11 @@ class Dispatcher:
         now = self._fleet.clock()
         good_until, shared = self._reasons.get(key, (0.0, {}))
         if good_until <= now:
-            began = time.perf_counter()
+            began = time.thread_time()
             _, shared = match.choose(wanted, self._fleet.candidates(task.tenant))
+            took = time.thread_time() - began
             # Of thousands of machines this takes long: only a twentieth of the time is for it.
-            good_until = now + 20 * (time.perf_counter() - began)
+            good_until = now + (20 * took if took > _LONG_S else 0.0)
             if len(self._reasons) >= _KEPT_REASONS:
                 self._reasons.clear()
             self._reasons[key] = good_until, shared

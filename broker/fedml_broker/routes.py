@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import about, accounts, agents, blobs, devices, runs
+from fedml_broker.api import about, accounts, agents, blobs, devices, oidc, runs
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
@@ -71,7 +71,7 @@ def table(broker: "Broker") -> Sequence[Route]:
     """One line per URL, and with it the least role: there is no other way to be served."""
     itself, agent, blob = about.Handlers(broker), agents.Handlers(broker), blobs.Handlers(broker)
     run, device = runs.Handlers(broker), devices.Handlers(broker)
-    account = accounts.Handlers(broker)
+    account, provider = accounts.Handlers(broker), oidc.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -81,6 +81,8 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/health", ANYBODY, itself.health),
         Route("GET", "/v1/openapi.json", ANYBODY, describe),
         Route("GET", "/v1/ca", ANYBODY, itself.ca),
+        Route("GET", "/v1/oidc/start", ANYBODY, provider.start),
+        Route("GET", "/v1/oidc/callback", ANYBODY, provider.callback),
         Route("POST", "/v1/enrol", ANYBODY, agent.enrol, EnrolRequest),
         Route("POST", "/v1/agent/challenge", ANYBODY, agent.challenge),
         Route("POST", "/v1/agent/recover", ANYBODY, agent.recover, RecoverRequest),
