@@ -335,8 +335,9 @@ class SignIns:
             needed = ("authorization_endpoint", "token_endpoint", "jwks_uri")
             if found.get("issuer") != self.provider.issuer:
                 raise _failed(f"it calls itself {found.get('issuer')!r}")
-            if lacking := [name for name in needed if not isinstance(found.get(name), str)]:
-                raise _failed(f"its metadata lacks {', '.join(lacking)}")
+            scheme = urlsplit(self.provider.issuer).scheme + "://"
+            if lacking := [n for n in needed if not str(found.get(n)).startswith(scheme)]:
+                raise _failed(f"its metadata lacks {', '.join(lacking)} with {scheme}")
             self._metadata = found
         return self._metadata
 
