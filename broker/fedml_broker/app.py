@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 import mqtt5
@@ -53,6 +53,9 @@ from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 
+if TYPE_CHECKING:
+    from fedml_broker.oidc import Provider, SignIns
+
 log = logging.getLogger(__name__)
 
 HTTPS_PORT = 8443
@@ -77,6 +80,7 @@ class Settings:
         name: Under which machines reach it; goes into the login keys and the certificate.
         https_port, mqtt_port: 0 chooses a free one at the first start, and keeps it.
         external_mqtt: ``mqtts://host:port`` of another broker; empty: the embedded endpoint.
+        provider: With whom people may sign in; None: with their keys alone.
     """
 
     home: Path
@@ -87,6 +91,7 @@ class Settings:
     external_mqtt: str = ""
     timing: Timing = field(default_factory=Timing)
     disk_reserve_bytes: int = 1 << 30
+    provider: "Provider | None" = None
 
 
 class Broker:
@@ -119,6 +124,7 @@ class Broker:
         self.launcher: Launcher
         self.federation: Federation
         self.reports: Reports
+        self.sign_ins: SignIns | None = None
 
     @classmethod
     @asynccontextmanager
@@ -186,6 +192,10 @@ class Broker:
         self.orders.on_sent = partial(self.metrics.message, "out")
         self.devices = Devices(self.store, self.fleet, self.identity)
         self.accounts = Accounts(self.store, url=self.url, ca_sha256=self.identity.ca_sha256)
+        if self.config.provider is not None:
+            from fedml_broker.oidc import SignIns
+
+            self.sign_ins = SignIns(self.config.provider, self.store, self.accounts, url=self.url)
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
         self.dispatcher.on_ended = self.metrics.ended

@@ -11,7 +11,18 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import about, accounts, agents, blobs, clusters, devices, logs, runs, storage
+from fedml_broker.api import (
+    about,
+    accounts,
+    agents,
+    blobs,
+    clusters,
+    devices,
+    logs,
+    oidc,
+    runs,
+    storage,
+)
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
 from fedml_broker.clusters import AutostopBody, ClusterRequest
@@ -75,6 +86,7 @@ def table(broker: "Broker") -> Sequence[Route]:
     run, device = runs.Handlers(broker), devices.Handlers(broker)
     account, cluster = accounts.Handlers(broker), clusters.Handlers(broker)
     stored, log = storage.Handlers(broker), logs.Handlers(broker)
+    provider = oidc.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -84,6 +96,8 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/health", ANYBODY, itself.health),
         Route("GET", "/v1/openapi.json", ANYBODY, describe),
         Route("GET", "/v1/ca", ANYBODY, itself.ca),
+        Route("GET", "/v1/oidc/start", ANYBODY, provider.start),
+        Route("GET", "/v1/oidc/callback", ANYBODY, provider.callback),
         Route("POST", "/v1/enrol", ANYBODY, agent.enrol, EnrolRequest),
         Route("POST", "/v1/agent/challenge", ANYBODY, agent.challenge),
         Route("POST", "/v1/agent/recover", ANYBODY, agent.recover, RecoverRequest),

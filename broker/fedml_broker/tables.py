@@ -50,6 +50,16 @@ tokens = Table(
     Column("expires_at", Float),
 )
 
+# Who of a sign-in provider is which user.
+sign_ins = Table(
+    "sign_ins",
+    metadata,
+    Column("issuer", String, primary_key=True),
+    Column("subject", String, primary_key=True),
+    Column("user", String, nullable=False, index=True),
+    Column("created_at", Float, nullable=False),
+)
+
 login_keys = Table(
     "login_keys",
     metadata,

@@ -18,6 +18,7 @@ from fedml_broker.cli.client import CommandFailed
 _BROUGHT = (
     "aiohttp",
     "alembic",
+    "joserfc",
     "msgspec",
     "mqtt5",
     "numpy",

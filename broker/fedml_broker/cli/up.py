@@ -3,9 +3,11 @@
 
 import asyncio
 import fcntl
+import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -50,6 +52,31 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @click.option(
     "--disk-reserve-gb", default=1.0, show_default=True, help="Uploads stop before less is left."
 )
+@click.option("--oidc-issuer", metavar="URL", help="People may sign in with this provider.")
+@click.option("--oidc-client-id", default="", metavar="ID", help="This broker's name there.")
+@click.option(
+    "--oidc-client-secret-file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Holds the secret that the provider has given for it.",
+)
+@click.option(
+    "--oidc-grant",
+    "oidc_grants",
+    multiple=True,
+    metavar="GROUP=ROLE[@TENANT]",
+    help="The role of a group of the provider's; '*' is everybody.",
+)
+@click.option(
+    "--oidc-group-claim", default="groups", show_default=True, help="Where its groups stand."
+)
+@click.option(
+    "--oidc-name-claim",
+    default="preferred_username",
+    show_default=True,
+    help="Where a person's name stands.",
+)
+@click.option("--oidc-known-only", is_flag=True, help="Only users whom an admin has made.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @home_option
 @json_option
@@ -62,6 +89,13 @@ def up(
     heartbeat: float,
     lease: float,
     disk_reserve_gb: float,
+    oidc_issuer: str | None,
+    oidc_client_id: str,
+    oidc_client_secret_file: Path | None,
+    oidc_grants: tuple[str, ...],
+    oidc_group_claim: str,
+    oidc_name_claim: str,
+    oidc_known_only: bool,
     verbose: bool,
     home: Path,
     as_json: bool,
@@ -76,12 +110,31 @@ def up(
       fedml-broker up --host 0.0.0.0 --name broker.example.org
       fedml-broker up --home ./trial --https-port 0 --mqtt-port 0
       fedml-broker up --mqtt mqtts://mqtt.example.org:8883
+      fedml-broker up --oidc-issuer https://id.example.org --oidc-client-id fedml \\
+        --oidc-client-secret-file secret.txt --oidc-grant 'ml-team=member'
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    provider = None
+    if oidc_issuer:
+        from fedml_broker.oidc import Provider, parse_grants
+
+        secret = oidc_client_secret_file
+        try:
+            provider = Provider(
+                issuer=oidc_issuer,
+                client_id=oidc_client_id,
+                secret="" if secret is None else secret.read_text().strip(),
+                grants=parse_grants(oidc_grants),
+                group_claim=oidc_group_claim,
+                name_claim=oidc_name_claim,
+                known_only=oidc_known_only,
+            )
+        except ValueError as error:
+            raise CommandFailed(str(error), "docs/sign-in.md has examples", 2) from error
     settings = Settings(
         home=home,
         host=host,
@@ -91,6 +144,7 @@ def up(
         external_mqtt=external,
         timing=Timing(heartbeat_s=heartbeat, lease_s=lease, offer_s=min(30.0, max(lease, 2.0))),
         disk_reserve_bytes=int(disk_reserve_gb * 1e9),
+        provider=provider,
     )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (home / "lock").open("a") as lock:
@@ -100,6 +154,10 @@ def up(
             raise CommandFailed(
                 f"another broker works on {home}", "stop it, or give this one its own --home"
             ) from error
+        _collect_rarely()
+        # Each machine is an open file; services and shells are given 1,024 and may have more.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         try:
             asyncio.run(_serve(settings, as_json))
         except (PortInUse, IdentityUnusable, ValueError) as error:
@@ -109,6 +167,17 @@ def up(
                 f"the store {home / 'broker.db'} cannot be opened: {error.orig}",
                 "`fedml-broker doctor`; restore a backup if it is damaged",
             ) from error
+
+
+def _collect_rarely() -> None:
+    """Have Python look for circular garbage rarely: we make little of it.
+
+    A full look walks over everything that lives, 0.3 s with ten thousand machines, in which nobody
+    is served. What was loaded by now stays for ever and is left out.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 100)
 
 
 async def _serve(settings: Settings, as_json: bool) -> None:

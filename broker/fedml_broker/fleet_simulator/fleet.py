@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -92,13 +93,12 @@ class Fleet:
             TimeoutError: One did not get through.
         """
         self._address = await _resolve(*self._where)
-        queue = iter(self.agents)
-        began = self.online
+        queue, done = iter(self.agents), count(1)
 
         async def some() -> None:
             for agent in queue:
                 await self._connect(agent)
-                told(self.online - began)
+                told(next(done))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(_AT_ONCE, len(self.agents))):

@@ -7,6 +7,7 @@ else the machine does, as long as it does not stand still. Times by the clock do
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -191,6 +192,9 @@ class _Course:
         try:
             with _as_failure():
                 await fleet.connect(lambda n: told("connect", n, plan.agents))
+            # The fleet is there to stay: to look through it for garbage would only delay answers.
+            gc.collect()
+            gc.freeze()
             connected = await self._look()
             beats = fleet.tally.beats
             await self._watch("heartbeats", _BEATS * common.heartbeat_s)
@@ -201,6 +205,7 @@ class _Course:
             worked = await self._look()
         finally:
             await fleet.leave()
+            gc.unfreeze()
         took = [accepted - self._asked_at[run] for run, accepted in self._accepted(fleet)]
         per = _percentiles(took)
         busy = worked if plan.tasks_per_second else beaten
