@@ -21,6 +21,7 @@ from fedml.federate import algorithm as algorithms
 from fedml.federate.algorithm import Kind, UnsupportedByTraining
 from fedml.federate.application import Application, ApplicationError, UserTraining
 from fedml.federate.arrays import Arrays, without_tags
+from fedml.federate.group_turns import GROUPS
 from fedml.federate.layout import Layout
 from fedml.federate.local_sgd import Evaluation
 from fedml.federate.treatment import Treatment, without_ours
@@ -37,7 +38,6 @@ from fedml.simulation.arena import Arena
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.crew import Crew
 from fedml.simulation.evaluation import Central
-from fedml.simulation.grouped import GROUPS
 from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.plan import Plan
 from fedml.simulation.ray_crew import RayCrew
