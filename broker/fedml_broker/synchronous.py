@@ -150,6 +150,7 @@ class Rounds:
     async def _collect(self, number: int, turn: int, cohort: tuple[int, ...]) -> dict[int, Result]:
         """Give every update to the aggregator as it comes, until the round may close."""
         driver, limit = self._driver, self._driver.request.clients
+        what = self._what(number, turn)
         enough = min(limit.per_round or limit.count, len(cohort))
         minimum = limit.minimum or enough
         loop = asyncio.get_running_loop()
@@ -173,14 +174,14 @@ class Rounds:
             left = len(cohort) - len(bad)
             if left < minimum:
                 first = next(iter(bad.values()))
-                raise RunFailed.too_few(f"round {number}", minimum, left, first)
-            self._require_groups(number, cohort, bad)
+                raise RunFailed.too_few(what, minimum, left, first)
+            self._require_groups(what, cohort, bad)
             late = loop.time() >= deadline
             if len(good) >= min(enough, left) or (late and len(good) >= minimum):
                 break
             answered = {*good, *bad}
             driver.wait_in_round(
-                partial(_missing, driver, number, cohort, answered, minimum if late else 0),
+                partial(_missing, driver, what, cohort, answered, minimum if late else 0),
                 number=number,
                 asked=len(cohort),
                 answered=len(answered),
@@ -192,16 +193,19 @@ class Rounds:
         self._tally = Tally(replies=len(good), refused=len(bad), received_bytes=received_bytes)
         return dict(sorted(good.items()))
 
-    def _require_groups(
-        self, number: int, cohort: tuple[int, ...], bad: Mapping[int, Cause]
-    ) -> None:
+    def _what(self, number: int, turn: int) -> str:
+        """A turn, in words."""
+        if self._stages == 1:
+            return f"round {number}"
+        return f"round {number}, turn {(turn - 1) % self._stages + 1} of {self._stages}"
+
+    def _require_groups(self, what: str, cohort: tuple[int, ...], bad: Mapping[int, Cause]) -> None:
         """A group of which everybody has failed, as against answered late, ends the run."""
         groups = self._driver.groups
         for group in sorted({groups[client] for client in cohort if client in groups}):
             members = [client for client in cohort if groups[client] == group]
             if all(client in bad for client in members):
-                what = f"round {number}, group {group}"
-                raise RunFailed.too_few(what, 1, 0, bad[members[0]])
+                raise RunFailed.too_few(f"{what}, group {group}", 1, 0, bad[members[0]])
 
 
 async def evaluate_last(driver: "Driver", latest: Round, opened: Round | None, turn: int) -> None:
@@ -226,7 +230,7 @@ async def evaluate_last(driver: "Driver", latest: Round, opened: Round | None, t
             break
         answered = {client for client, _, _ in replies}
         driver.wait_in_round(
-            partial(_missing, driver, number, cohort, answered, 0),
+            partial(_missing, driver, f"round {number}", cohort, answered, 0),
             number=number,
             asked=len(cohort),
             answered=len(answered),
@@ -255,14 +259,12 @@ def _evaluated(replies: Mapping[int, Result]) -> dict[str, float]:
 
 def _missing(
     driver: "Driver",
-    number: int,
+    what: str,
     cohort: tuple[int, ...],
     answered: Collection[int],
     minimum: int,
 ) -> str:
-    """Whom a round waits for; `minimum`: it is past its deadline and needs so many."""
+    """Whom a turn waits for; `minimum`: it is past its deadline and needs so many."""
     names = driver.names(client for client in cohort if client not in answered)
     late = f", past its deadline; it needs {minimum}" if minimum else ""
-    return (
-        f"round {number}: {len(answered)} of {len(cohort)} have answered{late}; waiting for {names}"
-    )
+    return f"{what}: {len(answered)} of {len(cohort)} have answered{late}; waiting for {names}"

@@ -220,7 +220,7 @@ def translate(
     treatment = treatment_of(flat, notes, run, taking_part, deployed=deployed)
     if treatment:
         run["treatment"] = treatment
-    groups = groups_of(flat, notes, deployed=deployed)
+    groups = groups_of(flat, notes)
     if groups:
         run["groups"] = groups
     attack = attack_of(flat, notes, clients["count"], deployed=deployed)

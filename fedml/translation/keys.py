@@ -113,7 +113,7 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
         "fa_task": Unused("a statistic is not a model: analytics have a command of their own"),
         "server_checkpoint_interval": Unused("`simulation.checkpoint_s` says how often, in time"),
         "group_num": Used("`groups.count`, where groups are asked for"),
-        "group_comm_round": Used("`groups.rounds`, in simulations"),
+        "group_comm_round": Used("`groups.rounds`"),
         "group_method": Used("clients are grouped at random, with a word for another way"),
     },
     "validation_args": {

@@ -164,5 +164,5 @@ def test_a_group_of_which_everybody_spoils_his_update_ends_the_run(place: Place)
     run = place.federate(SPOILER, groups=groups, config=config, clients=clients, rounds=2)
     end = place.end(run)
     assert end["state"] == "FAILED"
-    assert "round 1, group" in end["cause"]["message"]
+    assert "round 1, turn 2 of 2, group" in end["cause"]["message"]
     assert "'w'" in end["cause"]["message"]
