@@ -126,16 +126,6 @@ def algorithm_of(flat: Flat, notes: Notes, *, deployed: bool) -> tuple[str, dict
             asked = f"`federated_optimizer`: {called}"
             raise in_the_clear(asked, "secure aggregation", "federated_optimizer: FedAvg")
         notes.no_effect(f"`federated_optimizer`: {called} runs as FedAvg: {_MASKED}")
-    if deployed and name == "fedasync":
-        raise ConfigError(
-            f"`federated_optimizer`: {called} does not run on agents yet",
-            "`fedml simulate` runs it",
-        )
-    if deployed and name == "mime":
-        notes.instead(
-            "`federated_optimizer`: Mime runs as MimeLite: on agents a round is one stage"
-        )
-        name = "mimelite"
     return name, parameters
 
 
