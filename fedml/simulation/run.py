@@ -154,9 +154,10 @@ class Simulation:
         """The crew: processes here, or actors of Ray's."""
         plan = self.plan
         if not plan.ray:
-            # How many GPUs there are is not known before torch is imported.
-            guess = accelerator.CPU if plan.device in ("auto", "cpu") else (plan.device,)
-            return Crew(plan.app, 0 if self._debug else plan.processes(guess), self._arena)
+            # How many GPUs there are is known for sure once torch is imported; that takes as long
+            # as the processes need to start, so they start beside it.
+            count = 0 if self._debug else plan.processes(accelerator.guess(plan.device))
+            return Crew(plan.app, count, self._arena)
         if self._debug:
             raise ConfigError("--debug is one process, and --ray is several machines")
         return RayCrew(plan.app, plan.workers, self._arena, plan.ray)
