@@ -86,13 +86,7 @@ def read_federated(file: Path) -> tuple[dict[str, Any], Path]:
         raise ConfigError(f"{file}: there is no {found['app']} in the workspace {workspace}")
     request = {k: v for k, v in found.items() if k != "workspace"}
     if "groups" in found:
-        request["groups"] = json.dumps(groups := _groups(found))
-        if groups.get("rounds", 1) > 1:
-            raise ConfigError(
-                f"{file}: `groups.rounds` is {groups['rounds']}: on agents, groups have no rounds "
-                "of their own yet, they only add up",
-                "`groups.rounds: 1`; `fedml simulate` runs both",
-            )
+        request["groups"] = json.dumps(_groups(found))
     for key, default in (("name", file.stem), ("config", "{}"), ("algorithm_config", "{}")):
         request.setdefault(key, default)
     return request, workspace

@@ -38,8 +38,13 @@ _NO_CLIENTS = (
 # What `mpirun` and its kin tell each process.
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
-# Of their clients, only the training differs from FedAvg's; a script's own training decides it.
-_BY_TRAINING = ("fedprox", "feddyn")
+# What the training of their clients would have to do or say; a script's own decides for itself.
+_STEP = "with another local step, which your ClientTrainer takes"
+_BY_TRAINING = {
+    "fedprox": _STEP,
+    "feddyn": _STEP,
+    "fednova": "where all take equally many local steps, and your ClientTrainer says no number",
+}
 
 
 class FedMLRunner:
@@ -185,9 +190,7 @@ def _translated(args: Any, *, own: bool, deployed: bool) -> dict[str, Any]:
     translated = translation.translate(sections_of(args), by_name=False, deployed=deployed)
     notes, run = list(translated.notes), {"name": "fedml", **translated.run}
     if own and run["algorithm"] in _BY_TRAINING:
-        text = (
-            f"{run['algorithm']} is FedAvg with another local step, which your ClientTrainer takes"
-        )
+        text = f"{run['algorithm']} is FedAvg {_BY_TRAINING[run['algorithm']]}"
         notes.append(translation.Note(translation.Kind.INSTEAD, f"`federated_optimizer`: {text}"))
         run["algorithm"] = "fedavg"
         run.pop("algorithm_config", None)

@@ -78,8 +78,8 @@ class Versions:
             )
         begin = BeginRound(
             round=number,
-            model_path=driver.path(latest.model),
-            state_path=driver.path(latest.state),
+            model_path=driver.path(latest.kept.model),
+            state_path=driver.path(latest.kept.state),
             clients=tuple(sorted(driver.clients)),
         )
         await self._aggregator.ask(begin, RoundBegun)
@@ -166,7 +166,9 @@ class Versions:
             client = (await self._aggregator.ask(plan, RoundPlan)).clients[0]
             free.discard(client)
             new.append(
-                driver.task(self._starts, client, latest, StageKind.TRAIN, version=latest.number)
+                driver.task(
+                    self._starts, client, latest.kept, StageKind.TRAIN, version=latest.number
+                )
             )
         if new:
             await driver.queue(new, lambda tx: tasks.insert(tx, new))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
@@ -22,7 +22,7 @@ from fedml_broker import match, packages, rounds, runs, tasks
 from fedml_broker.aggregator import Aggregator, AggregatorDied, AggregatorRefused
 from fedml_broker.asynchronous import Versions
 from fedml_broker.observe import add_event
-from fedml_broker.rounds import Round, Tally
+from fedml_broker.rounds import Kept, Round, Start, Tally
 from fedml_broker.runs import RunFailed, RunStopped
 from fedml_broker.store import StoreUnavailable
 from fedml_broker.synchronous import Rounds, evaluate_last
@@ -55,14 +55,6 @@ NOTHING: Mapping[str, float] = MappingProxyType({})
 _DISK_PAUSE_S = 5.0
 
 
-class Kept(NamedTuple):
-    """What the aggregator has made, as blobs."""
-
-    model: Blob
-    state: Blob | None
-    sent: Blob | None
-
-
 class Driver:
     """Walks one run; `told` is set whenever a client has answered.
 
@@ -91,6 +83,9 @@ class Driver:
         self._stopped_by = ""
         self._stopping = asyncio.Event()
         self.clients: dict[int, str] = {}
+        # How the algorithm is walked, and the group of each client, where groups have rounds.
+        self.way = RunOpened()
+        self.groups: dict[int, int] = {}
         self._work_dir = federation.work_dir / run
 
     @property
@@ -148,7 +143,8 @@ class Driver:
             timed=everything.on_answer,
         )
         try:
-            algorithm = await aggregator.ask(await self._opening(), RunOpened)
+            self.way = await aggregator.ask(await self._opening(), RunOpened)
+            self.groups = {c: g for g, its in enumerate(self.way.groups) for c in its.clients}
             done = await self.store.read(lambda tx: rounds.load(tx, self.run))
             if not done or not done[0].done:
                 latest = await self._first_model(aggregator, begun=bool(done))
@@ -156,14 +152,14 @@ class Driver:
                 latest = next(r for r in reversed(done) if r.done)
             opened = next((r for r in done[1:] if not r.done), None)
             if latest.number < self.request.rounds:
-                if algorithm.asynchronous:
-                    latest = await Versions(self, aggregator, algorithm.buffer).walk(latest, opened)
+                if self.way.asynchronous:
+                    latest = await Versions(self, aggregator, self.way.buffer).walk(latest, opened)
                 else:
-                    latest = await Rounds(self, aggregator, algorithm.stages).walk(latest, opened)
+                    latest = await Rounds(self, aggregator, self.way.stages).walk(latest, opened)
                 opened = None
             if self.request.evaluate.devices:
                 starts = await self.store.read(lambda tx: tasks.starts(tx, self.run))
-                turn = starts or self.request.rounds * algorithm.stages
+                turn = starts or self.request.rounds * self.way.stages
                 await evaluate_last(self, latest, opened, turn + 1)
         finally:
             await aggregator.close()
@@ -268,34 +264,42 @@ class Driver:
                 tx,
                 self.run,
                 number,
+                kept,
                 metrics=made.metrics,
                 tally=tally,
                 turns=turns,
                 counted=counted,
-                **kept._asdict(),
             )
 
         await self.commit(kept, commit)
         if number > 0:  # 0 is the model before the first round
             self.all.on_round()
         shutil.rmtree(Path(made.model_path).parent, ignore_errors=True)
-        return Round(number=number, clients=(), done=True, **kept._asdict())
+        return Round(number=number, clients=(), done=True, kept=kept)
 
     async def adopt(self, made: ModelMade) -> Kept:
         """Take files of the aggregator as blobs; `commit` refers to them."""
-        blobs = self.all.blobs
+
+        async def blob(path: str) -> Blob | None:
+            return await self.all.blobs.adopt(Path(path)) if path else None
+
         return Kept(
-            await blobs.adopt(Path(made.model_path)),
-            await blobs.adopt(Path(made.state_path)) if made.state_path else None,
-            await blobs.adopt(Path(made.sent_path)) if made.sent_path else None,
+            model=await blob(made.model_path),
+            state=await blob(made.state_path),
+            sent=await blob(made.sent_path),
+            groups={
+                group.group: Start(
+                    model=await blob(group.model_path), sent=await blob(group.sent_path)
+                )
+                for group in made.groups
+            },
         )
 
     async def commit(self, kept: Kept, step: Callable[[Connection], list[str]]) -> None:
         """One transaction, which refers to what is kept; it returns the blobs that may go."""
         idle = await self.store.write(step)
-        for blob in kept:
-            if blob is not None:
-                self.all.blobs.release(blob.sha256, "broker")
+        for blob in kept.blobs():
+            self.all.blobs.release(blob.sha256, "broker")
         self.all.observer.ring(self.run)
         await self._discard(idle)
 
@@ -316,7 +320,7 @@ class Driver:
         self,
         turn: int,
         client: int,
-        latest: Round,
+        latest: Kept,
         kind: StageKind,
         *,
         evaluate: bool = False,
@@ -325,12 +329,21 @@ class Driver:
         """One client's part of a turn, from the latest model.
 
         Args:
+            latest: With the models of groups that have rounds of their own.
             evaluate: Before it trains.
             version: See `tasks.Task`.
         """
         request, device = self.request, self.clients[client]
         machine = self.all.fleet.get(device)
-        if latest.model is None:
+        group = self.groups.get(client) if kind is StageKind.TRAIN else None
+        within: dict[str, Any] = {}
+        sent, model = latest.sent, latest.model
+        if group is not None:
+            start = latest.groups[group]
+            sent, model = start.sent, start.model or model
+            kind = StageKind.TRAIN_IN_GROUP
+            within = {"group": group, "turns": self.way.stages}
+        if model is None:
             raise RuntimeError("a finished round has a model")
         spec = StageSpec(
             session=self.run,
@@ -341,11 +354,12 @@ class Driver:
             seed=request.seed,
             app=request.app,
             config=request.config,
-            algorithm=request.algorithm,
-            algorithm_config=request.algorithm_config,
+            algorithm=self.way.algorithm or request.algorithm,
+            algorithm_config=self.way.algorithm_config or request.algorithm_config,
             treatment=request.treatment,
-            model=latest.model,
-            sent=latest.sent,
+            model=model,
+            sent=sent,
+            **within,
             evaluate=evaluate,
             labels=machine.labels if machine is not None else {},
         )

@@ -3,13 +3,15 @@
 
 Round 0 is the first model. A round with `ended_at` is done: its model, the algorithm's state and
 the metrics are there, and the updates that made it are not needed any more. A round of several
-stages is a turn for each of them; between two it holds what the last one has made. A run that is
-asynchronous has versions of its model, not rounds: they are kept as rounds all the same.
+stages is a turn for each of them; between two it holds what the last one has made. So is a round in
+which groups of clients have rounds of their own: between two turns it holds the models of the
+groups. A run that is asynchronous has versions of its model, not rounds: they are kept as rounds
+all the same.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -23,20 +25,64 @@ from fedml_protocol.tasks import FINAL, TaskState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What the members of a group start their next turn from; no model: that of the whole."""
+
+    model: Blob | None
+    sent: Blob | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What a turn has made.
+
+    Attributes:
+        model: None in the middle of a round of groups: it is the one from before.
+        groups: What groups that have rounds of their own go on with, by number.
+    """
+
+    model: Blob | None
+    state: Blob | None = None
+    sent: Blob | None = None
+    groups: Mapping[int, Start] = field(default_factory=dict)
+
+    def for_clients(self) -> Iterator[Blob]:
+        """What clients are sent beside the model of the whole."""
+        theirs = [blob for start in self.groups.values() for blob in (start.model, start.sent)]
+        yield from (blob for blob in (self.sent, *theirs) if blob is not None)
+
+    def blobs(self) -> Iterator[Blob]:
+        """All of it."""
+        yield from (blob for blob in (self.model, self.state) if blob is not None)
+        yield from self.for_clients()
+
+    def columns(self) -> dict[str, Any]:
+        """As the table has it."""
+        groups = {
+            str(g): {"model": _json(start.model), "sent": _json(start.sent)}
+            for g, start in self.groups.items()
+        }
+        return {
+            "model": _json(self.model),
+            "state": _json(self.state),
+            "sent": _json(self.sent),
+            "groups": groups,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
     """One round, as the driver needs it.
 
     Attributes:
         clients: Who was asked, in its latest stage.
-        stage: How many of its stages are done, while it is open; `model`, `state` and `sent` are
-            what the last of them made.
+        kept: What it made; while it is open, what the last of its stages made.
+        stage: How many of its stages are done, while it is open.
     """
 
     number: int
     clients: tuple[int, ...]
-    model: Blob | None
-    state: Blob | None
-    sent: Blob | None
+    kept: Kept
     done: bool
     stage: int = 0
 
@@ -57,9 +103,7 @@ def load(tx: Connection, run: str) -> list[Round]:
         Round(
             number=row.round,
             clients=tuple(row.clients),
-            model=_blob(row.model),
-            state=_blob(row.state),
-            sent=_blob(row.sent),
+            kept=_kept(row),
             done=row.ended_at is not None,
             stage=row.stage,
         )
@@ -91,9 +135,7 @@ def stage_done(
     *,
     stage: int,
     clients: Sequence[int],
-    model: Blob,
-    state: Blob | None,
-    sent: Blob | None,
+    kept: Kept,
     turn: int,
 ) -> list[str]:
     """Keep what a stage made, in the transaction that queues the next one's tasks.
@@ -107,19 +149,12 @@ def stage_done(
         The blobs that nobody needs any more.
     """
     owner = f"run/{run}/stage/{number}"
-    for blob in (model, state, sent):
-        if blob is not None:
-            runs.refer(tx, blob.sha256, f"{owner}/{stage}")
+    for blob in kept.blobs():
+        runs.refer(tx, blob.sha256, f"{owner}/{stage}")
     tx.execute(
         rounds.update()
         .where(rounds.c.run == run, rounds.c.round == number)
-        .values(
-            clients=list(clients),
-            stage=stage,
-            model=_json(model),
-            state=_json(state),
-            sent=_json(sent),
-        )
+        .values(clients=list(clients), stage=stage, **kept.columns())
     )
     idle = runs.release(tx, f"run/{run}/updates/{turn}")
     return [*idle, *runs.release(tx, f"{owner}/{stage - 1}")]
@@ -129,10 +164,8 @@ def finish(
     tx: Connection,
     run: str,
     number: int,
+    kept: Kept,
     *,
-    model: Blob,
-    state: Blob | None,
-    sent: Blob | None,
     metrics: Mapping[str, float],
     tally: Tally,
     turns: Sequence[int],
@@ -144,26 +177,23 @@ def finish(
         turns: Whose updates are in it; the first model has none.
         counted: Of a version of an asynchronous run, the tasks that are in it or were refused.
     """
-    runs.refer(tx, model.sha256, f"run/{run}/model/{number}")
-    for what, blob in (("state", state), ("sent", sent)):
-        if blob is not None:
-            runs.refer(tx, blob.sha256, f"run/{run}/{what}/{number}")
+    if kept.model is None:
+        raise ValueError(f"round {number} has no model")
+    runs.refer(tx, kept.model.sha256, f"run/{run}/model/{number}")
+    if kept.state is not None:
+        runs.refer(tx, kept.state.sha256, f"run/{run}/state/{number}")
+    for blob in kept.for_clients():
+        runs.refer(tx, blob.sha256, f"run/{run}/sent/{number}")
     now = time.time()
     tx.execute(
         rounds.update()
         .where(rounds.c.run == run, rounds.c.round == number)
-        .values(
-            model=_json(model),
-            state=_json(state),
-            sent=_json(sent),
-            metrics=dict(metrics),
-            ended_at=now,
-        )
+        .values(metrics=dict(metrics), ended_at=now, **kept.columns())
     )
     data = {
         "round": number,
         "metrics": dict(metrics),
-        "model": model.sha256,
+        "model": kept.model.sha256,
         "replies": tally.replies,
         "refused": tally.refused,
         "received_bytes": tally.received_bytes,
@@ -252,6 +282,14 @@ def mean_metrics(reports: Sequence[Mapping[str, float]], prefix: str) -> dict[st
                 weights[key] = weights.get(key, 0.0) + weight
     means = {key: totals[key] / weights[key] for key in sorted(totals) if weights[key] > 0}
     return {**means, "examples": examples} if means else {}
+
+
+def _kept(row: Any) -> Kept:
+    groups = {
+        int(g): Start(model=_blob(start["model"]), sent=_blob(start["sent"]))
+        for g, start in row.groups.items()
+    }
+    return Kept(model=_blob(row.model), state=_blob(row.state), sent=_blob(row.sent), groups=groups)
 
 
 def _blob(value: Mapping[str, Any] | None) -> Blob | None:

@@ -2,7 +2,8 @@
 """Algorithms in rounds: ask a cohort, take what it sends, make the next model.
 
 A round of an algorithm with several stages takes a turn for each, with the same clients; what a
-stage has made is in the store before the next one begins.
+stage has made is in the store before the next one begins. Where groups of clients have rounds of
+their own, a round of the whole takes the turns of these, all groups side by side.
 """
 
 import asyncio
@@ -15,12 +16,14 @@ from sqlalchemy import Connection
 
 from fedml_broker import rounds, tasks
 from fedml_broker.aggregator import Aggregator
-from fedml_broker.rounds import Round, Tally
+from fedml_broker.rounds import Kept, Round, Tally
 from fedml_broker.runs import RunFailed
+from fedml_protocol.blob import Blob
 from fedml_protocol.cause import Cause
 from fedml_protocol.federate import (
     BeginRound,
     FinishRound,
+    GroupFiles,
     ModelMade,
     PlanRound,
     RoundBegun,
@@ -58,9 +61,10 @@ class Rounds:
         if opened is None:
             opened = await self._begin(number, latest)
         while True:
-            before = latest if opened.stage == 0 else opened
+            before = latest.kept if opened.stage == 0 else opened.kept
             turn = (number - 1) * self._stages + opened.stage + 1
-            replies, made = await self._turn(number, turn, before, opened.clients)
+            model = before.model or latest.kept.model
+            replies, made = await self._turn(number, turn, before, model, opened.clients)
             if opened.stage + 1 == self._stages:
                 break
             opened = await self._next_stage(opened, turn, replies, made)
@@ -85,7 +89,7 @@ class Rounds:
             driver.task(
                 (number - 1) * self._stages + 1,
                 client,
-                latest,
+                latest.kept,
                 StageKind.TRAIN,
                 evaluate=evaluate.devices and (number - 1) % evaluate.every == 0,
             )
@@ -97,18 +101,23 @@ class Rounds:
             tasks.insert(tx, new)
 
         await driver.queue(new, commit)
-        return Round(number=number, clients=cohort, model=None, state=None, sent=None, done=False)
+        return Round(number=number, clients=cohort, kept=Kept(model=None), done=False)
 
     async def _turn(
-        self, number: int, turn: int, before: Round, cohort: tuple[int, ...]
+        self, number: int, turn: int, before: Kept, model: Blob | None, cohort: tuple[int, ...]
     ) -> tuple[dict[int, Result], ModelMade]:
         """All updates of one turn, and what the aggregator makes of them."""
         driver = self._driver
         begin = BeginRound(
             round=turn,
-            model_path=driver.path(before.model),
+            model_path=driver.path(model),
             state_path=driver.path(before.state),
             clients=cohort,
+            groups=tuple(
+                GroupFiles(group=g, model_path=driver.path(start.model))
+                for g, start in before.groups.items()
+                if start.model is not None
+            ),
         )
         await self._aggregator.ask(begin, RoundBegun)
         replies = await self._collect(number, turn, cohort)
@@ -124,14 +133,14 @@ class Rounds:
         clients = tuple(replies)
         driver.check_stop()
         kept = await driver.adopt(made)
-        found = Round(number=number, clients=clients, done=False, stage=stage, **kept._asdict())
-        new = [driver.task(turn + 1, client, found, StageKind.TRAIN) for client in clients]
+        found = Round(number=number, clients=clients, done=False, stage=stage, kept=kept)
+        new = [driver.task(turn + 1, client, kept, StageKind.TRAIN) for client in clients]
 
         def step(tx: Connection) -> list[str]:
             tasks.insert(tx, new)
             rounds.add_metrics(tx, driver.run, number - 1, devices)
             return rounds.stage_done(
-                tx, driver.run, number, stage=stage, clients=clients, turn=turn, **kept._asdict()
+                tx, driver.run, number, stage=stage, clients=clients, turn=turn, kept=kept
             )
 
         await driver.commit(kept, step)
@@ -141,6 +150,7 @@ class Rounds:
     async def _collect(self, number: int, turn: int, cohort: tuple[int, ...]) -> dict[int, Result]:
         """Give every update to the aggregator as it comes, until the round may close."""
         driver, limit = self._driver, self._driver.request.clients
+        what = self._what(number, turn)
         enough = min(limit.per_round or limit.count, len(cohort))
         minimum = limit.minimum or enough
         loop = asyncio.get_running_loop()
@@ -164,13 +174,14 @@ class Rounds:
             left = len(cohort) - len(bad)
             if left < minimum:
                 first = next(iter(bad.values()))
-                raise RunFailed.too_few(f"round {number}", minimum, left, first)
+                raise RunFailed.too_few(what, minimum, left, first)
+            self._require_groups(what, cohort, bad)
             late = loop.time() >= deadline
             if len(good) >= min(enough, left) or (late and len(good) >= minimum):
                 break
             answered = {*good, *bad}
             driver.wait_in_round(
-                partial(_missing, driver, number, cohort, answered, minimum if late else 0),
+                partial(_missing, driver, what, cohort, answered, minimum if late else 0),
                 number=number,
                 asked=len(cohort),
                 answered=len(answered),
@@ -182,13 +193,27 @@ class Rounds:
         self._tally = Tally(replies=len(good), refused=len(bad), received_bytes=received_bytes)
         return dict(sorted(good.items()))
 
+    def _what(self, number: int, turn: int) -> str:
+        """A turn, in words."""
+        if self._stages == 1:
+            return f"round {number}"
+        return f"round {number}, turn {(turn - 1) % self._stages + 1} of {self._stages}"
+
+    def _require_groups(self, what: str, cohort: tuple[int, ...], bad: Mapping[int, Cause]) -> None:
+        """A group of which everybody has failed, as against answered late, ends the run."""
+        groups = self._driver.groups
+        for group in sorted({groups[client] for client in cohort if client in groups}):
+            members = [client for client in cohort if groups[client] == group]
+            if all(client in bad for client in members):
+                raise RunFailed.too_few(f"{what}, group {group}", 1, 0, bad[members[0]])
+
 
 async def evaluate_last(driver: "Driver", latest: Round, opened: Round | None, turn: int) -> None:
     """The last model, evaluated on the devices; it has no next round to be evaluated in."""
     number = latest.number + 1
     cohort = tuple(sorted(driver.clients))
     if opened is None:
-        new = [driver.task(turn, client, latest, StageKind.EVALUATE) for client in cohort]
+        new = [driver.task(turn, client, latest.kept, StageKind.EVALUATE) for client in cohort]
 
         def commit(tx: Connection) -> None:
             rounds.begin(tx, driver.run, number, cohort)
@@ -205,7 +230,7 @@ async def evaluate_last(driver: "Driver", latest: Round, opened: Round | None, t
             break
         answered = {client for client, _, _ in replies}
         driver.wait_in_round(
-            partial(_missing, driver, number, cohort, answered, 0),
+            partial(_missing, driver, f"round {number}", cohort, answered, 0),
             number=number,
             asked=len(cohort),
             answered=len(answered),
@@ -234,14 +259,12 @@ def _evaluated(replies: Mapping[int, Result]) -> dict[str, float]:
 
 def _missing(
     driver: "Driver",
-    number: int,
+    what: str,
     cohort: tuple[int, ...],
     answered: Collection[int],
     minimum: int,
 ) -> str:
-    """Whom a round waits for; `minimum`: it is past its deadline and needs so many."""
+    """Whom a turn waits for; `minimum`: it is past its deadline and needs so many."""
     names = driver.names(client for client in cohort if client not in answered)
     late = f", past its deadline; it needs {minimum}" if minimum else ""
-    return (
-        f"round {number}: {len(answered)} of {len(cohort)} have answered{late}; waiting for {names}"
-    )
+    return f"{what}: {len(answered)} of {len(cohort)} have answered{late}; waiting for {names}"

@@ -179,6 +179,8 @@ rounds = Table(
     Column("model", JSON),  # {"sha256", "size"} once the round, or its first stage, is done
     Column("state", JSON),  # the algorithm's, same form
     Column("sent", JSON),  # what goes to clients beside the model, same form
+    # What the members of groups go on with, by number: {"model", "sent"}, each of the same form.
+    Column("groups", JSON, nullable=False, server_default="{}"),
     Column("metrics", JSON, nullable=False),
     Column("started_at", Float, nullable=False),
     Column("ended_at", Float),

@@ -38,7 +38,7 @@ def train(model, data, config, rng, correction=None):
             step = correction.direction(step, model, start)
         for name in model:
             model[name] -= config["lr"] * step[name]
-    return {"examples": len(data), "steps": len(batches), "lr": config["lr"]}
+    return {"examples": len(data), "steps": len(batches), "lr": config["lr"], "momentum": 0}
 
 
 def evaluate(model, data, config):

@@ -21,10 +21,11 @@ from safetensors.numpy import load_file
 
 from fedml.federate import algorithm, cohort
 from fedml.federate.application import Application, ApplicationError, set_weights
+from fedml.federate.group_turns import GroupTurn, starts
 from fedml.federate.hierarchical import Groups
 from fedml.federate.layout import BadUpdate, SumBroken
 from fedml.federate.round import ServerRound, ServerVersion, check
-from fedml.federate.tensor_file import write
+from fedml.federate.tensor_file import mapped, write
 from fedml.federate.treatment import Treatment, without_ours
 from fedml.protect.rules import TooFewClients
 from fedml_protocol.cause import Cause, Fault
@@ -35,7 +36,9 @@ from fedml_protocol.federate import (
     BeginRound,
     Failed,
     FinishRound,
+    GroupFiles,
     MakeModel,
+    Members,
     ModelMade,
     OpenRun,
     PlanRound,
@@ -61,7 +64,10 @@ class Aggregator:
         self._number = 0
         self._treatment = Treatment()
         self._groups: list[list[int]] = []
-        self._round: ServerRound | ServerVersion
+        # Within groups that have rounds of their own; None where clients send to the whole.
+        self._within: algorithm.Algorithm | None = None
+        self._turns = 1  # in a round of the whole
+        self._round: ServerRound | ServerVersion | GroupTurn
 
     def answer(self, question: Any) -> Any:
         """The answer to one question."""
@@ -89,12 +95,6 @@ class Aggregator:
         groups = Groups.parse(opened.groups)
         check(self._algorithm, self._treatment, groups, opened.clients)
         if groups is not None:
-            if not groups.relay:
-                raise ApplicationError(
-                    "groups with rounds or an algorithm of their own are not deployed yet: on "
-                    "agents groups only add up (`groups.rounds: 1`, fedavg within); "
-                    "`fedml simulate` runs it"
-                )
             self._groups = groups.assigned(opened.clients, opened.seed)
         config = json.loads(opened.config)
         self._application = Application(Path(opened.app_dir) / opened.app, config)
@@ -103,7 +103,17 @@ class Aggregator:
         if self._algorithm.kind is algorithm.Kind.ASYNCHRONOUS:
             buffer = cast(algorithm.Asynchronous, self._algorithm).buffer
             return RunOpened(asynchronous=True, buffer=buffer)
-        return RunOpened(stages=self._algorithm.stages)
+        self._turns = self._algorithm.stages
+        if groups is None or groups.relay:
+            return RunOpened(stages=self._turns)
+        self._within = groups.within()
+        self._turns = groups.rounds * self._within.stages
+        return RunOpened(
+            stages=self._turns,
+            groups=tuple(Members(clients=tuple(members)) for members in self._groups),
+            algorithm=groups.algorithm,
+            algorithm_config=json.dumps(dict(groups.algorithm_config)),
+        )
 
     def _first(self, out: Path) -> ModelMade:
         if self._application is None:
@@ -123,6 +133,12 @@ class Aggregator:
             population = self._opened.clients
             self._round = ServerVersion(
                 self._algorithm, self._treatment, model, state, population=population
+            )
+            return RoundBegun()
+        if self._within is not None:
+            models = {group.group: mapped(group.model_path) for group in question.groups}
+            self._round = GroupTurn(
+                self._within, self._groups, question.clients, model, state, models
             )
             return RoundBegun()
         self._round = ServerRound(
@@ -153,10 +169,30 @@ class Aggregator:
         return UpdateAdded(client=client, stepped=stepped)
 
     def _finish(self, out: Path) -> ModelMade:
-        made = self._round.finish()
-        # Between the stages of a round there is no new model to be looked at.
-        whole = self._number % self._algorithm.stages == 0
+        # Between the turns of a round there is no new model to be looked at.
+        whole = self._number % self._turns == 0
+        if isinstance(self._round, GroupTurn):
+            if not whole:
+                return self._turned(out, self._round)
+            made = self._round.finish(self._algorithm, self._turns)
+        else:
+            made = self._round.finish()
         return self._made(out, made.model, made.state, made.metrics, made.told, evaluate=whole)
+
+    def _turned(self, out: Path, turn: GroupTurn) -> ModelMade:
+        """The groups go on from models of their own, the whole stays where it was."""
+        found, state = turn.turned()
+        self._latest = (self._number, turn.model, state)
+        groups = [
+            GroupFiles(
+                group=g,
+                model_path=_written(out / f"model-{g}.safetensors", start.model),
+                sent_path=_written(out / f"sent-{g}.safetensors", start.sent),
+            )
+            for g, start in found.items()
+        ]
+        path = _written(out / "state.safetensors", state)
+        return ModelMade(state_path=path, groups=tuple(groups))
 
     def _made(
         self,
@@ -168,23 +204,25 @@ class Aggregator:
         *,
         evaluate: bool = True,
     ) -> ModelMade:
-        paths = {"model": "", "state": "", "sent": ""}
-        sent = self._algorithm.sent(model, without_ours(state))
-        sent = self._treatment.sent(sent, state)
-        for name, arrays in (("model", model), ("state", state), ("sent", sent)):
-            if arrays:
-                paths[name] = str(out / f"{name}.safetensors")
-                write(paths[name], arrays)
+        groups, sent = [], {}
+        if self._within is not None:
+            for g, own in starts(self._within, model, state, len(self._groups)).items():
+                path = _written(out / f"sent-{g}.safetensors", own)
+                groups.append(GroupFiles(group=g, sent_path=path))
+        else:
+            sent = self._algorithm.sent(model, without_ours(state))
+            sent = self._treatment.sent(sent, state)
         found = {f"train.{name}": value for name, value in metrics.items()}
         found |= told or {}
         central = self._evaluated(model) if evaluate else {}
         found |= {f"central.{name}": value for name, value in central.items()}
         self._latest = (self._number, model, state)
         return ModelMade(
-            model_path=paths["model"],
-            state_path=paths["state"],
-            sent_path=paths["sent"],
+            model_path=_written(out / "model.safetensors", model),
+            state_path=_written(out / "state.safetensors", state),
+            sent_path=_written(out / "sent.safetensors", sent),
             metrics=found,
+            groups=tuple(groups),
         )
 
     def _evaluated(self, model: dict[str, Any]) -> Mapping[str, float]:
@@ -194,6 +232,14 @@ class Aggregator:
             self._central_model = self._application.new_model(self._opened.seed)
         set_weights(self._central_model, model)
         return self._application.evaluate(self._central_model, self._central)
+
+
+def _written(path: Path, arrays: dict[str, Any]) -> str:
+    """Where these arrays lie; nowhere, if there are none."""
+    if not arrays:
+        return ""
+    write(path, arrays)
+    return str(path)
 
 
 def _cause(error: Exception) -> Cause:

@@ -134,7 +134,8 @@ class Trained:
         steps: Optimiser steps taken (the tau_i of FedNova, the K of SCAFFOLD), >= 0.
         lr: Mean learning rate over those steps; None when the training does not say. SCAFFOLD,
             FedNova and MIME divide by it and refuse None.
-        momentum: Of the local optimiser, in [0, 1), as `torch.optim.SGD` has it.
+        momentum: Of the local optimiser, in [0, 1), as `torch.optim.SGD` has it; None when the
+            training does not say. SCAFFOLD and FedNova refuse None.
         metrics: Named numbers, averaged over clients by weight.
     """
 
@@ -142,8 +143,22 @@ class Trained:
     examples: int
     steps: int
     lr: float | None = None
-    momentum: float = 0.0
+    momentum: float | None = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def plain_steps(self, algorithm: str) -> float:
+        """``||a||_1``, the steps of plain SGD that the local path amounts to.
+
+        Raises:
+            UnsupportedByTraining: The training did not report its momentum.
+        """
+        if self.momentum is None:
+            raise UnsupportedByTraining(
+                f"{algorithm} divides by the length of the local path, which momentum makes up to "
+                "1 / (1 - momentum) times as long, and the training did not report one: return "
+                "`momentum` from it, 0 for plain SGD"
+            )
+        return plain_steps(self.steps, self.momentum)
 
     def travel(self, algorithm: str) -> float:
         """``plain_steps * lr``, the length of the local path that an algorithm divides by.
@@ -151,7 +166,7 @@ class Trained:
         Raises:
             UnsupportedByTraining: As `rate` does.
         """
-        return self.rate(algorithm) * plain_steps(self.steps, self.momentum)
+        return self.rate(algorithm) * self.plain_steps(algorithm)
 
     def rate(self, algorithm: str) -> float:
         """The local learning rate, for an algorithm that cannot do without.

@@ -188,8 +188,8 @@ class UserTraining:
         examples = found.pop("examples", float(_size(self._data)))
         if examples < 0:
             raise ApplicationError(f"train() says that it saw {examples:g} examples")
-        momentum = found.pop("momentum", 0.0)
-        if not 0 <= momentum < 1:
+        momentum = found.pop("momentum", None)
+        if momentum is not None and not 0 <= momentum < 1:
             raise ApplicationError(f"train() says that its momentum is {momentum:g}, not in [0, 1)")
         trained = _trained(self._module)
         _check_same(trained, model)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedml.federate.algorithm import Correction, Facts, Kind, Local, Need, Update, number
+from fedml.federate.algorithm import Correction, Facts, Kind, Local, Need, Trained, Update, number
 from fedml.federate.arrays import Arrays, difference, learned, moved, tagged, untagged, zeros
 from fedml.federate.layout import Layout
 
@@ -106,7 +106,11 @@ def averaged(
     model: Arrays, local: Local, rng: np.random.Generator, correction: Correction | None = None
 ) -> Update:
     """One client's plain part of a round: its delta, counted by its examples."""
-    trained = local.train(model, correction, rng=rng)
+    return counted(model, local.train(model, correction, rng=rng))
+
+
+def counted(model: Arrays, trained: Trained) -> Update:
+    """What training came to, as one client sends it."""
     return Update(
         arrays=difference(trained.model, model),
         weight=float(trained.examples),

@@ -112,4 +112,6 @@ class FedNova(FedAvg):
                 )
             shrink = trained.rate(self.name) * self.mu
             return float((1 - (1 - shrink) ** tau) / shrink)
-        return plain_steps(tau, self.momentum or trained.momentum)
+        if self.momentum:
+            return plain_steps(tau, self.momentum)
+        return trained.plain_steps(self.name)

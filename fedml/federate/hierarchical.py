@@ -243,7 +243,7 @@ class GroupRounds(ABC):
             )
         if self.state is None:
             self.state = self.algorithm.start(model)
-        seed = int(rng.integers(2**63))
+        seed = _seed(rng)
         stages = self.algorithm.stages
         turns = self.rounds * stages
         weight, metrics = 0.0, {}
@@ -355,6 +355,27 @@ class Group(GroupRounds):
             self.client_states[client] = update.client_state
             updates.append(update)
         return combine(updates), len(updates)
+
+
+def member_generator(
+    seed: int, turn: int, turns: int, group: int, client: int
+) -> np.random.Generator:
+    """The random numbers of a group's member, where each member trains in a place of its own.
+
+    Args:
+        seed: The run's.
+        turn: Of the run, from 0.
+        turns: That groups have in each round of the whole.
+        group: Its number.
+        client: The member's.
+    """
+    index, within = divmod(turn, turns)
+    return generator(_seed(generator(seed, index, group)), within, client)
+
+
+def _seed(rng: np.random.Generator) -> int:
+    """Of a group's own rounds, from its generator in a round of the whole."""
+    return int(rng.integers(2**63))
 
 
 def assign(clients: Sequence[int], groups: int, rng: np.random.Generator) -> list[list[int]]:

@@ -130,7 +130,7 @@ class ServerRound:
         source: Given = given
         if not isinstance(given, dict):
             source = self._treatment.incoming(client, given, self.layout)
-        self._fold.add(client, source, weight, _of_training(metrics))
+        self._fold.add(client, source, weight, of_training(metrics))
 
     def finish(self) -> Made:
         """Nobody else comes: the next model.
@@ -212,7 +212,7 @@ class ServerVersion:
             sent = self._treatment.incoming(client, given, self._layout)
             admit(client, sent, weight, self._layout).close()
             arrays = in_memory(sent)
-        trained = _of_training(metrics)
+        trained = of_training(metrics)
         update = Update(arrays=arrays, weight=weight, metrics=trained)
         facts = Facts(clients=1, population=self._population, staleness=staleness)
         before = self._model
@@ -225,5 +225,6 @@ class ServerVersion:
         return Made(self._model, self._state, self._metrics.means(), {})
 
 
-def _of_training(metrics: Mapping[str, float]) -> dict[str, float]:
+def of_training(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without those of the model before the round."""
     return {name: value for name, value in metrics.items() if not name.startswith("eval.")}

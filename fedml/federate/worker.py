@@ -132,7 +132,7 @@ class Worker:
             self._cancelled.discard(key)
 
     def _stage(self, order: StageOrder, out: Path) -> StageDone:
-        from fedml.federate import algorithm, cohort
+        from fedml.federate import algorithm, cohort, hierarchical
         from fedml.federate.application import UserTraining, set_weights
         from fedml.federate.tensor_file import mapped, write
         from fedml.federate.treatment import Treatment
@@ -154,6 +154,10 @@ class Worker:
         before = self._state_before(spec.round)
         # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
         rng = cohort.generator(spec.seed, spec.round - 1, spec.client)
+        if spec.kind is StageKind.TRAIN_IN_GROUP:
+            rng = hierarchical.member_generator(
+                spec.seed, spec.round - 1, spec.turns, spec.group, spec.client
+            )
         treatment = Treatment.parse(spec.treatment)
         update = treatment.client_update(chosen, model, sent, before, local, rng)
         write(out / "update.safetensors", update.arrays)

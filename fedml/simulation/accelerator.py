@@ -9,9 +9,11 @@ made on machines without any (see docs/simulate.md).
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedml.errors import ConfigError
@@ -28,6 +30,22 @@ ENGINES = ("inplace", "stacked")  # those that can train elsewhere
 def is_name(wanted: str) -> bool:
     """Whether this is one of auto, cpu, cuda, cuda:N and mps."""
     return re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", wanted) is not None
+
+
+def guess(wanted: str, nodes: Path = Path("/dev")) -> tuple[str, ...]:
+    """What `found` will most likely say, without torch: so many processes are started meanwhile.
+
+    Args:
+        wanted: As the plan says.
+        nodes: Where NVIDIA's driver puts a node for each GPU.
+    """
+    if wanted not in ("auto", "cuda"):
+        return (wanted,)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = [f"cuda:{n}" for n, _ in enumerate(nodes.glob("nvidia[0-9]*"))]
+    if hidden is not None:
+        every = every[: len([name for name in hidden.split(",") if name not in ("", "-1", "void")])]
+    return tuple(every) or (CPU if wanted == "auto" else ("cuda",))
 
 
 def found(wanted: str) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedml.federate import cohort
-from fedml.federate.aggregate import combine
-from fedml.federate.algorithm import Algorithm, Facts, Update
-from fedml.federate.arrays import Arrays, tagged, untagged
+from fedml.federate.algorithm import Algorithm, Update
+from fedml.federate.arrays import Arrays, untagged
+from fedml.federate.group_turns import GROUPS, between, kept
 from fedml.federate.hierarchical import GroupRounds
 from fedml.federate.round import Made
 from fedml.simulation.order import Done, Order, Task
@@ -23,7 +23,6 @@ from fedml.simulation.sums import added_up
 if TYPE_CHECKING:
     from fedml.simulation.run import Simulation
 
-GROUPS = "groups"  # the tag of what groups' servers keep, beside the algorithm's state
 _BOARD = 1  # where the model of the group now at work is; 0 is that of the whole
 
 
@@ -45,16 +44,13 @@ def turn(
     if run.nested is None:
         raise RuntimeError("only groups with rounds of their own are walked here")
     left = _Left(clients, least)
-    state = run.server_state
-    sent = run.algorithm.sent(run.model, state)
-    updates: list[Update] = []
-    kept: Arrays = {}
-    told: dict[str, float] = {}
+    state = run.state
+    sent = run.algorithm.sent(run.model, run.server_state)
+    updates: dict[int, Update] = {}
     for g, whole in enumerate(run.members):
         members = sorted(left.clients & set(whole))
         before = untagged(f"{GROUPS}::{g}", run.state)
         if not members:
-            kept |= tagged(f"{GROUPS}::{g}", before)
             continue
         group = _CrewGroup(
             run,
@@ -68,15 +64,11 @@ def turn(
             evaluate=evaluate,
         )
         rng = cohort.generator(run.plan.seed, run.turn, g)
-        updates.append(run.algorithm.client_update(run.model, sent, None, group, rng))
-        kept |= tagged(f"{GROUPS}::{g}", group.state or {})
-        there = len(left.clients & set(whole))
-        said = {"clients": float(there), **updates[-1].metrics}
-        told |= {f"{GROUPS}.{g}.{name}": value for name, value in said.items()}
-    combined = combine(updates)
-    facts = Facts(clients=len(updates), population=len(run.members))
-    model, state = run.algorithm.server_update(run.model, state, combined, facts)
-    return left.done(), Made(model, state | kept, combined.metrics, told)
+        updates[g] = run.algorithm.client_update(run.model, sent, None, group, rng)
+        state = kept(state, g, group.state or {})
+    there = {g: len(left.clients & set(run.members[g])) for g in updates}
+    made = between(run.algorithm, run.model, state, updates, there, len(run.members))
+    return left.done(), made
 
 
 class _Left:

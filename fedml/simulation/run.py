@@ -21,6 +21,7 @@ from fedml.federate import algorithm as algorithms
 from fedml.federate.algorithm import Kind, UnsupportedByTraining
 from fedml.federate.application import Application, ApplicationError, UserTraining
 from fedml.federate.arrays import Arrays, without_tags
+from fedml.federate.group_turns import GROUPS
 from fedml.federate.layout import Layout
 from fedml.federate.local_sgd import Evaluation
 from fedml.federate.treatment import Treatment, without_ours
@@ -37,7 +38,6 @@ from fedml.simulation.arena import Arena
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.crew import Crew
 from fedml.simulation.evaluation import Central
-from fedml.simulation.grouped import GROUPS
 from fedml.simulation.order import Done, Order, Setup, Task
 from fedml.simulation.plan import Plan
 from fedml.simulation.ray_crew import RayCrew
@@ -154,9 +154,10 @@ class Simulation:
         """The crew: processes here, or actors of Ray's."""
         plan = self.plan
         if not plan.ray:
-            # How many GPUs there are is not known before torch is imported.
-            guess = accelerator.CPU if plan.device in ("auto", "cpu") else (plan.device,)
-            return Crew(plan.app, 0 if self._debug else plan.processes(guess), self._arena)
+            # How many GPUs there are is known for sure once torch is imported; that takes as long
+            # as the processes need to start, so they start beside it.
+            count = 0 if self._debug else plan.processes(accelerator.guess(plan.device))
+            return Crew(plan.app, count, self._arena)
         if self._debug:
             raise ConfigError("--debug is one process, and --ray is several machines")
         return RayCrew(plan.app, plan.workers, self._arena, plan.ray)

@@ -173,14 +173,16 @@ def translate(
     deployed: bool = False,
     by_name: bool = True,
     present: Callable[[str], bool] | None = None,
+    gpus: Callable[[], int] | None = None,
 ) -> Translation:
-    """A run of ours for a configuration; pure but for the question which data sets are here.
+    """A run of ours for a configuration; pure but for the questions what is on this machine.
 
     Args:
         sections: By name, as `read` gives them.
         deployed: It is for real machines.
         by_name: Data set and model are those it names; False where a script brings its own.
         present: Whether a data set of ours is on this machine.
+        gpus: How many GPUs torch sees.
 
     Raises:
         ConfigError: A value makes no sense, or there is nothing like it here.
@@ -220,12 +222,20 @@ def translate(
     treatment = treatment_of(flat, notes, run, taking_part, deployed=deployed)
     if treatment:
         run["treatment"] = treatment
-    groups = groups_of(flat, notes, deployed=deployed)
+    groups = groups_of(flat, notes)
     if groups:
         run["groups"] = groups
+    simulation: dict[str, Any] = {}
     attack = attack_of(flat, notes, clients["count"], deployed=deployed)
     if attack:
-        run["simulation"] = {"attack": attack}
+        simulation["attack"] = attack
+    if by_name and flat.get("using_gpu"):
+        device = _device(flat, notes, gpus or _gpus, deployed=deployed, each=bool(treatment))
+        if device:
+            simulation["device"] = device
+            config["torch"] = True  # models in NumPy stay on processors
+    if simulation:
+        run["simulation"] = simulation
     _without_effect(sections, flat, notes, deployed=deployed, by_name=by_name)
     return Translation(run, tuple(notes.said))
 
@@ -312,6 +322,32 @@ def _dataset(
             raise
         # This machine need not have it: those that train must, and say so where they do not.
         return nearest(named, lambda name: True)
+
+
+def _device(
+    flat: Flat, notes: Notes, gpus: Callable[[], int], *, deployed: bool, each: bool
+) -> str:
+    """The GPU to train on; empty where it cannot be."""
+    if deployed:
+        notes.no_effect("`using_gpu` has no effect: machines train by name on CPUs")
+        return ""
+    if each:
+        notes.instead("`using_gpu`: updates are treated one by one, and CPUs train where they are")
+        return ""
+    number, count = whole(flat, "gpu_id", 0), gpus()
+    if number >= count:
+        seen = f"torch sees {count} GPUs, there is no number {number}"
+        notes.instead(f"`using_gpu`: {seen if count else 'torch sees no GPU here'}; CPUs train")
+        return ""
+    return f"cuda:{number}" if "gpu_id" in flat else "cuda"
+
+
+def _gpus() -> int:
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _optimizer(flat: Flat, notes: Notes, algorithm: str) -> dict[str, Any]:

@@ -126,16 +126,6 @@ def algorithm_of(flat: Flat, notes: Notes, *, deployed: bool) -> tuple[str, dict
             asked = f"`federated_optimizer`: {called}"
             raise in_the_clear(asked, "secure aggregation", "federated_optimizer: FedAvg")
         notes.no_effect(f"`federated_optimizer`: {called} runs as FedAvg: {_MASKED}")
-    if deployed and name == "fedasync":
-        raise ConfigError(
-            f"`federated_optimizer`: {called} does not run on agents yet",
-            "`fedml simulate` runs it",
-        )
-    if deployed and name == "mime":
-        notes.instead(
-            "`federated_optimizer`: Mime runs as MimeLite: on agents a round is one stage"
-        )
-        name = "mimelite"
     return name, parameters
 
 
@@ -155,7 +145,7 @@ def _server(flat: Flat, notes: Notes) -> str:
     return _SERVERS[asked]
 
 
-def groups_of(flat: Flat, notes: Notes, *, deployed: bool) -> dict[str, int]:
+def groups_of(flat: Flat, notes: Notes) -> dict[str, int]:
     """Clients in groups; nothing where none are asked for."""
     hierarchical = str(flat.get("federated_optimizer")).lower() == "hierarchicalfl"
     if not hierarchical and flat.get("scenario") != "hierarchical":
@@ -165,11 +155,7 @@ def groups_of(flat: Flat, notes: Notes, *, deployed: bool) -> dict[str, int]:
         return {}
     if str(flat.get("group_method", "random")) != "random":
         notes.instead(f"`group_method`: groups are random, not {flat['group_method']}")
-    groups = {"count": whole(flat, "group_num"), "rounds": whole(flat, "group_comm_round", 1)}
-    if deployed and groups["rounds"] > 1:
-        notes.instead("`group_comm_round`: on agents a group has one round in a round of the whole")
-        groups["rounds"] = 1
-    return groups
+    return {"count": whole(flat, "group_num"), "rounds": whole(flat, "group_comm_round", 1)}
 
 
 # FedML's `attack_type` -> ours, where it is not the `attack_mode` that says.

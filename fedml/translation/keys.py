@@ -37,7 +37,9 @@ class Unused:
 _HOSTED = Unused("nothing here leaves your machines: rounds and metrics are in the results file")
 _WIRE = Unused("machines speak to the broker that `fedml login` names; there is one wire")
 _GPU = Unused(
-    "`--device` says where a simulation trains; machines train by name on CPUs", by_name=True
+    "`using_gpu`, `gpu_id` and `--device` say where a simulation trains; machines train by name "
+    "on CPUs",
+    by_name=True,
 )
 _CACHE = Unused(
     "data sets are read out of packages; `fedml data list` shows where they are", by_name=True
@@ -113,15 +115,15 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
         "fa_task": Unused("a statistic is not a model: analytics have a command of their own"),
         "server_checkpoint_interval": Unused("`simulation.checkpoint_s` says how often, in time"),
         "group_num": Used("`groups.count`, where groups are asked for"),
-        "group_comm_round": Used("`groups.rounds`, in simulations"),
+        "group_comm_round": Used("`groups.rounds`"),
         "group_method": Used("clients are grouped at random, with a word for another way"),
     },
     "validation_args": {
         "frequency_of_the_test": Used("`evaluate.every`"),
     },
     "device_args": {
-        "using_gpu": _GPU,
-        "gpu_id": _GPU,
+        "using_gpu": Used("`simulation.device: cuda` where torch sees a GPU, by name"),
+        "gpu_id": Used("`simulation.device: cuda:N`, with `using_gpu`"),
         "gpu_mapping_file": _GPU,
         "gpu_mapping_key": _GPU,
         "device_type": _GPU,

@@ -20,6 +20,7 @@ class StageKind(IntEnum):
 
     TRAIN = 1
     EVALUATE = 2
+    TRAIN_IN_GROUP = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,9 @@ class StageSpec:
         sent: What the algorithm sends beside the model.
         evaluate: A training stage also evaluates the model it was given, before training.
         labels: The device's, so that the user's data function can choose by them.
+        group: Of a stage `TRAIN_IN_GROUP`, which group; seeds hang on it. A kind of its own, so
+            that an agent which knows no groups refuses the stage and does not train another way.
+        turns: Of a stage `TRAIN_IN_GROUP`, how many turns a group has in a round of the whole.
     """
 
     session: str
@@ -54,9 +58,13 @@ class StageSpec:
     sent: Blob | None = None
     evaluate: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
+    group: int = 0
+    turns: int = 0
 
     def __post_init__(self) -> None:
         check_id(self.session, "session")
+        if (self.turns > 0) != (self.kind is StageKind.TRAIN_IN_GROUP):
+            raise MalformedMessage(f"a stage {self.kind.name} with {self.turns} turns of a group")
         if self.client >= self.clients:
             raise MalformedMessage(f"client {self.client} of {self.clients}")
 
@@ -128,6 +136,13 @@ class OpenRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Members:
+    """The clients of one group."""
+
+    clients: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunOpened:
     """aggregator -> broker: how the algorithm is to be walked.
 
@@ -135,11 +150,17 @@ class RunOpened:
         stages: Turns in a row that one cohort serves, which are one round.
         asynchronous: There are no cohorts: a model may come of each update.
         buffer: Updates that make a model, where the algorithm is asynchronous.
+        groups: Those that have rounds of their own, by number; clients run what is within.
+        algorithm: Within them.
+        algorithm_config: Its parameters, JSON.
     """
 
     stages: int = 1
     asynchronous: bool = False
     buffer: int = 0
+    groups: tuple[Members, ...] = ()
+    algorithm: str = ""
+    algorithm_config: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,13 +171,33 @@ class MakeModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelMade:
-    """aggregator -> broker: a global model, the algorithm's state, what it sends, its metrics."""
+class GroupFiles:
+    """What the members of a group that has rounds of its own start from.
 
-    model_path: str
+    Attributes:
+        model_path: Empty at the beginning of a round: the model of the whole.
+        sent_path: What the algorithm within sends beside it.
+    """
+
+    group: int
+    model_path: str = ""
+    sent_path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMade:
+    """aggregator -> broker: a global model, the algorithm's state, what it sends, its metrics.
+
+    Attributes:
+        model_path: Empty in the middle of a round of groups: it is the one from before.
+        groups: Of those that have rounds of their own, what they go on with.
+    """
+
+    model_path: str = ""
     state_path: str = ""
     sent_path: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    groups: tuple[GroupFiles, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,12 +227,14 @@ class BeginRound:
     Attributes:
         round: The turn, from 1; the version to be made, where the algorithm is asynchronous.
         clients: Whose updates may come; ascending is the canonical order of the fold.
+        groups: Where the groups are, in the middle of a round of theirs.
     """
 
     round: int
     model_path: str
     clients: tuple[int, ...]
     state_path: str = ""
+    groups: tuple[GroupFiles, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

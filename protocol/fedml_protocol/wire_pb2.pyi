@@ -53,6 +53,7 @@ class StageKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_KIND_UNSPECIFIED: _ClassVar[StageKind]
     TRAIN: _ClassVar[StageKind]
     EVALUATE: _ClassVar[StageKind]
+    TRAIN_IN_GROUP: _ClassVar[StageKind]
 TASK_STATE_UNSPECIFIED: TaskState
 QUEUED: TaskState
 OFFERED: TaskState
@@ -85,6 +86,7 @@ NOT_NOW: RejectReason
 STAGE_KIND_UNSPECIFIED: StageKind
 TRAIN: StageKind
 EVALUATE: StageKind
+TRAIN_IN_GROUP: StageKind
 
 class Envelope(_message.Message):
     __slots__ = ("schema", "msg_id", "device", "boot_n", "seq", "presence", "heartbeat", "accept", "reject", "progress", "result", "cancelled", "signed_order", "result_ack")
@@ -425,7 +427,7 @@ class LaunchSpec(_message.Message):
     def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., requirements: _Optional[str] = ..., secrets: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StageSpec(_message.Message):
-    __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "treatment", "evaluate", "labels")
+    __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "treatment", "evaluate", "labels", "group", "turns")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -448,6 +450,8 @@ class StageSpec(_message.Message):
     TREATMENT_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
     session: str
     kind: StageKind
     round: int
@@ -463,7 +467,9 @@ class StageSpec(_message.Message):
     treatment: str
     evaluate: bool
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, session: _Optional[str] = ..., kind: _Optional[_Union[StageKind, str]] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., clients: _Optional[int] = ..., seed: _Optional[int] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., sent: _Optional[_Union[Blob, _Mapping]] = ..., treatment: _Optional[str] = ..., evaluate: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    group: int
+    turns: int
+    def __init__(self, session: _Optional[str] = ..., kind: _Optional[_Union[StageKind, str]] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., clients: _Optional[int] = ..., seed: _Optional[int] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., sent: _Optional[_Union[Blob, _Mapping]] = ..., treatment: _Optional[str] = ..., evaluate: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., group: _Optional[int] = ..., turns: _Optional[int] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
     __slots__ = ("session",)
@@ -561,7 +567,7 @@ class MakeModel(_message.Message):
     def __init__(self, out_dir: _Optional[str] = ...) -> None: ...
 
 class ModelMade(_message.Message):
-    __slots__ = ("model_path", "state_path", "sent_path", "metrics")
+    __slots__ = ("model_path", "state_path", "sent_path", "metrics", "groups")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -573,11 +579,23 @@ class ModelMade(_message.Message):
     STATE_PATH_FIELD_NUMBER: _ClassVar[int]
     SENT_PATH_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     model_path: str
     state_path: str
     sent_path: str
     metrics: _containers.ScalarMap[str, float]
-    def __init__(self, model_path: _Optional[str] = ..., state_path: _Optional[str] = ..., sent_path: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[GroupFiles]
+    def __init__(self, model_path: _Optional[str] = ..., state_path: _Optional[str] = ..., sent_path: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., groups: _Optional[_Iterable[_Union[GroupFiles, _Mapping]]] = ...) -> None: ...
+
+class GroupFiles(_message.Message):
+    __slots__ = ("group", "model_path", "sent_path")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
+    SENT_PATH_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    model_path: str
+    sent_path: str
+    def __init__(self, group: _Optional[int] = ..., model_path: _Optional[str] = ..., sent_path: _Optional[str] = ...) -> None: ...
 
 class PlanRound(_message.Message):
     __slots__ = ("round", "clients", "count")
@@ -596,30 +614,44 @@ class RoundPlan(_message.Message):
     def __init__(self, clients: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class BeginRound(_message.Message):
-    __slots__ = ("round", "model_path", "state_path", "clients")
+    __slots__ = ("round", "model_path", "state_path", "clients", "groups")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     STATE_PATH_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     round: int
     model_path: str
     state_path: str
     clients: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, round: _Optional[int] = ..., model_path: _Optional[str] = ..., state_path: _Optional[str] = ..., clients: _Optional[_Iterable[int]] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[GroupFiles]
+    def __init__(self, round: _Optional[int] = ..., model_path: _Optional[str] = ..., state_path: _Optional[str] = ..., clients: _Optional[_Iterable[int]] = ..., groups: _Optional[_Iterable[_Union[GroupFiles, _Mapping]]] = ...) -> None: ...
 
 class RoundBegun(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class RunOpened(_message.Message):
-    __slots__ = ("stages", "asynchronous", "buffer")
+    __slots__ = ("stages", "asynchronous", "buffer", "groups", "algorithm", "algorithm_config")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     ASYNCHRONOUS_FIELD_NUMBER: _ClassVar[int]
     BUFFER_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    ALGORITHM_CONFIG_FIELD_NUMBER: _ClassVar[int]
     stages: int
     asynchronous: bool
     buffer: int
-    def __init__(self, stages: _Optional[int] = ..., asynchronous: _Optional[bool] = ..., buffer: _Optional[int] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[Members]
+    algorithm: str
+    algorithm_config: str
+    def __init__(self, stages: _Optional[int] = ..., asynchronous: _Optional[bool] = ..., buffer: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Members, _Mapping]]] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ...) -> None: ...
+
+class Members(_message.Message):
+    __slots__ = ("clients",)
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    clients: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, clients: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AddUpdate(_message.Message):
     __slots__ = ("client", "path", "weight", "metrics", "staleness")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedml_broker import rounds, runs, tasks
 from fedml_broker.accounts import User
-from fedml_broker.rounds import Round, Tally
+from fedml_broker.rounds import Kept, Round, Start, Tally
 from fedml_broker.store import Store
 from fedml_broker.tables import blob_refs, events
 from fedml_broker.tasks import Task
@@ -54,9 +54,11 @@ class Book:
                 tx,
                 RUN,
                 number,
-                model=blob(f"m{number}"),
-                state=blob(state) if state else None,
-                sent=blob(sent) if sent else None,
+                Kept(
+                    model=blob(f"m{number}"),
+                    state=blob(state) if state else None,
+                    sent=blob(sent) if sent else None,
+                ),
                 **facts,
             )
         )
@@ -121,11 +123,14 @@ async def test_a_restarted_broker_reads_where_it_was(book: Book) -> None:
 
     zero, one, two = await book.load()
 
-    assert (zero.number, zero.done, zero.clients, zero.sent) == (0, True, (), None)
+    assert (zero.number, zero.done, zero.clients, zero.kept.sent) == (0, True, (), None)
     assert one == Round(
-        number=1, clients=(4, 7), model=blob("m1"), state=blob("s1"), sent=blob("x1"), done=True
+        number=1,
+        clients=(4, 7),
+        kept=Kept(model=blob("m1"), state=blob("s1"), sent=blob("x1")),
+        done=True,
     )
-    assert two == Round(number=2, clients=(4, 5), model=None, state=None, sent=None, done=False)
+    assert two == Round(number=2, clients=(4, 5), kept=Kept(model=None), done=False)
     assert await book.load() == [zero, one, two]
     assert await book.store.read(lambda tx: rounds.load(tx, "r-other")) == []
 
@@ -142,6 +147,29 @@ async def test_the_end_of_a_round_lets_go_of_what_made_it(book: Book) -> None:
 
     # Every model stays; of the algorithm's own only the latest.
     assert await book.kept() == {"m0", "m1", "s1", "x1"}
+
+
+async def test_a_turn_of_groups_is_read_back_and_goes_with_the_next_one(book: Book) -> None:
+    await book.begin(0)
+    await book.finish(0)
+    await book.begin(1, 0, 1)
+    for turn in (1, 2):
+        await book.update(turn, f"u{turn}")
+        kept = Kept(
+            model=None,
+            state=blob(f"s{turn}"),
+            groups={g: Start(model=blob(f"g{g}t{turn}"), sent=blob(f"x{turn}")) for g in (0, 3)},
+        )
+        more: dict[str, Any] = {"stage": turn, "clients": (0, 1), "turn": turn}
+        await book.store.write(
+            lambda tx, more=more, kept=kept: rounds.stage_done(tx, RUN, 1, kept=kept, **more)
+        )
+        assert (await book.load())[1] == Round(
+            number=1, clients=(0, 1), kept=kept, done=False, stage=turn
+        )
+        assert await book.kept() == {"m0", f"s{turn}", f"g0t{turn}", f"g3t{turn}", f"x{turn}"}
+    await book.finish(1, turns=[3])
+    assert await book.kept() == {"m0", "m1"}
 
 
 async def test_bytes_that_somebody_else_still_needs_are_not_let_go(book: Book) -> None:

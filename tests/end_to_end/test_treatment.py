@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Robust rules, privacy, compression and groups on agents: the run file asks, machines do it."""
 
+import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save
 
+from fedml.federate.cohort import server_generator
+from fedml.federate.hierarchical import assign
+from fedml.simulation import simulate
 from tests.place import APP, Place, began_round
 
 # The client whose data come from this number turns its update round and makes it huge.
@@ -105,12 +111,58 @@ def test_groups_add_up_to_the_model_of_the_flat_run_and_tell_of_each(place: Plac
 
 
 def test_groups_that_cannot_be_are_said_before_anything_runs(place: Place) -> None:
-    for groups, text in (
-        ({"count": 4}, "3 clients make no 4 groups"),
-        ({"count": 2, "rounds": 2}, "not deployed yet"),
-    ):
-        end = place.end(place.federate(APP, groups=json.dumps(groups)))
-        assert end["state"] == "FAILED"
-        assert text in end["cause"]["message"]
-        assert end["cause"]["traceback"] == ""
-        assert list(place.tasks(end["id"])) == []
+    end = place.end(place.federate(APP, groups=json.dumps({"count": 4})))
+    assert end["state"] == "FAILED"
+    assert "3 clients make no 4 groups" in end["cause"]["message"]
+    assert end["cause"]["traceback"] == ""
+    assert list(place.tasks(end["id"])) == []
+
+
+# The client whose data come from this number spoils its update in the second turn of each round.
+SPOILER = APP.replace(
+    '    model["seen"] += 1\n',
+    "    if (x == np.random.default_rng(config['spoiler']).normal(size=(40, 64))).all():\n"
+    '        if model["seen"][0] % 2 == 1:\n'
+    '            model["w"][3] = np.nan\n'
+    '    model["seen"] += 1\n',
+)
+
+
+def _alone_and_together() -> tuple[int, list[int]]:
+    """Of three clients in two groups, who is alone in his, and the other two."""
+    parts = assign(range(3), 2, server_generator(7, 0))
+    return min(parts, key=len)[0], max(parts, key=len)
+
+
+def test_groups_have_rounds_of_their_own_and_go_on_without_a_member_that_spoils_one(
+    place: Place, tmp_path: Path
+) -> None:
+    _, (_, spoiler) = _alone_and_together()
+    groups, config = {"count": 2, "rounds": 2}, {"spoiler": spoiler}
+    asked = {"rounds": 2, "seed": 7, "clients": {"count": 3, "minimum": 2}}
+    run = place.federate(SPOILER, groups=json.dumps(groups), config=config, **asked)
+    place.finishes(run)
+    (tmp_path / "app.py").write_text(SPOILER)
+    files = {"app": "app.py", "workspace": str(tmp_path), "config": config, "groups": groups}
+    result = simulate({**asked, **files}, engine="exact", debug=True)
+    assert hashlib.sha256(save(result.model)).hexdigest() == place.model(run)
+    rounds = place.client.call("GET", f"/v1/runs/{run}")["rounds"]
+    for row, other in zip(rounds[1:], result.history[1:], strict=False):
+        for g in (0, 1):
+            assert row["metrics"][f"groups.{g}.clients"] == other[f"groups.{g}.clients"] == 1
+    failed = place.query(
+        "SELECT data FROM events WHERE run = :r AND kind = 'client_failed' ORDER BY id", r=run
+    )
+    assert [json.loads(row.data)["client"] for row in failed] == [spoiler, spoiler]
+
+
+def test_a_group_of_which_everybody_spoils_his_update_ends_the_run(place: Place) -> None:
+    alone, _ = _alone_and_together()
+    groups = json.dumps({"count": 2, "rounds": 2})
+    clients = {"count": 3, "minimum": 1}
+    config = {"spoiler": alone}
+    run = place.federate(SPOILER, groups=groups, config=config, clients=clients, rounds=2)
+    end = place.end(run)
+    assert end["state"] == "FAILED"
+    assert "round 1, turn 2 of 2, group" in end["cause"]["message"]
+    assert "'w'" in end["cause"]["message"]

@@ -44,7 +44,7 @@ import fedml_protocol
 from fedml_protocol import wire_pb2
 from fedml_protocol.devices import Presence
 from fedml_protocol.envelope import Envelope
-from fedml_protocol.federate import StageSpec
+from fedml_protocol.federate import StageKind, StageSpec
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import FINAL, TRACEPARENT, Progress, Result, TaskState
 
@@ -104,9 +104,16 @@ TOGETHER: Mapping[type, st.SearchStrategy[Mapping[str, Any]]] = {
     Presence: st.tuples(st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1)).map(
         lambda two: {"oldest_schema": min(two), "newest_schema": max(two)}
     ),
-    StageSpec: st.integers(1, 2**32 - 1).flatmap(
-        lambda clients: st.fixed_dictionaries(
-            {"clients": st.just(clients), "client": st.integers(0, clients - 1)}
+    StageSpec: st.tuples(st.integers(1, 2**32 - 1), st.integers(0, 2**32 - 1)).flatmap(
+        lambda two: st.fixed_dictionaries(
+            {
+                "clients": st.just(two[0]),
+                "client": st.integers(0, two[0] - 1),
+                "turns": st.just(two[1]),
+                "kind": st.just(StageKind.TRAIN_IN_GROUP)
+                if two[1]
+                else st.sampled_from([StageKind.TRAIN, StageKind.EVALUATE]),
+            }
         )
     ),
 }

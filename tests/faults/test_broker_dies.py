@@ -5,10 +5,12 @@ Each run must end FINISHED with the very model that an undisturbed one gives: an
 lost or counted twice would change its bits.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fedml_protocol.tasks import TaskState
@@ -54,6 +56,37 @@ def test_a_killed_broker_goes_on_with_the_round_it_was_in(place: Place) -> None:
     place.finishes(run)
     assert place.model(run) == expected
     _all_counted_once(place, run, 5)
+
+
+@pytest.mark.parametrize("place", ["embedded"], indirect=True)
+def test_what_dies_in_the_middle_of_the_groups_own_rounds_goes_on_there(place: Place) -> None:
+    """Fault A, and the aggregator's death, between two turns of groups that have models."""
+    groups = {"count": 2, "rounds": 3, "algorithm": "fedavgm"}
+    expected = _expected(place, rounds=2, groups=json.dumps(groups))
+    run = place.federate(rounds=2, groups=json.dumps(groups), config={"train_s": 0.5})
+
+    def waits(what: str) -> None:
+        place.until(run, lambda item: item.get("waiting", "").startswith(what))
+
+    waits("round 1, turn 2 of 3")
+    place.broker.kill()
+    place.start_broker()
+    waits("round 2, turn 2 of 3")
+    for process in psutil.process_iter():
+        if place.is_ours(process) and "fedml.federate.aggregator" in process.cmdline():
+            process.kill()
+    waits("round 2, turn 3 of 3")
+    place.broker.kill()
+    place.start_broker()
+    place.finishes(run)
+    assert place.model(run) == expected
+    rows = [row for row in place.tasks(run) if row.round <= 6]
+    assert {(r.round, r.client) for r in rows} == {(n, c) for n in range(1, 7) for c in range(3)}
+    assert len(rows) == 18
+    # Of the groups' models, and of updates, nothing is left behind.
+    for what in ("stage", "updates"):
+        owner = f"run/{run}/{what}/%"
+        assert place.query("SELECT owner FROM blob_refs WHERE owner LIKE :o", o=owner) == []
 
 
 def test_a_killed_broker_loses_no_job_of_a_loaded_fleet(place: Place) -> None:

@@ -297,6 +297,13 @@ def test_fedprox_with_a_trainer_of_ones_own_is_said_to_be_fedavg() -> None:
         FedMLRunner(args, None, _eight(), model, _Adds(model, None)).run()
 
 
+def test_fednova_with_a_trainer_of_ones_own_is_said_to_be_fedavg() -> None:
+    model = {"w": np.zeros(2)}
+    args = _args(federated_optimizer="FedNova")
+    with pytest.warns(Differs, match="your ClientTrainer says no number"):
+        FedMLRunner(args, None, _eight(), model, _Adds(model, None)).run()
+
+
 def test_scaffold_with_a_trainer_of_ones_own_is_refused() -> None:
     model = {"w": np.zeros(2)}
     args = _args(federated_optimizer="SCAFFOLD")

@@ -39,7 +39,8 @@ def train(model, data, config, rng, correction=None):
             for name, p in model.named_parameters():
                 p -= config["lr"] * torch.from_numpy(gradient[name])
         steps += 1
-    return {"examples": len(x), "steps": steps, "lr": config["lr"], "loss": total / steps}
+    said = {"examples": len(x), "steps": steps, "lr": config["lr"], "momentum": 0}
+    return said | {"loss": total / steps}
 
 def evaluate(model, data, config):
     model.eval()

@@ -52,7 +52,7 @@ def run(
         "seed": seed,
     }
     aggregator = Aggregator()
-    aggregator.answer(
+    opened = aggregator.answer(
         OpenRun(
             app_dir=str(app.parent),
             app=app.name,
@@ -64,32 +64,44 @@ def run(
     )
     workers = [_worker(folder / f"client-{k}", app) for k in range(clients)]
     made = aggregator.answer(MakeModel(out_dir=str(_new(folder / "out-0"))))
+    whole = made
     models: Models = [load_file(made.model_path)]
     blob = Blob(sha256="0" * 64, size=1)
-    for number in range(1, plan["rounds"] + 1):
-        count = plan["clients"].get("per_round", clients)
-        chosen = aggregator.answer(
-            PlanRound(round=number, clients=tuple(range(clients)), count=count)
-        )
+    group_of = {c: g for g, each in enumerate(opened.groups) for c in each.clients}
+    if opened.groups:
+        said |= {"algorithm": opened.algorithm, "algorithm_config": opened.algorithm_config}
+    for number in range(1, plan["rounds"] * opened.stages + 1):
+        whole = made if made.model_path else whole
+        if (number - 1) % opened.stages == 0:
+            count = plan["clients"].get("per_round", clients)
+            index = (number - 1) // opened.stages + 1
+            chosen = aggregator.answer(
+                PlanRound(round=index, clients=tuple(range(clients)), count=count)
+            )
+        groups = {group.group: group for group in made.groups}
         aggregator.answer(
             BeginRound(
                 round=number,
-                model_path=made.model_path,
+                model_path=whole.model_path,
                 state_path=made.state_path,
                 clients=chosen.clients,
+                groups=tuple(group for group in made.groups if group.model_path),
             )
         )
         # Backwards: the order in which clients answer must not matter.
         for client in reversed(chosen.clients):
+            start = groups.get(group_of.get(client, -1), made)
             spec = StageSpec(
                 session="run-000000000000",
-                kind=StageKind.TRAIN,
+                kind=StageKind.TRAIN_IN_GROUP if opened.groups else StageKind.TRAIN,
+                group=group_of.get(client, 0),
+                turns=opened.stages if opened.groups else 0,
                 round=number,
                 client=client,
                 clients=clients,
                 app=app.name,
                 model=blob,
-                evaluate=True,
+                evaluate=(number - 1) % opened.stages == 0,
                 **said,
             )
             out = _new(folder / f"update-{number}-{client}")
@@ -97,8 +109,8 @@ def run(
                 task=f"t-{number}-{client}",
                 epoch=1,
                 spec=spec,
-                model_path=made.model_path,
-                sent_path=made.sent_path,
+                model_path=start.model_path or whole.model_path,
+                sent_path=start.sent_path,
                 out_dir=str(out),
             )
             done = workers[client]._answer(order)
@@ -113,9 +125,10 @@ def run(
             )
             assert added.refusal is None, added.refusal
         made = aggregator.answer(FinishRound(out_dir=str(_new(folder / f"out-{number}"))))
-        models.append(load_file(made.model_path))
-        if told is not None:
-            told.append(dict(made.metrics))
+        if made.model_path:
+            models.append(load_file(made.model_path))
+            if told is not None:
+                told.append(dict(made.metrics))
     return models
 
 

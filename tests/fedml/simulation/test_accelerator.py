@@ -27,6 +27,7 @@ from fedml.federate.cohort import generator
 from fedml.federate.local_sgd import LocalSGD
 from fedml.model.arrays import to_arrays
 from fedml.simulation import accelerator, engine, simulate
+from fedml.simulation.crew import Crew
 from fedml.simulation.plan import read
 from fedml.simulation.result import ClientFailed, Listener
 from fedml.simulation.run import Simulation
@@ -136,6 +137,51 @@ def test_an_unknown_device_names_those_there_are(tmp_path: Path) -> None:
 def test_there_is_a_process_for_each_gpu_unless_said_otherwise(tmp_path: Path) -> None:
     assert read(plan(tmp_path)).processes(("cuda:0", "cuda:1")) == 2
     assert read(plan(tmp_path), workers=3).processes(("cuda:0",)) == 3
+
+
+@pytest.mark.parametrize(
+    ("wanted", "visible", "guessed"),
+    [
+        ("auto", None, ("cuda:0", "cuda:1")),
+        ("cuda", "1", ("cuda:0",)),
+        ("auto", "", ("cpu",)),
+        ("auto", "-1", ("cpu",)),
+        ("cuda:1", None, ("cuda:1",)),
+        ("cpu", None, ("cpu",)),
+    ],
+)
+def test_as_many_processes_start_as_there_will_be_devices(
+    wanted: str,
+    visible: str | None,
+    guessed: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert accelerator.guess(wanted, tmp_path) == guessed
+    assert accelerator.guess("auto", tmp_path / "none") == accelerator.CPU
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_wrong_guess_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "guess", lambda wanted: ("cuda:0",))
+    seen: list[int] = []
+    simulation = Simulation(read(plan(tmp_path)))
+    resized = Crew.resize
+
+    def resize(crew: Crew, count: int) -> None:
+        seen.append(len(crew.members))
+        resized(crew, count)
+        seen.append(len(crew.members))
+
+    monkeypatch.setattr(Crew, "resize", resize)
+    result = simulation.run()
+    assert seen == [1, simulation.plan.processes(accelerator.CPU)]
+    assert result.rounds == 2
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -15,7 +15,7 @@ from fedml.errors import ConfigError
 from fedml.federate import cohort
 from fedml.federate.aggregate import combine
 from fedml.federate.algorithm import Facts, create
-from fedml.federate.application import Application, ApplicationError, Client, UserTraining
+from fedml.federate.application import Application, Client, UserTraining
 from fedml.federate.hierarchical import Group, assign
 from fedml.simulation import ClientFailed, Listener, Round, Simulation, simulate
 from fedml.simulation.checkpoint import Checkpoint
@@ -24,6 +24,14 @@ from tests.fedml.simulation import apps, deployed
 from tests.fedml.simulation.bits import same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Whose built-in training has a full gradient.
+LINEAR_MODEL = (
+    apps.LINEAR
+    + "\ndef model(config):\n    from fedml import model as m\n"
+    + "    return m.create('linear', inputs=6, outputs=3)\n"
+)
 
 
 def plan(
@@ -71,8 +79,7 @@ def plain_loop(asked: dict[str, Any]) -> dict[str, Any]:
 def test_groups_that_add_up_have_the_bits_of_the_flat_run(algorithm: str, tmp_path: Path) -> None:
     app = apps.OWN_TRAIN
     if algorithm == "mime":
-        app = apps.LINEAR + "\ndef model(config):\n    from fedml import model as m\n"
-        app += "    return m.create('linear', inputs=6, outputs=3)\n"
+        app = LINEAR_MODEL
     asked = plan(tmp_path, {}, app, algorithm=algorithm, clients={"count": 7, "per_round": 5})
     flat = simulate(asked, engine="exact", workers=2).model
     for count in (1, 3, 7):
@@ -95,15 +102,38 @@ def test_deployed_groups_add_up_to_the_same_bits_and_tell_the_same(tmp_path: Pat
         assert {name: said[name] for name in names} == {name: row[name] for name in names}
 
 
-def test_groups_with_rounds_of_their_own_are_not_deployed_yet(tmp_path: Path) -> None:
-    asked = plan(tmp_path / "app", {"count": 3, "rounds": 2})
-    with pytest.raises(ApplicationError, match=r"not deployed yet.*`fedml simulate` runs it"):
-        deployed.run(tmp_path / "app" / "app.py", tmp_path / "deployed", asked)
+@pytest.mark.parametrize(
+    ("groups", "more"),
+    [
+        ({"rounds": 3}, {}),
+        # States of clients, and what is sent is of each group.
+        ({"algorithm": "scaffold"}, {"clients": {"count": 7, "per_round": 4}}),
+        # Two stages within, a server that remembers between.
+        ({"algorithm": "mime"}, {"algorithm": "fedadam"}),
+        ({"algorithm": "fedavgm", "rounds": 1}, {"clients": {"count": 7, "per_round": 3}}),
+    ],
+)
+def test_deployed_groups_have_rounds_of_their_own_with_the_simulators_bits(
+    groups: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    groups = {"count": 3, "rounds": 2, **groups}
+    app = LINEAR_MODEL if groups.get("algorithm") == "mime" else apps.OWN_TRAIN
+    asked = plan(tmp_path / "app", groups, app, **more)
+    told: list[dict[str, float]] = []
+    models = deployed.run(tmp_path / "app" / "app.py", tmp_path / "deployed", asked, told)
+    result = simulate(asked, engine="exact", debug=True)
+    assert same_bits(result.model, models[-1])
+    assert len(models) == len(told) + 1 == asked["rounds"] + 1
+    for row, said in zip(result.history[1:], told, strict=True):
+        names = {name for name in row if name.startswith(("groups.", "train.", "central."))}
+        assert names == {*said}
+        for name in names:
+            assert said[name] == pytest.approx(row[name], rel=1e-12)
+
+
+def test_a_run_file_says_what_groups_run_within(tmp_path: Path) -> None:
+    asked = plan(tmp_path, {"count": 3, "rounds": 2, "algorithm_config": {"server_lr": 1.0}})
     file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(asked))
-    with pytest.raises(ConfigError, match=r"`groups.rounds` is 2: on agents"):
-        runfile.read_federated(file)
-    asked["groups"] = {"count": 3, "algorithm_config": {"server_lr": 1.0}}
     file.write_text(json.dumps(asked))
     assert json.loads(runfile.read_federated(file)[0]["groups"]) == asked["groups"]
 

@@ -37,6 +37,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         ),
         # Two stages a round, for which the built-in training is needed.
         pytest.param(apps.IMAGES, {"algorithm": "mime"}, id="mime"),
+        # Rounds of their own within groups, of an algorithm that sends and keeps things of its own.
+        pytest.param(
+            apps.OWN_TRAIN,
+            {"groups": {"count": 2, "rounds": 2, "algorithm": "scaffold"}},
+            id="groups of scaffold",
+        ),
+        pytest.param(
+            apps.OWN_TRAIN,
+            {
+                "algorithm": "fedadam",
+                "groups": {"count": 2, "rounds": 3},
+                "clients": {"count": 3},
+            },
+            id="groups of fedavg",
+        ),
         # With one client at work there is one order in which updates can come.
         pytest.param(
             apps.OWN_TRAIN,
@@ -61,7 +76,9 @@ def test_three_agents_and_the_simulator_end_with_the_same_file(
         **said,
     }
     texts = {
-        name: json.dumps(plan[name]) for name in ("algorithm_config", "treatment") if name in plan
+        name: json.dumps(plan[name])
+        for name in ("algorithm_config", "treatment", "groups")
+        if name in plan
     }
     run = place.federate(app, config=json.dumps(settings), **{**plan, **texts})
     place.finishes(run)

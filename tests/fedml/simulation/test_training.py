@@ -17,7 +17,7 @@ from fedml.federate.algorithm import Correction
 from fedml.federate.arrays import Arrays
 from fedml.federate.local_sgd import BadData, Evaluation, LocalSGD, examples_of
 from fedml.model.arrays import to_arrays
-from fedml.simulation import simulate
+from fedml.simulation import ClientFailed, simulate
 from tests.fedml.simulation import apps
 
 RNG = np.random.default_rng(4)
@@ -176,3 +176,18 @@ def test_scaffold_with_the_momentum_of_the_built_in_training_learns(tmp_path: Pa
 def test_the_built_in_training_reports_its_momentum() -> None:
     found = LocalSGD(lr=0.1, momentum=0.9)(network(), (X, Y), {}, np.random.default_rng(0))
     assert found["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "fednova"])
+def test_a_train_that_hides_its_momentum_is_told_what_to_return(
+    algorithm: str, tmp_path: Path
+) -> None:
+    silent = apps.OWN_TRAIN.replace(', "momentum": 0', "")
+    file = apps.write(tmp_path, silent)
+    asked = {"app": file.name, "workspace": str(tmp_path), "rounds": 1, "clients": {"count": 2}}
+    with pytest.raises(ClientFailed, match=r"return `momentum` from it, 0 for plain SGD"):
+        simulate({**asked, "algorithm": algorithm, "config": {"lr": 0.1}}, debug=True)
+    simulate({**asked, "config": {"lr": 0.1}}, debug=True)
+    if algorithm == "fednova":  # said in its place
+        own = {"algorithm_config": {"momentum": 0.5}, "config": {"lr": 0.1}}
+        simulate({**asked, "algorithm": algorithm, **own}, debug=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -380,8 +381,7 @@ def test_hierarchical_learning_becomes_groups() -> None:
     sections = _config(train_args=asked)
     assert _translated(sections).run["groups"] == {"count": 4, "rounds": 3}
     deployed = _translated(sections, deployed=True)
-    assert deployed.run["groups"] == {"count": 4, "rounds": 1}
-    assert "on agents a group has one round" in _said(deployed, Kind.INSTEAD)
+    assert deployed.run["groups"] == {"count": 4, "rounds": 3}
 
 
 @pytest.mark.parametrize(
@@ -445,6 +445,67 @@ def test_a_cross_silo_file_trains_on_machines(tmp_path: Path) -> None:
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     assert "devices.accuracy" in done.stdout
     assert rounds
+
+
+@pytest.mark.parametrize("optimizer", ["Async_FedAvg", "Mime"])
+def test_what_is_no_single_stage_trains_on_machines_too(optimizer: str, machines: Place) -> None:
+    sections = _config(
+        common_args={"training_type": "cross_silo"},
+        data_args={"dataset": "fashionmnist"},
+        train_args={"client_num_in_total": 2, "client_num_per_round": 2, "batch_size": 512,
+                    "federated_optimizer": optimizer, "comm_round": 2, "learning_rate": 0.1},
+    )  # fmt: skip
+    file = _file(machines.folder, sections)
+    home = str(machines.folder / "me")
+    done = subprocess.run(
+        command("fedml", "federate", str(file), "--home", home, "--json"),
+        cwd=machines.folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "federated_optimizer" not in done.stderr
+    (row,) = machines.query("SELECT spec FROM runs ORDER BY created_at DESC LIMIT 1")
+    assert json.loads(row.spec)["algorithm"] == {"Async_FedAvg": "fedasync"}.get(optimizer, "mime")
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with Place(tmp_path_factory.mktemp("machines")) as place:
+        place.agent("one")
+        place.agent("two")
+        yield place
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "device", "said"),
+    [
+        ({"using_gpu": True}, 2, "cuda", ""),
+        ({"using_gpu": True, "gpu_id": 1}, 2, "cuda:1", ""),
+        ({"using_gpu": True, "gpu_id": 2}, 2, None, "there is no number 2; CPUs train"),
+        ({"using_gpu": True, "gpu_id": 0}, 0, None, "torch sees no GPU here; CPUs train"),
+        ({"using_gpu": False, "gpu_id": 0}, 2, None, ""),
+    ],
+)
+def test_a_gpu_is_used_where_torch_sees_it(
+    asked: dict[str, Any], gpus: int, device: str | None, said: str
+) -> None:
+    sections = _config(data_args={"dataset": "fashionmnist"}, device_args=asked)
+    found = translation.translate(sections, present=AT_HAND.__contains__, gpus=lambda: gpus)
+    assert found.run.get("simulation", {}).get("device") == device
+    assert found.run["config"].get("torch", False) is (device is not None)
+    text = _said(found)
+    assert said in text
+    assert ("`using_gpu`: " in text) == bool(said)
+
+
+def test_a_gpu_has_no_use_on_machines_or_where_updates_are_treated_one_by_one() -> None:
+    sections = _config(data_args={"dataset": "fashionmnist"}, device_args={"using_gpu": True})
+    deployed = translation.translate(sections, deployed=True, gpus=lambda: 1)
+    assert "simulation" not in deployed.run
+    assert "`using_gpu` has no effect" in _said(deployed)
+    sections["defense_args"] = {"enable_defense": True, "defense_type": "wise_median"}
+    treated = translation.translate(sections, present=AT_HAND.__contains__, gpus=lambda: 1)
+    assert "device" not in treated.run.get("simulation", {})
+    assert "`using_gpu`: updates are treated one by one" in _said(treated)
 
 
 def test_a_run_file_of_ours_is_left_as_it_is(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ Beside each `.bin` lies a `.txt`: the message as Python shows it, for people who
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from pprint import pformat
 
@@ -28,7 +29,9 @@ from fedml_protocol.federate import (
     BeginRound,
     Failed,
     FinishRound,
+    GroupFiles,
     MakeModel,
+    Members,
     ModelMade,
     OpenRun,
     PlanRound,
@@ -155,6 +158,12 @@ _ORDERS: Mapping[str, _What] = {
         spec=LaunchSpec(command="env", env={"HF_TOKEN": "hf_x1y2"}, secrets=("HF_TOKEN",)),
         traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     ),
+    "offer-stage_in_group": Offer(
+        task=TASK,
+        epoch=1,
+        run="r-42",
+        spec=replace(_STAGE, kind=StageKind.TRAIN_IN_GROUP, group=3, turns=4),
+    ),
 }
 
 _BODIES: Mapping[str, Body] = {
@@ -265,6 +274,26 @@ _AGGREGATOR: Mapping[str, _Question | _Answer] = {
     "update_added": UpdateAdded(client=300, refusal=_CAUSE),
     "update_added-stepped": UpdateAdded(client=3, stepped=True),
     "failed": Failed(cause=_CAUSE),
+    "run_opened-groups": RunOpened(
+        stages=4,
+        groups=(Members(clients=(0, 300)), Members(clients=(1, 2))),
+        algorithm="scaffold",
+        algorithm_config='{"server_lr": 1.0}',
+    ),
+    "begin_round-groups": BeginRound(
+        round=6,
+        model_path="runs/r-42/1/model",
+        clients=(1, 300),
+        state_path="blobs/5e5e",
+        groups=(GroupFiles(group=1, model_path="blobs/0d0d", sent_path="blobs/7f7f"),),
+    ),
+    "model_made-groups": ModelMade(
+        state_path="runs/r-42/6/state",
+        groups=(
+            GroupFiles(group=0, model_path="runs/r-42/6/model-0"),
+            GroupFiles(group=1, model_path="runs/r-42/6/model-1", sent_path="runs/r-42/6/sent-1"),
+        ),
+    ),
 }
 
 
