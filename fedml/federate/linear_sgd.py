@@ -52,6 +52,7 @@ class Linear:
         self.weight, self.bias, self.loss = weight, bias, loss
         self._step_of_weight = np.empty_like(weight)
         self._rows = 0
+        self._row_starts: dict[tuple[int, int], npt.NDArray[np.intp]] = {}
         self._grow(1)
 
     def prepare(self, x: Array, y: Array) -> Prepared:
@@ -97,8 +98,7 @@ class Linear:
         if self._rows < rows:
             self._grow(rows)
         if classes is not None:
-            # Where in a batch's outputs, row by row, the true class of each example stands.
-            classes = np.arange(len(x)) % steps.batch_size * self.weight.shape[0] + classes
+            classes = self._rows_of(len(x), steps.batch_size) + classes
             if change is None and len(targets):
                 self._softmax_epoch(x, targets, classes, steps, losses)
                 return
@@ -198,6 +198,15 @@ class Linear:
             return -float(np.add.reduce(losses)) / max(len(losses), 1)
         return float(np.add.reduce(losses)) / max(len(losses), 1)
 
+    def _rows_of(self, n: int, batch: int) -> npt.NDArray[np.intp]:
+        """Where in its batch's outputs, laid flat, the row of each example begins."""
+        known = self._row_starts.get((n, batch))
+        if known is None:
+            self._row_starts.clear()  # clients of one size are common, of many they are not
+            known = np.arange(n) % batch * self.weight.shape[0]
+            self._row_starts[n, batch] = known
+        return known
+
     def _grow(self, rows: int) -> None:
         outputs, dtype = self.weight.shape[0], self.weight.dtype
         self._rows = rows
@@ -222,7 +231,9 @@ def train(
         raise BadData("bf16 needs a torch model, as fedml.model.create('linear') is one")
     linear = _linear(model, loss)
     prepared = linear.prepare(x, y)
-    found = run(linear, prepared, steps, rng, changed(linear, steps, correction))
+    # What diverges is found by whoever looks at the weights.
+    with np.errstate(all="ignore"):
+        found = run(linear, prepared, steps, rng, changed(linear, steps, correction))
     model["w"][...] = linear.weight.T
     return found
 
@@ -234,23 +245,24 @@ def run(
     rng: np.random.Generator | None,
     change: Change | None = None,
 ) -> dict[str, float]:
-    """All epochs of one client; its numbers. Without ``shuffle`` no generator is needed."""
+    """All epochs of one client; its numbers. Without ``shuffle`` no generator is needed.
+
+    NumPy's warnings are the caller's to switch off: once for many calls costs less.
+    """
     n = len(prepared[0])
     losses = np.empty(n, linear.weight.dtype)
     total = 0.0
-    # What diverges is found by whoever looks at the weights.
-    with np.errstate(all="ignore"):
-        for order in steps.orders(n, rng):
-            turn = prepared
-            if order is not None:
-                x, targets, classes = prepared
-                turn = (
-                    x[order],
-                    targets[order] if len(targets) else targets,
-                    None if classes is None else classes[order],
-                )
-            linear.epoch(turn, steps, losses, change)
-            total += linear.mean_loss(losses)
+    for order in steps.orders(n, rng):
+        turn = prepared
+        if order is not None:
+            x, targets, classes = prepared
+            turn = (
+                x[order],
+                targets[order] if len(targets) else targets,
+                None if classes is None else classes[order],
+            )
+        linear.epoch(turn, steps, losses, change)
+        total += linear.mean_loss(losses)
     return {
         "examples": float(n),
         "steps": float(steps.count(n)),

@@ -75,8 +75,8 @@ class ClosedForm:
             rng = rngs[0]()
             rng.integers(2**31)  # the draw that `Application.train` seeds everything with
         change = linear_sgd.changed(self._linear, self._steps)
-        found = linear_sgd.run(self._linear, prepared, self._steps, rng, change)
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
+            found = linear_sgd.run(self._linear, prepared, self._steps, rng, change)
             square = float(np.dot(weights, weights))
         if not math.isfinite(square) and not np.isfinite(weights).all():
             raise Diverged
