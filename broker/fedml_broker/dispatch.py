@@ -94,6 +94,7 @@ class Dispatcher:
         self._orders = orders
         self._blobs = blobs
         self._tasks: dict[str, Task] = {}
+        self._by_run: dict[str, dict[str, Task]] = {}
         # The held ones by their device: what a heartbeat costs must not grow with the fleet.
         self._held: dict[str, dict[str, Task]] = {}
         # What is asked for -> until when its answer is good, and the reason of each machine.
@@ -109,7 +110,7 @@ class Dispatcher:
         """Take up every open task; a device that may hold one gets the time to come back."""
         back_s = RECONNECT_BEATS * self.timing.heartbeat_s + self.timing.lease_s
         for task in await self._store.read(tasks.load_open):
-            self._tasks[task.id] = task
+            self._add(task)
             if task.state in HELD and task.device is not None:
                 self._hold(task)
                 self._extend(task, back_s)
@@ -121,12 +122,17 @@ class Dispatcher:
 
     def added(self, new: Iterable[Task]) -> None:
         """Tasks that were just committed."""
-        self._tasks.update((task.id, task) for task in new)
+        for task in new:
+            self._add(task)
         self._wake.set()
+
+    def _add(self, task: Task) -> None:
+        self._tasks[task.id] = task
+        self._by_run.setdefault(task.run, {})[task.id] = task
 
     def of_run(self, run: str) -> list[Task]:
         """The open tasks of a run."""
-        return [task for task in self._tasks.values() if task.run == run]
+        return list(self._by_run.get(run, {}).values())
 
     def states(self) -> list[TaskState]:
         """The state of each open task."""
@@ -483,6 +489,9 @@ class Dispatcher:
 
     def _forget(self, task: Task, result: Result | None) -> None:
         if self._tasks.pop(task.id, None) is not None:
+            del self._by_run[task.run][task.id]
+            if not self._by_run[task.run]:
+                del self._by_run[task.run]
             self.on_ended(TaskState.STOPPED if result is None else result.state)
         self._let_go(task)
         self._wake.set()
