@@ -242,6 +242,18 @@ class Client:
             time.sleep(min(0.1 * attempt, 3.0))
         return None
 
+    def read(self, sha256: str) -> bytes:
+        """A small blob, whole.
+
+        Raises:
+            BrokerRefused: It is not there, or other bytes came.
+            BrokerUnreachable: No answer.
+        """
+        data: bytes = self._ask("GET", f"/v1/blobs/{sha256}", None, {}).data
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise BrokerRefused(f"the bytes that came as {sha256} are others")
+        return data
+
     def download(self, sha256: str, into: Path, told: Told = lambda done, total: None) -> None:
         """Get a blob into a file; a cut transfer goes on where it stopped, also the next time.
 

@@ -203,6 +203,7 @@ KEYS: dict[str, Any] = {
     "job": script,
     "bootstrap": script,
     "requirements": _requirements,
+    "data": texts,
     "workspace": text,
     "job_name": text,
     "environment_variables": texts,
@@ -327,6 +328,10 @@ job: |
 #requirements:
 #  - tqdm
 
+# Files and folders of `fedml storage`, and where the job finds them.
+#data:
+#  data/train.csv: ward-3/train.csv
+
 #environment_variables:
 #  SEED: "7"
 
@@ -376,6 +381,9 @@ job: |
 
 def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any], Path | None]:
     """What a job file asks for, and its workspace.
+
+    All of it goes to the broker but `data`: stored objects by the path that they get, which
+    `fedml.launch` adds to the package.
 
     Args:
         file: A job file (docs/launch.md).
@@ -434,6 +442,8 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
         request["preemptible"] = found["preemptible"]
     if "maximum_cost_per_hour" in found.get("computing", {}):
         request["max_price_per_hour"] = found["computing"]["maximum_cost_per_hour"]
+    if found.get("data"):
+        request["data"] = found["data"]
     if requirements := _required(file, found.get("requirements", ""), workspace):
         request["requirements"] = requirements
     return request, workspace

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asking the broker for a run: a file is read, its workspace packed and sent, the run submitted."""
 
+import hashlib
 import json
 import re
 import tarfile
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,8 @@ from fedml import jobfile, package, runfile, storage
 from fedml.client import Client, Told
 from fedml.errors import ConfigError
 from fedml.parts import send
+from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.package import File, Package, Part, parse
 
 Kind = Literal["launch", "federate"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -51,10 +55,13 @@ def launch(
     """
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
     request["cluster"] = cluster or request["cluster"]
+    data = request.pop("data", {})
     if package:
         request["package"] = _given(client, package, told)
     elif workspace is not None:
         request["package"] = send(client, workspace, told)
+    if data:
+        request["package"] = _with_objects(client, request.get("package"), data, job)
     return client.submit("launch", {**request, "follow": follow})
 
 
@@ -74,6 +81,7 @@ def look(
     """
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
     request["cluster"] = cluster or request["cluster"]
+    request.pop("data", None)
     if workspace is not None:
         package.files(workspace)
     found: dict[str, Any] = client.call("POST", "/v1/launch/match", request)
@@ -152,6 +160,35 @@ def _given(client: Client, given: str, told: Told) -> dict[str, Any]:
     if not found["folder"]:
         raise ConfigError(f"{given} is a stored file, and no package", "`fedml build --upload`")
     return {"sha256": found["sha256"]}
+
+
+def _with_objects(
+    client: Client, base: Mapping[str, Any] | None, wanted: Mapping[str, str], job: Path
+) -> dict[str, Any]:
+    """A package and stored objects at paths in it: their bytes are there, only its list is sent."""
+    content = Package() if base is None else parse(client.read(base["sha256"]))
+    parts, links = list(content.parts), list(content.links)
+    for path, name in wanted.items():
+        found = storage.show(client, name)
+        if found["folder"]:
+            folder = parse(client.read(found["sha256"]))
+            for part in folder.parts:
+                moved = (replace(file, path=f"{path}/{file.path}") for file in part.files)
+                parts.append(Part(part.sha256, tuple(moved)))
+            links += [replace(link, path=f"{path}/{link.path}") for link in folder.links]
+        else:
+            parts.append(Part(found["sha256"], (File(path, found["size"]),)))
+    manifest = Package(tuple(parts), tuple(links)).manifest()
+    try:
+        parse(manifest)
+    except MalformedMessage as error:
+        raise ConfigError(
+            f"{job}: `data` and the workspace do not go together: {error}",
+            "each path is inside the workspace, and not there yet",
+        ) from error
+    sha256 = hashlib.sha256(manifest).hexdigest()
+    client.put(sha256, len(manifest), lambda start: iter([manifest[start:]]))
+    return {"sha256": sha256, "size": len(manifest)}
 
 
 def _read_federated(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], Path]:

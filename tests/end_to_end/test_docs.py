@@ -119,10 +119,12 @@ def test_the_readmes_run_file_is_one(tmp_path: Path) -> None:
 
 def test_the_job_file_of_the_page_is_one(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "requirements.txt").write_text("numpy==2.4.6\n")
     (tmp_path / "job.yaml").write_text(block("docs/launch.md", "workspace: src"))
     request, workspace = read_job(tmp_path / "job.yaml")
     assert workspace == tmp_path / "src"
     assert (request["needs"], request["labels"]) == ({"gpus": 1}, {"site": "north"})
+    assert request["requirements"] == "numpy==2.4.6\n"
 
 
 def test_launching_and_looking_as_the_page_says(env: dict[str, str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from fedml import session
 from fedml.client import Client
 from fedml.errors import BrokerRefused
-from fedml.package import build
+from fedml.parts import send
 from tests.place import Place, command
 
 
@@ -128,8 +128,8 @@ def test_a_run_that_ended_is_removed_with_logs_and_models(place: Place) -> None:
 def test_what_another_run_needs_stays(place: Place, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "main.sh").write_text("echo shared\n")
-    build(tmp_path / "work", tmp_path / "package.tar.gz")
-    package = place.client.upload(tmp_path / "package.tar.gz")
+    before = _blobs(place)
+    package = send(place.client, tmp_path / "work")
     first, second = (place.launch("sh main.sh", package=package) for _ in range(2))
     for run in (first, second):
         place.end(run)
@@ -137,7 +137,7 @@ def test_what_another_run_needs_stays(place: Place, tmp_path: Path) -> None:
     assert package["sha256"] in _blobs(place)
     assert place.stdout(second) == "shared\n"
     _broker(place, "runs", "remove", second)
-    assert package["sha256"] not in _blobs(place)
+    assert _blobs(place) == before  # its parts are gone, too
 
 
 def test_a_run_that_goes_on_is_not_removed(place: Place) -> None:

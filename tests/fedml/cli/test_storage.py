@@ -141,9 +141,31 @@ def test_a_download_that_was_ended_goes_on_where_it_stopped(
     assert sorted(p.name for p in fedml.folder.iterdir()) == ["copy", "large"]
 
 
+def test_a_job_finds_stored_objects_in_its_workspace_and_nothing_is_sent_for_it(
+    fedml: Fedml, place: Place
+) -> None:
+    fedml.file("d/one", "1\n")
+    fedml.file("d/sub/two", "2\n")
+    fedml.file("w/run.sh", "cat x/f in/one in/sub/two\n")
+    fedml.file("f", "f\n")
+    fedml("storage", "upload", "d", "seven/d")
+    fedml("storage", "upload", "f", "seven/f")
+    lines = "data:\n  x/f: seven/f\n  in: seven/d\n"
+    job = fedml.file("job.yaml", f"workspace: w\njob: sh run.sh\n{lines}")
+    assert "one" in fedml("launch", job, "--dry-run").stdout
+    assert fedml("launch", job).stdout == "f\n1\n2\n"
+    bare = fedml.file("bare.yaml", f"job: cat x/f\n{lines}")
+    assert fedml("launch", bare).stdout == "f\n"
+    fedml.file("w/x/f", "in the way\n")
+    assert "'x/f' is there twice" in fedml("launch", job, code=2).stderr
+    wrong = fedml.file("wrong.yaml", "job: true\ndata: {../f: seven/f}\n")
+    assert "no path inside" in fedml("launch", wrong, code=2).stderr
+
+
 def test_the_page_does_what_it_says(fedml: Fedml) -> None:
     page = (Path(__file__).parents[3] / "docs" / "storage.md").read_text()
-    shell, python = (text.partition("\n")[2] for text in page.split("```")[1:4:2])
+    blocks = [text.partition("\n")[2] for text in page.split("```")[1::2]]
+    shell, python = blocks[0], blocks[-1]
     fedml.file("train.csv", "1,2\n")
     fedml.file("results/one.txt", "1\n")
     env = {**fedml.env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
