@@ -290,7 +290,7 @@ class Dispatcher:
             if picked:
                 await self._offer(picked)
             for task, reason in recalls:
-                await self._recall(task, reason)
+                self._spawn(self._recall(task, reason))
             if took > _LONG_S:
                 await asyncio.sleep(_PLANNING * took)
 
@@ -560,7 +560,11 @@ class Dispatcher:
         if task.state not in HELD or task.recalled:
             return
         task.recalled = reason
-        held = await self._store.write(lambda tx: tasks.recalled(tx, task.id, epoch, reason))
+        try:
+            held = await self._store.write(lambda tx: tasks.recalled(tx, task.id, epoch, reason))
+        except StoreUnavailable:  # a full disk; the next look through the queue asks again
+            task.recalled = ""
+            raise
         machine = self._fleet.get(task.device or "")
         if held and machine is not None and task.epoch == epoch:
             self._send(machine.address, _cancel(task))

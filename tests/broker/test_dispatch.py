@@ -1143,6 +1143,25 @@ async def test_who_gives_way_is_queued_again_and_loses_no_try(place: Place) -> N
     assert place.post.offers()[-1] == ("one", "t-1", 2)
 
 
+async def test_on_a_full_disk_nobody_gives_way_and_once_there_is_room_they_do(place: Place) -> None:
+    one = await place.device("one", ONE_SLOT)
+    await place.queue(job("t-1", terms=Terms(priority=-1, preemptible=True)))
+    await one.run("t-1", 1)
+    place.post.take()
+    urgent = job("t-2", run="r-2")
+    await place.store.write(lambda tx: tasks.insert(tx, [urgent]))
+
+    place.store.full = True
+    place.dispatcher.added([urgent])
+    await place.store.settle()
+    assert place.post.take() == []
+    assert not place.serving.done()
+
+    place.store.full = False
+    await place.pass_by(11)
+    assert ("one", "Cancel t-1.1") in place.post.take()
+
+
 async def test_who_ends_by_itself_while_it_gives_way_has_ended(place: Place) -> None:
     one = await place.device("one", ONE_SLOT)
     await place.queue(job("t-1", terms=Terms(priority=-1, preemptible=True)))
