@@ -270,7 +270,8 @@ def _find(
 ) -> list[_Room]:
     """Room for every task of the run, on the emptiest machines; empty: there is too little."""
     untouched = (_Room(c, [*c.busy]) for c in view.ranked(run.wanted) if c.device not in taken)
-    touched = sorted((r for r in taken.values() if not r.full), key=_Room.rank)
+    able = (r for r in taken.values() if not r.full and not match.never(run.wanted, r.at))
+    touched = sorted(able, key=_Room.rank)
     found: list[_Room] = []
     for room in heapq.merge(untouched, touched, key=_Room.rank):
         kept = reserved.get(room.at.device)
@@ -281,14 +282,13 @@ def _find(
     return []
 
 
-def _could(run: Waiting, room: _Room) -> bool:
-    if room.at.device in run.elsewhere:
-        return False
-    return not (match.never(run.wanted, room.at) or match.reserved(run.wanted, room.at))
+def _may_ask(run: Waiting, at: Candidate) -> bool:
+    """Whether a machine that could do it may be offered it."""
+    return at.device not in run.elsewhere and not match.reserved(run.wanted, at)
 
 
 def _fits(run: Waiting, room: _Room) -> bool:
-    return _could(run, room) and not any(room.lacks(run.wanted.needs))
+    return _may_ask(run, room.at) and not any(room.lacks(run.wanted.needs))
 
 
 def _may_use(run: Waiting, room: _Room, kept: Reservation, now: float) -> bool:
@@ -308,9 +308,10 @@ def _reserve(run: Waiting, view: View, taken: Mapping[str, _Room], made: Plan) -
     needs = run.wanted.needs
     options = []
     for candidate in view.everybody():
-        room = taken.get(candidate.device) or _Room(candidate, [*candidate.busy])
-        if candidate.away or not _could(run, room):
+        able = not candidate.away and not match.never(run.wanted, candidate)
+        if not able or not _may_ask(run, candidate):
             continue
+        room = taken.get(candidate.device) or _Room(candidate, [*candidate.busy])
         tasks = here[room.at.device]
         victims = _victims(run, room, tasks)
         free_at = _free_at(needs, room, tasks)
