@@ -48,6 +48,7 @@ from fedml_broker.routes import application
 from fedml_broker.runs import Runs
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
+from fedml_broker.traces import Traces
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 
@@ -104,6 +105,7 @@ class Broker:
         self.runs = Runs(store)
         self.refusals = Refusals(store)
         self.metrics = Metrics(self)
+        self.traces = Traces()
         store.on_commit = self.metrics.committed
         self.blobs.on_bytes = self.metrics.blob
         # These need ports, which are known once they are open.
@@ -141,6 +143,7 @@ class Broker:
             # Bound first, so that keys can name the port; served last, when everything is there.
             listener = await self._bind("https_port", config.https_port)
             stack.callback(listener.close)
+            stack.push_async_callback(asyncio.to_thread, self.traces.close)
             self.url = f"https://{config.name}:{listener.getsockname()[1]}"
             self.post = await self._open_post()
             self._wire()
@@ -184,7 +187,11 @@ class Broker:
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
         self.dispatcher.on_ended = self.metrics.ended
-        self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)
+        self.dispatcher.on_accepted = self.traces.accepted
+        self.dispatcher.on_result = self.traces.ended
+        self.launcher = Launcher(
+            self.store, self.fleet, self.dispatcher, self.observer, self.blobs, self.traces
+        )
         self.federation = Federation(
             self.store,
             self.fleet,
@@ -193,6 +200,7 @@ class Broker:
             self.blobs,
             self.config.home,
         )
+        self.federation.traces = self.traces
         self.federation.on_round = self.metrics.round
         self.federation.on_answer = self.metrics.asked
         self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}

@@ -9,6 +9,7 @@ first a fenced transaction in the store, then a change of the mirror in memory, 
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,6 +83,9 @@ class Dispatcher:
         # Called with a run whose reasons for waiting have changed.
         self.on_waiting: Callable[[str], None] = lambda run: None
         self.on_ended: Callable[[TaskState], None] = lambda state: None
+        # Called when a machine has taken a task, and when its result is in the store.
+        self.on_accepted: Callable[[Task], None] = lambda task: None
+        self.on_result: Callable[[Task, Result], None] = lambda task, result: None
         self._store = store
         self._fleet = fleet
         self._orders = orders
@@ -111,7 +115,9 @@ class Dispatcher:
 
     def added(self, new: Iterable[Task]) -> None:
         """Tasks that were just committed."""
-        self._tasks.update((task.id, task) for task in new)
+        for task in new:
+            task.moments["queued"] = time.time()
+            self._tasks[task.id] = task
         self._wake.set()
 
     def of_run(self, run: str) -> list[Task]:
@@ -278,6 +284,7 @@ class Dispatcher:
                 self._let_go(task)
                 continue
             self._extend(task, self.timing.offer_s)
+            task.moments["offered"] = time.time()
             sending.append(self._publish_offer(task, machine.address))
         # All at once: the endpoint commits them together, and the last device waits for no other.
         await asyncio.gather(*sending)
@@ -339,6 +346,7 @@ class Dispatcher:
             task.state = move(task.state, TaskState.LEASED)
             task.accepted_seq = seq
             self._extend(task, self.timing.lease_s)
+            self.on_accepted(task)
 
     async def reject(self, machine: Machine, told: Reject) -> None:
         """The device does not take it: somebody else may, or it later."""
@@ -394,6 +402,7 @@ class Dispatcher:
 
     async def _end(self, task: Task, result: Result, device: str | None = None) -> None:
         work = self.works[task.kind]
+        task.moments["received"] = time.time()
 
         def commit(tx: Connection) -> bool:
             if not tasks.ended(tx, device, result):
@@ -436,6 +445,7 @@ class Dispatcher:
             task.tries_left = left
             self._let_go(task)
             task.state = move(task.state, TaskState.QUEUED)
+            task.moments = {"queued": time.time()}
             if not task.bound:
                 task.device = None
             self._wake.set()
@@ -447,6 +457,7 @@ class Dispatcher:
         self._wake.set()
         if result is not None:
             self.works[task.kind].told(task, result)
+            self.on_result(task, result)
 
     def _held_by(self, machine: Machine) -> list[Task]:
         return list(self._held.get(machine.address.device, {}).values())

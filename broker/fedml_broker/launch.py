@@ -18,10 +18,11 @@ from fedml_broker.observe import Observer, add_event
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
+from fedml_broker.traces import Traces
 from fedml_protocol.blob import Blob
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.launch import LaunchSpec, looks_secret
-from fedml_protocol.tasks import Needs, Offer, OnLost, Result
+from fedml_protocol.tasks import TRACEPARENT, Needs, Offer, OnLost, Result
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +85,17 @@ class Launcher:
         dispatcher: Dispatcher,
         observer: Observer,
         blobs: Blobs,
+        traces: Traces,
     ) -> None:
         self._store = store
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._observer = observer
         self._blobs = blobs
+        self._traces = traces
 
-    async def submit(self, user: User, request: LaunchRequest) -> str:
-        """Queue a job; the run's id.
+    async def submit(self, user: User, request: LaunchRequest, traceparent: str = "") -> str:
+        """Queue a job; the run's id. `traceparent`: of whoever traces that he asks.
 
         Raises:
             Problem: 422 when the job cannot be, or no machine could ever take it.
@@ -106,6 +109,8 @@ class Launcher:
                 hint="put them into a script or a file in the workspace",
             )
         run, spec = runs.check_new_id(request.run), _shown(request)
+        if TRACEPARENT.fullmatch(traceparent):
+            spec["traceparent"] = traceparent
         if await runs.Runs(self._store).submitted(user, run, spec):
             return run
         package = check_package(self._blobs, request.package)
@@ -129,6 +134,7 @@ class Launcher:
                 package=package,
                 needs=needs,
                 tail=request.follow,
+                traceparent=self._traces.context(run, traceparent),
             )
         except MalformedMessage as error:
             raise Problem(422, "this job cannot be", str(error)) from error
@@ -189,6 +195,7 @@ class Launcher:
         for stream, size in (("stdout", result.stdout_bytes), ("stderr", result.stderr_bytes)):
             self._observer.finish(task.run, LogFile(task.id, result.epoch, stream), size)
         runs.end(tx, task.run, result.state, cause=result.cause, exit_code=_exit_code(result))
+        self._traces.run_ended(tx, task.run, result.state)
 
     def told(self, task: Task, result: Result) -> None:
         """Wake who follows."""

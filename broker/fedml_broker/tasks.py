@@ -37,6 +37,7 @@ class Task:
         refused: Devices that rejected it for good, and why.
         not_before: Devices that rejected it for now, and until when (monotonic).
         losses: How often machines have said that they lost it, since this process began.
+        moments: When it was queued, offered, and its result received, since this process began.
         stopping: Why its device was told to end it; it is not offered again. Empty: it was not.
     """
 
@@ -58,6 +59,7 @@ class Task:
     losses: int = 0
     stopping: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
+    moments: dict[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
