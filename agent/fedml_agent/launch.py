@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,7 @@ from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.secret_names import secrets_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
+from fedml_agent.traces import Traces
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
@@ -73,7 +75,9 @@ class Jobs:
         reporter: Reporter,
         policy: Callable[[], Policy],
         attic: Attic,
+        traces: Traces,
     ) -> None:
+        self._traces = traces
         self._attic = attic
         self._home = home
         self._journal = journal
@@ -164,6 +168,7 @@ class Jobs:
         shutil.rmtree(folder, ignore_errors=True)
         work.mkdir(mode=0o700, parents=True)
         if entry.offer.package is not None:
+            began = time.time()
             try:
                 await self._packages.unpack(
                     entry.offer.package, work, unless=lambda: entry.key in self._stops
@@ -171,6 +176,7 @@ class Jobs:
             except BrokerUnreachable:
                 self._reporter.ended(entry, _stopped(entry))
                 return None
+            self._traces.unpacked(entry, began)
         spec = entry.offer.spec
         if not isinstance(spec, LaunchSpec):
             raise TypeError("not a launched job")
@@ -228,6 +234,7 @@ class Jobs:
             "SKYPILOT_NUM_NODES": "1",
             "SKYPILOT_NODE_IPS": "127.0.0.1",
             **spec.env,
+            **self._traces.environment(entry),
             "FEDML_WORKSPACE": str(work),
             "FEDML_CURRENT_RUN_ID": offer.run,
             "FEDML_CURRENT_EDGE_ID": membership.device,
@@ -324,6 +331,8 @@ class Jobs:
                 self.clean(entry)
 
     def _end(self, entry: Entry, end: Ended) -> None:
+        began, ended = (end.record[when]["wall"] for when in ("started", "ended"))
+        self._traces.ran(entry, began, ended, end.code)
         self._reporter.ended(entry, result_of(entry, end))
 
     def _fail(self, entry: Entry, cause: Cause) -> None:

@@ -182,8 +182,11 @@ class LogShipper:
             return size
 
     def _send(self, stream: str, offset: int, data: bytes, gap: int) -> int:
+        # A shim of an earlier version, which still runs, keeps no order to be waited for.
+        ordered = self._tended.log("order").is_there
         gzipped = len(data) > _GZIP_ABOVE
         body = gzip.compress(data, compresslevel=1) if gzipped else data
         return self._https().put_log(
-            self._task, self._epoch, stream, offset, body, gap=gap, gzipped=gzipped
-        )
+            self._task, self._epoch, stream, offset, body,
+            gap=gap, gzipped=gzipped, ordered=ordered,
+        )  # fmt: skip

@@ -50,6 +50,7 @@ from fedml_broker.runs import Runs
 from fedml_broker.storage import Storage
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
+from fedml_broker.traces import Traces
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 
@@ -112,6 +113,7 @@ class Broker:
         self.storage = Storage(store, self.blobs)
         self.refusals = Refusals(store)
         self.metrics = Metrics(self)
+        self.traces = Traces()
         store.on_commit = self.metrics.committed
         self.blobs.on_bytes = self.metrics.blob
         # These need ports, which are known once they are open.
@@ -151,6 +153,7 @@ class Broker:
             # Bound first, so that keys can name the port; served last, when everything is there.
             listener = await self._bind("https_port", config.https_port)
             stack.callback(listener.close)
+            stack.push_async_callback(asyncio.to_thread, self.traces.close)
             self.url = f"https://{config.name}:{listener.getsockname()[1]}"
             self.post = await self._open_post()
             self._wire()
@@ -199,8 +202,12 @@ class Broker:
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
         self.dispatcher.on_ended = self.metrics.ended
+        self.dispatcher.on_accepted = self.traces.accepted
+        self.dispatcher.on_result = self.traces.ended
         self.clusters = Clusters(self.store, self.fleet, self.dispatcher)
-        self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)
+        self.launcher = Launcher(
+            self.store, self.fleet, self.dispatcher, self.observer, self.blobs, self.traces
+        )
         self.federation = Federation(
             self.store,
             self.fleet,
@@ -209,6 +216,7 @@ class Broker:
             self.blobs,
             self.config.home,
         )
+        self.federation.traces = self.traces
         self.federation.on_round = self.metrics.round
         self.federation.on_answer = self.metrics.asked
         self.dispatcher.on_together = self.launcher.together
