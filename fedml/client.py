@@ -158,6 +158,11 @@ class Client:
             response.close()
         raise BrokerUnreachable("the stream ended early")
 
+    def put_records(self, run: str, offset: int, data: bytes) -> int:
+        """Hand over records of a tracked run; up to which byte the broker has them now."""
+        path = f"/v1/runs/{run}/records?offset={offset}"
+        return int(json.loads(self._ask("PUT", path, data, {}).data)["size"])
+
     def has(self, sha256: str) -> bool:
         """Whether the broker has a blob."""
         return self._head(sha256).status == 200
@@ -189,26 +194,45 @@ class Client:
                 start = min(offset, max(size - 1, 0))
         return blob
 
-    def download(self, sha256: str, into: Path, told: Told = lambda done, total: None) -> None:
+    def download(
+        self,
+        sha256: str,
+        into: Path,
+        told: Told = lambda done, total: None,
+        *,
+        resume: bool = False,
+    ) -> None:
         """Get a blob into a file; a cut transfer goes on where it stopped.
+
+        Args:
+            resume: Also one that an earlier process has begun: what has come stays in
+                `INTO.SHA256.part`, for the next, when this one fails.
 
         Raises:
             BrokerRefused: It is not there, or other bytes came.
             BrokerUnreachable: The broker went away and did not come back.
         """
-        part = into.with_name(into.name + ".part")
+        part = into.with_name(f"{into.name}.{sha256[:12]}.part" if resume else into.name + ".part")
+        kept = False
         try:
-            with part.open("wb") as file:
+            with part.open("a+b" if resume else "w+b") as file:
+                kept = resume
                 found = self._fetch(sha256, file, told)
             if found != sha256:
                 raise BrokerRefused(f"the bytes that came as {sha256} are others")
             part.replace(into)
+        except BrokerRefused:
+            kept = False  # it is gone there, or what is here is not the beginning of it
+            raise
         finally:
-            part.unlink(missing_ok=True)
+            if not kept:
+                part.unlink(missing_ok=True)
 
     def _fetch(self, sha256: str, file: Any, told: Told) -> str:
-        digest, done, failures = hashlib.sha256(), 0, 0
-        while True:
+        file.seek(0)
+        digest, failures = hashlib.file_digest(file, "sha256"), 0
+        done = file.tell()
+        while not done or digest.hexdigest() != sha256:
             headers = {"Range": f"bytes={done}-"} if done else {}
             try:
                 response = self._ask("GET", f"/v1/blobs/{sha256}", None, headers, preload=False)
@@ -228,6 +252,7 @@ class Client:
                     raise BrokerUnreachable(f"{self.url} does not answer: {error}") from error
             failures += 1
             time.sleep(min(0.1 * (failures - 1), 3.0))
+        return sha256  # an earlier process had got all of it
 
     def _head(self, sha256: str) -> urllib3.BaseHTTPResponse:
         """Whether a blob is there, or how much of an upload."""

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedml_agent import belongings, processes, sandbox, tending
+from fedml_agent import belongings, processes, records, sandbox, tending
 from fedml_agent.attic import Attic, mark_owed
 from fedml_agent.errors import AgentError, BrokerRefused
 from fedml_agent.home import Home
@@ -360,12 +360,14 @@ class Stages:
         (session.folder / "lease.json").write_text(json.dumps(lease))
         shim_dir = session.next_shim_dir()
         mark_owed(shim_dir, *entry.key)
-        tended = await tending.start(shim_dir, self._spec(session, entry, work))
+        recorded = records.made_in(shim_dir)
+        tended = await tending.start(shim_dir, self._spec(session, entry, work, recorded))
         session.take(tended, self._shipper(session, tended))
 
-    def _spec(self, session: "Session", entry: Entry, work: Path) -> TaskSpec:
+    def _spec(self, session: "Session", entry: Entry, work: Path, recorded: Path) -> TaskSpec:
         policy = self._policy()
         extra = {
+            records.ENV: str(recorded),
             "FEDML_CURRENT_RUN_ID": entry.offer.run,
             "FEDML_CURRENT_EDGE_ID": self._home.membership().device,
             "FEDML_DATA": json.dumps(dict(policy.data)),
@@ -386,6 +388,7 @@ class Stages:
             limits=limits_of(entry, policy),
             hide=(self._home.root,),
             show=(session.folder,),
+            writable=(recorded,),
             network=policy.federated_network,
             optional=sandbox.optional(policy.require, network=policy.federated_network),
             say_missing=True,

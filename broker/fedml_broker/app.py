@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from aiohttp import web
 from sqlalchemy import Connection
 
-from fedml_broker import audit
+from fedml_broker import audit, runs
 from fedml_broker.accounts import Accounts
 from fedml_broker.audit import Refusals
 from fedml_broker.blobs import Blobs
@@ -48,8 +48,10 @@ from fedml_broker.routes import application
 from fedml_broker.runs import Runs
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
+from fedml_broker.tracking import Tracker
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.tasks import TaskState
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class Broker:
         self.blobs = Blobs(config.home / "blobs", reserve_bytes=config.disk_reserve_bytes)
         self.observer = Observer(store, config.home / "logs")
         self.runs = Runs(store)
+        self.tracker = Tracker(store, self.observer, self.blobs)
         self.refusals = Refusals(store)
         self.metrics = Metrics(self)
         store.on_commit = self.metrics.committed
@@ -213,6 +216,8 @@ class Broker:
         """End a run."""
         if run["kind"] == "federate":
             self.federation.stop(run["id"], by)
+        elif run["kind"] == runs.TRACKED:  # its program is elsewhere; it may record on
+            await self.store.write(lambda tx: runs.end(tx, run["id"], TaskState.STOPPED))
         else:
             await self.dispatcher.stop_run(run["id"], f"stopped by {by}")
         self.observer.ring(run["id"])

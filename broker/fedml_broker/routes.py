@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import about, accounts, agents, blobs, devices, runs
+from fedml_broker.api import about, accounts, agents, blobs, devices, runs, tracking
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
@@ -71,7 +71,7 @@ def table(broker: "Broker") -> Sequence[Route]:
     """One line per URL, and with it the least role: there is no other way to be served."""
     itself, agent, blob = about.Handlers(broker), agents.Handlers(broker), blobs.Handlers(broker)
     run, device = runs.Handlers(broker), devices.Handlers(broker)
-    account = accounts.Handlers(broker)
+    account, track = accounts.Handlers(broker), tracking.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -101,6 +101,12 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("DELETE", "/v1/runs/{run}", ADMIN, run.remove_run),
         Route("GET", "/v1/runs/{run}/follow", VIEWER, run.follow_run),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
+        Route("GET", "/v1/runs/{run}/metrics", VIEWER, track.metrics),
+        Route("GET", "/v1/runs/{run}/params", VIEWER, track.params),
+        Route("GET", "/v1/runs/{run}/artifacts", VIEWER, track.artifacts),
+        Route("POST", "/v1/tracked", MEMBER, track.track, tracking.TrackRequest),
+        Route("PUT", "/v1/runs/{run}/records", MEMBER, track.put_records),
+        Route("POST", "/v1/runs/{run}/end", MEMBER, track.end, tracking.EndRequest),
         Route("GET", "/v1/devices", VIEWER, device.list_devices),
         Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),
         Route("POST", "/v1/devices/{device}/labels", ADMIN, device.label_device, devices.Labels),
