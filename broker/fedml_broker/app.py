@@ -34,6 +34,7 @@ from fedml_broker.devices import Devices
 from fedml_broker.dispatch import Dispatcher, Timing
 from fedml_broker.federate import Federation
 from fedml_broker.fleet import Fleet
+from fedml_broker.forward import Forwarder
 from fedml_broker.identity import Identity, common_name
 from fedml_broker.launch import Launcher
 from fedml_broker.metrics import Metrics
@@ -77,6 +78,7 @@ class Settings:
         name: Under which machines reach it; goes into the login keys and the certificate.
         https_port, mqtt_port: 0 chooses a free one at the first start, and keeps it.
         external_mqtt: ``mqtts://host:port`` of another broker; empty: the embedded endpoint.
+        forward_mlflow: Of an MLflow server to which all that runs record is sent on, or empty.
     """
 
     home: Path
@@ -85,6 +87,7 @@ class Settings:
     https_port: int = HTTPS_PORT
     mqtt_port: int = MQTTS_PORT
     external_mqtt: str = ""
+    forward_mlflow: str = ""
     timing: Timing = field(default_factory=Timing)
     disk_reserve_bytes: int = 1 << 30
 
@@ -166,6 +169,9 @@ class Broker:
                     loops.create_task(self.dispatcher.serve(), name="broker.dispatch"),
                     loops.create_task(self._keep_house(), name="broker.house"),
                 ]
+                if config.forward_mlflow:
+                    forwarder = Forwarder(self.store, config.forward_mlflow)
+                    tasks.append(loops.create_task(forwarder.serve(), name="broker.forward"))
                 await self.federation.resume()
                 await web.SockSite(
                     runner, listener, ssl_context=self.identity.server_context()

@@ -188,7 +188,7 @@ def download(
 
     \b
     Examples:
-      fedml run download r-1c0ffee123                      # a job: all it logged, into r-1c0ffee123/
+      fedml run download r-1c0ffee123                      # a job: into r-1c0ffee123/
       fedml run download r-1c0ffee123 plots/roc.png --into .
       fedml run download r-1c0ffee123 model.safetensors    # a federated run: its model
       fedml run download r-1c0ffee123 --round 5
