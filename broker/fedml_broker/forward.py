@@ -29,7 +29,7 @@ EXPERIMENT = "fedml"
 TAG = "fedml.run"
 
 _BATCH = 1000
-_EVERY_S = 2.0
+_EVERY_S = 1.0
 _LONGEST_S = 60.0
 _SETTING = "forward"
 _STATUS = {"STOPPED": "KILLED", "LOST": "FAILED"}

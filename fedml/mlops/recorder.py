@@ -23,6 +23,8 @@ from fedml_protocol.records import FILE, MAX_BYTES, MAX_LINE_BYTES, MAX_NAME
 
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 _COPY_BYTES = 1 << 20
+# Beyond its cap, a task says so once for so many records.
+_CONFESS_EVERY = 1000
 
 
 class Recorder:
@@ -34,6 +36,7 @@ class Recorder:
         self._file = -1
         self._size = 0
         self._torn = False
+        self._full = self._said = False
         self._lost = 0
         self._why = ""
         self._lock = threading.Lock()
@@ -51,10 +54,17 @@ class Recorder:
                 "log large things as artifacts"
             )
         with self._lock:
+            if self._full:
+                self._lose(self._why)
+                if self._lost >= _CONFESS_EVERY:
+                    self._confess()
+                return
             if self._lost:
                 self._confess()
             if self._size + len(line) > self._cap:
+                self._full = True
                 self._lose(f"the task's {self._cap} bytes of records are full")
+                self._confess()  # at once: the process may be killed
             elif not self._append(line):
                 self._lose(self._why)
 
@@ -115,17 +125,15 @@ class Recorder:
         self._size = os.fstat(self._file).st_size
 
     def _lose(self, why: str) -> None:
-        if not self._lost:
+        if not self._said:
+            self._said = True
             with contextlib.suppress(OSError, ValueError):  # a closed stderr
                 sys.stderr.write(f"fedml.mlops: records are not kept: {why}\n")
         self._lost += 1
         self._why = why
 
     def _confess(self) -> None:
-        """Say how many are missing. Beyond the cap, only at the end: `close`."""
-        full = self._size >= self._cap - MAX_LINE_BYTES
-        if full and self._lost % 1000:
-            return
+        """Record how many are missing, beyond the cap too: it is one line for many."""
         facts = {"kind": "lost", "at": time.time(), "count": self._lost, "why": self._why}
         if self._append(_encode(facts).encode() + b"\n"):
             self._lost = 0

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 import urllib3
@@ -79,7 +80,7 @@ class Mlflow:
     def __call__(self, method: str, path: str, **body: object) -> tuple[int, dict[str, object]]:
         url, data = f"{self._url}/mlflow/{path}", json.dumps(body).encode()
         if method == "GET":
-            answer = self._pool.request("GET", url, fields=body, headers=self._headers)
+            answer = self._pool.request("GET", f"{url}?{urlencode(body)}", headers=self._headers)
         else:
             answer = self._pool.request(method, url, body=data, headers=self._headers)
         return answer.status, json.loads(answer.data)
@@ -132,6 +133,8 @@ def test_what_runs_record_is_sent_on_and_a_killed_broker_sends_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The MLflow server is a second broker of ours."""
+    for name in ("there", "here"):
+        (tmp_path / name).mkdir()
     with Place(tmp_path / "there") as there:
         other = session.load(there.folder / "me")
         monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", other.token)
