@@ -4,7 +4,7 @@
     python benchmarks/mlops.py
 
 The lines go to a file in a temporary directory, as in a task; nobody reads them meanwhile. Beside
-it stands the same line encoded by `json` and written by `print` into a file that is flushed each time.
+it stands the same line encoded by `json` and written by `print` into a file that is flushed.
 """
 
 import json
