@@ -177,6 +177,11 @@ class Client:
         found: dict[str, Any] = self.call("GET", f"/v1/runs/{run}/logs?{asked}")
         return found
 
+    def put_records(self, run: str, offset: int, data: bytes) -> int:
+        """Hand over records of a tracked run; up to which byte the broker has them now."""
+        path = f"/v1/runs/{run}/records?offset={offset}"
+        return int(json.loads(self._ask("PUT", path, data, {}).data)["size"])
+
     def has(self, sha256: str) -> bool:
         """Whether the broker has a blob."""
         return self._head(sha256).status == 200

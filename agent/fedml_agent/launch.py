@@ -3,6 +3,7 @@
 
 tasks/TASK.EPOCH/          of the shim: its records and the log
 tasks/TASK.EPOCH/work/     the job's own: the unpacked workspace, where its command runs
+tasks/TASK.EPOCH/mlops/    what it records of itself, see records.py
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from fedml_agent import sandbox, tending
+from fedml_agent import records, sandbox, tending
 from fedml_agent.attic import Attic
 from fedml_agent.environments import CannotBuild, Environments, Wanted
 from fedml_agent.errors import AgentError, BrokerUnreachable
@@ -46,6 +47,8 @@ fi
 """
 
 
+# How long records may hold up the result of the job that made them.
+_RECORDS_S = 5.0
 # How long until a shim that does not answer is asked again.
 _SILENCE_S = 10.0
 
@@ -181,6 +184,7 @@ class Jobs:
         if not isinstance(spec, LaunchSpec):
             raise TypeError("not a launched job")
         (work / "tmp").mkdir(exist_ok=True)
+        records.made_in(folder)
         (folder / "bootstrap.sh").write_text(spec.bootstrap)
         (folder / "job.sh").write_text(spec.command)
         if not spec.requirements.strip():
@@ -225,6 +229,7 @@ class Jobs:
     ) -> TaskSpec:
         offer, policy = entry.offer, self._policy()
         membership = self._home.membership()
+        recorded = self._folder(entry) / records.FOLDER
         extra = {
             # A job on one machine; the broker says otherwise where it is one of several.
             "FEDML_CLIENT_RANK": "0",
@@ -261,6 +266,7 @@ class Jobs:
             limits=limits_of(entry, policy),
             hide=(self._home.root, *data),
             show=(self._folder(entry), *([] if venv is None else [venv])),
+            writable=(recorded,),
             optional=sandbox.optional(policy.require),
             say_missing=True,
             deadline_s=time_limit_s(policy, now, offer.deadline_s or None),
@@ -276,9 +282,14 @@ class Jobs:
             if entry.key in self._stops:
                 tended.stop(self._stops[entry.key])
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._ship(entry, tended), name=f"log.{entry.key[0]}")
-                # A result does not wait for its log.
-                match await tended.ended():
+                name = f"log.{entry.key[0]}"
+                shipping = both.create_task(self._ship(entry, tended), name=name)
+                found = await tended.ended()
+                # A result does not wait for its log. What the job has recorded is looked for as
+                # soon as it has ended, so that gets a moment.
+                if records.Records(self._folder(entry)).size():
+                    await asyncio.wait([shipping], timeout=_RECORDS_S)
+                match found:
                     case Ended() as end:
                         self._end(entry, end)
                     case Gone(why):
