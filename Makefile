@@ -3,7 +3,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := aggregation robust_rules mqtt_endpoint agent_idle first_line package deployed_round fleet
+BENCHMARKS := aggregation robust_rules mqtt_endpoint agent_idle first_line package log_throughput \
+	deployed_round fleet
 
 help: ## print the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

@@ -21,6 +21,7 @@ _LAZY = {
     "federate": "fedml.federate",
     "init": "fedml.arguments:init",
     "load_arguments": "fedml.arguments:load_arguments",
+    "mlops": "fedml.mlops",
     "model": "fedml.model",
     "protect": "fedml.protect",
     "run_cross_silo_client": "fedml.runner:run_cross_silo_client",

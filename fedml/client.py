@@ -17,6 +17,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError, SSLError
 
 from fedml.errors import BrokerRefused, BrokerUnreachable
 from fedml.session import Session
+from fedml.traces import traced
 
 # Called with how many bytes have been moved so far, and how many there are.
 Told = Callable[[int, int], None]
@@ -103,9 +104,14 @@ class Client:
             BrokerRefused: The run cannot be.
         """
         request = {"run": "r-" + secrets.token_hex(5), **request}
+        with traced(word, request["run"]) as headers:
+            return self._submit(word, json.dumps(request).encode(), headers)
+
+    def _submit(self, word: str, request: bytes, headers: dict[str, str]) -> str:
         for attempt in range(_RESUMPTIONS):
             try:
-                return str(self.call("POST", f"/v1/{word}", request)["run"])
+                answer = self._ask("POST", f"/v1/{word}", request, headers)
+                return str(json.loads(answer.data)["run"])
             except BrokerUnreachable as error:
                 never_heard = isinstance(error.__cause__, NewConnectionError)
                 if attempt == _RESUMPTIONS - 1 or (never_heard and not attempt):
@@ -170,6 +176,11 @@ class Client:
         asked = urlencode({name: value for name, value in query.items() if value != ""})
         found: dict[str, Any] = self.call("GET", f"/v1/runs/{run}/logs?{asked}")
         return found
+
+    def put_records(self, run: str, offset: int, data: bytes) -> int:
+        """Hand over records of a tracked run; up to which byte the broker has them now."""
+        path = f"/v1/runs/{run}/records?offset={offset}"
+        return int(json.loads(self._ask("PUT", path, data, {}).data)["size"])
 
     def has(self, sha256: str) -> bool:
         """Whether the broker has a blob."""

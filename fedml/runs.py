@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fedml.client import Client, Told
 from fedml.errors import BrokerRefused, RunFailed
@@ -62,7 +63,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """`launch` or `federate`."""
+        """`launch`, `federate`, or `tracked`: driven by its own program."""
         return str(self.details["kind"])
 
     @property
@@ -118,6 +119,44 @@ class Run:
                 see docs/observe.md, as for the answer.
         """
         return self._client.logs(self.id, search=search, **query)
+
+    def series(self, name: str | None = None, *, points: int = 1000) -> list[dict[str, Any]]:
+        """What its tasks have logged: `name`, `source` and `points` ([step, value, at]) each."""
+        query = f"points={points}" + ("" if name is None else f"&name={quote(name, safe='')}")
+        return list(self._client.call("GET", f"/v1/runs/{self.id}/metrics?{query}")["series"])
+
+    def params(self) -> dict[str, str]:
+        """What its tasks have logged as parameters."""
+        found = self._client.call("GET", f"/v1/runs/{self.id}/params")["params"]
+        return {p["name"]: p["value"] for p in found}
+
+    def artifacts(self) -> list[dict[str, Any]]:
+        """The files that its tasks have logged: `name`, `sha256`, `size`, `at`, `type`, `here`."""
+        return list(self._client.call("GET", f"/v1/runs/{self.id}/artifacts")["artifacts"])
+
+    def download_artifact(
+        self,
+        artifact: Mapping[str, Any],
+        into: Path | str,
+        *,
+        told: Told = lambda done, total: None,
+    ) -> Path:
+        """Write one of `artifacts` below a directory, by its name; what is there is replaced.
+
+        Raises:
+            BrokerRefused: Its bytes have not come yet, or its name leads out of the directory.
+        """
+        name = str(artifact["name"])
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise BrokerRefused(f"{name!r} is no name for a file here")
+        if not artifact["here"]:
+            raise BrokerRefused(
+                f"{name} has not reached the broker yet", "its machine sends it: try again later"
+            )
+        file = Path(into) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._client.download(artifact["sha256"], file, told)
+        return file
 
     def stop(self) -> None:
         """Ask for its end; again is harmless. `wait` tells when it has come."""
@@ -181,7 +220,7 @@ def _model(run: Run, wanted: int | None) -> tuple[int, Mapping[str, Any]]:
     if "rounds" not in run.details:
         raise BrokerRefused(
             f"{run.id} is a launched job: it has no model",
-            "let the job itself send its files where they are needed",
+            "`fedml run download RUN` brings the files that it has logged",
         )
     models = {r["round"]: r["model"] for r in run.details["rounds"] if r["model"]}
     if not models:

@@ -4,6 +4,7 @@
 logs/TASK.EPOCH/            of a launched job, its workspace gone
 logs/SESSION.shim-N/        of a federated worker
     out.N err.N order.N exit.json   as the shim left them (a shim that was killed wrote no record)
+    mlops/                  what it recorded of itself, as long as something of it is owed
     owed.json               under which task the broker wants them; gone when it has everything
 
 What the broker does not have yet is sent from here, however long that takes, and never removed.
@@ -27,6 +28,7 @@ from fedml_agent.https import Https
 from fedml_agent.journal import Journal
 from fedml_agent.observe import Finished, LogShipper
 from fedml_agent.policy import Policy
+from fedml_agent.records import FOLDER
 from fedml_agent.tending import End, Ended, Gone
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ class Attic:
         if owed is not None:
             mark_owed(folder, *owed)
         keep = {path for pattern in _KEPT for path in folder.glob(pattern)}
+        if (folder / OWED).exists():
+            keep.add(folder / FOLDER)
         for path in folder.iterdir():
             if path not in keep:
                 if path.is_dir() and not path.is_symlink():
@@ -167,6 +171,7 @@ class Attic:
                 journal=self._journal,
                 watched=False,
             ).run()
+        await asyncio.to_thread(shutil.rmtree, folder / FOLDER, ignore_errors=True)
         (folder / OWED).unlink(missing_ok=True)
 
 

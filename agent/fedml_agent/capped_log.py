@@ -143,6 +143,11 @@ class LogReader:
                 end = max(offset, final)
                 return end, b"", end - offset
 
+    @property
+    def is_there(self) -> bool:
+        """Whether anything of it is on the disk."""
+        return bool(self._files())
+
     def _files(self) -> list[tuple[int, str]]:
         prefix = self._stream + "."
         with contextlib.suppress(FileNotFoundError):

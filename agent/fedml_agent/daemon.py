@@ -33,6 +33,7 @@ from fedml_agent.packages import Packages
 from fedml_agent.policy import Policy, closed
 from fedml_agent.policy_file import load_or_refuse
 from fedml_agent.room import Room, all_names, disk_free, leasable, report, slots
+from fedml_agent.traces import Traces
 from fedml_agent.voice import Voice
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
@@ -73,6 +74,7 @@ class Daemon:
         self.nvml = nvml
         # Since this process began, by how they ended.
         self.ended_tasks: Counter[TaskState] = Counter()
+        self.traces = Traces()
         self._https: Https | None = None
         self._stopping = asyncio.Event()
         self._confirmation = asyncio.Event()
@@ -95,6 +97,7 @@ class Daemon:
             self,
             self._policy,
             self.attic,
+            self.traces,
         )
         self.stages = Stages(
             home,
@@ -167,6 +170,7 @@ class Daemon:
             self.jobs.detach()
             self.stages.detach()
             self.journal.close()
+            self.traces.close()
 
     async def _see_tasks_through(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -328,6 +332,7 @@ class Daemon:
 
     def begin(self, entry: Entry) -> None:
         """A task was taken: run it."""
+        self.traces.begins(entry)
         self._run(entry, adopt=False)
 
     def answer(self, body: Accept | Reject) -> None:
@@ -389,6 +394,7 @@ class Daemon:
             return
         self.journal.end(entry, result)
         self.ended_tasks[result.state] += 1
+        self.traces.ended(entry, result)
         if isinstance(entry.offer.spec, LaunchSpec):
             self.room.give_back(room_name(entry.offer))
         self.outbox.new(entry)

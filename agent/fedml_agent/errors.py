@@ -56,6 +56,11 @@ class BrokerRefused(AgentError):
         super().__init__(text, hint)
         self.status = status
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the same again, later, would be refused too: a full disk passes."""
+        return self.status not in (408, 429, 502, 503, 504, 507)
+
 
 class AlreadyRunning(AgentError):
     """Another agent holds this home's lock."""

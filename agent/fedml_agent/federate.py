@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fedml_agent import belongings, processes, sandbox, tending
+from fedml_agent import belongings, processes, records, sandbox, tending
 from fedml_agent.attic import Attic, mark_owed
 from fedml_agent.errors import AgentError, BrokerRefused
 from fedml_agent.home import Home
@@ -364,7 +364,8 @@ class Stages:
         (session.folder / "lease.json").write_text(json.dumps(lease))
         shim_dir = session.next_shim_dir()
         mark_owed(shim_dir, *entry.key)
-        tended = await tending.start(shim_dir, self._spec(session, entry, work))
+        recorded = records.made_in(shim_dir)
+        tended = await tending.start(shim_dir, self._spec(session, entry, work, recorded))
         session.take(tended, self._shipper(session, tended))
 
     def _without_secrets(self, session: "Session", entry: Entry, cause: Cause) -> Cause:
@@ -392,9 +393,9 @@ class Stages:
             extra["OPENBLAS_CORETYPE"] = os.environ["OPENBLAS_CORETYPE"]
         return sandbox.clean_env(os.environ, extra, home=work)
 
-    def _spec(self, session: "Session", entry: Entry, work: Path) -> TaskSpec:
+    def _spec(self, session: "Session", entry: Entry, work: Path, recorded: Path) -> TaskSpec:
         policy = self._policy()
-        env = self._env(entry, work)
+        env = {**self._env(entry, work), records.ENV: str(recorded)}
         python = os.environ.get("FEDML_WORKER_PYTHON", sys.executable)
         return TaskSpec(
             argv=(python, "-m", "fedml.federate.worker", session.name),
@@ -404,6 +405,7 @@ class Stages:
             limits=limits_of(entry, policy),
             hide=(self._home.root,),
             show=(session.folder,),
+            writable=(recorded,),
             network=policy.federated_network,
             optional=sandbox.optional(policy.require, network=policy.federated_network),
             say_missing=True,

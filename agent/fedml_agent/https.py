@@ -110,11 +110,14 @@ class Https:
         *,
         gap: int = 0,
         gzipped: bool = False,
+        ordered: bool = False,
     ) -> int:
-        """Append to a log, after `gap` bytes that nobody has any more; how long it is there now."""
+        """Append to a log, after `gap` bytes that nobody has any more; how long it is there now.
+
+        `ordered`: its order is sent too, so that whoever reads may wait for that.
+        """
         headers = {"X-Chunk-Encoding": "gzip"} if gzipped else {}
-        # `ordered`: whoever reads may wait for the order of the lines.
-        query = f"offset={offset}&gap={gap}&ordered=1"
+        query = f"offset={offset}&gap={gap}&ordered={int(ordered)}"
         path = f"/v1/agent/logs/{task}/{epoch}/{stream}?{query}"
         return int(json.loads(self._ask("PUT", path, data, headers).data)["size"])
 

@@ -3,6 +3,7 @@
 
 tasks/TASK.EPOCH/          of the shim: its records and the log
 tasks/TASK.EPOCH/work/     the job's own: the unpacked workspace, where its command runs
+tasks/TASK.EPOCH/mlops/    what it records of itself, see records.py
 """
 
 import asyncio
@@ -11,11 +12,12 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from fedml_agent import sandbox, tending
+from fedml_agent import records, sandbox, tending
 from fedml_agent.attic import Attic
 from fedml_agent.environments import CannotBuild, Environments, Wanted
 from fedml_agent.errors import AgentError, BrokerUnreachable
@@ -27,6 +29,7 @@ from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.secret_names import secrets_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
+from fedml_agent.traces import Traces
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
@@ -44,6 +47,8 @@ fi
 """
 
 
+# How long records may hold up the result of the job that made them.
+_RECORDS_S = 5.0
 # How long until a shim that does not answer is asked again.
 _SILENCE_S = 10.0
 
@@ -73,7 +78,9 @@ class Jobs:
         reporter: Reporter,
         policy: Callable[[], Policy],
         attic: Attic,
+        traces: Traces,
     ) -> None:
+        self._traces = traces
         self._attic = attic
         self._home = home
         self._journal = journal
@@ -164,6 +171,7 @@ class Jobs:
         shutil.rmtree(folder, ignore_errors=True)
         work.mkdir(mode=0o700, parents=True)
         if entry.offer.package is not None:
+            began = time.time()
             try:
                 await self._packages.unpack(
                     entry.offer.package, work, unless=lambda: entry.key in self._stops
@@ -171,10 +179,12 @@ class Jobs:
             except BrokerUnreachable:
                 self._reporter.ended(entry, _stopped(entry))
                 return None
+            self._traces.unpacked(entry, began)
         spec = entry.offer.spec
         if not isinstance(spec, LaunchSpec):
             raise TypeError("not a launched job")
         (work / "tmp").mkdir(exist_ok=True)
+        records.made_in(folder)
         (folder / "bootstrap.sh").write_text(spec.bootstrap)
         (folder / "job.sh").write_text(spec.command)
         if not spec.requirements.strip():
@@ -219,6 +229,7 @@ class Jobs:
     ) -> TaskSpec:
         offer, policy = entry.offer, self._policy()
         membership = self._home.membership()
+        recorded = self._folder(entry) / records.FOLDER
         extra = {
             # A job on one machine; the broker says otherwise where it is one of several.
             "FEDML_CLIENT_RANK": "0",
@@ -228,6 +239,8 @@ class Jobs:
             "SKYPILOT_NUM_NODES": "1",
             "SKYPILOT_NODE_IPS": "127.0.0.1",
             **spec.env,
+            **self._traces.environment(entry),
+            records.ENV: str(recorded),
             "FEDML_WORKSPACE": str(work),
             "FEDML_CURRENT_RUN_ID": offer.run,
             "FEDML_CURRENT_EDGE_ID": membership.device,
@@ -254,6 +267,7 @@ class Jobs:
             limits=limits_of(entry, policy),
             hide=(self._home.root, *data),
             show=(self._folder(entry), *([] if venv is None else [venv])),
+            writable=(recorded,),
             optional=sandbox.optional(policy.require),
             say_missing=True,
             deadline_s=time_limit_s(policy, now, offer.deadline_s or None),
@@ -269,9 +283,14 @@ class Jobs:
             if entry.key in self._stops:
                 tended.stop(self._stops[entry.key])
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._ship(entry, tended), name=f"log.{entry.key[0]}")
-                # A result does not wait for its log.
-                match await tended.ended():
+                name = f"log.{entry.key[0]}"
+                shipping = both.create_task(self._ship(entry, tended), name=name)
+                found = await tended.ended()
+                # A result does not wait for its log. What the job has recorded is looked for as
+                # soon as it has ended, so that gets a moment.
+                if records.Records(self._folder(entry)).size():
+                    await asyncio.wait([shipping], timeout=_RECORDS_S)
+                match found:
                     case Ended() as end:
                         self._end(entry, end)
                     case Gone(why):
@@ -324,6 +343,8 @@ class Jobs:
                 self.clean(entry)
 
     def _end(self, entry: Entry, end: Ended) -> None:
+        began, ended = (end.record[when]["wall"] for when in ("started", "ended"))
+        self._traces.ran(entry, began, ended, end.code)
         self._reporter.ended(entry, result_of(entry, end))
 
     def _fail(self, entry: Entry, cause: Cause) -> None:

@@ -35,6 +35,7 @@ from fedml_broker.devices import Devices
 from fedml_broker.dispatch import Dispatcher, Timing
 from fedml_broker.federate import Federation
 from fedml_broker.fleet import Fleet
+from fedml_broker.forward import Forwarder
 from fedml_broker.identity import Identity, common_name
 from fedml_broker.launch import Launcher
 from fedml_broker.metrics import Metrics
@@ -50,8 +51,11 @@ from fedml_broker.runs import Runs
 from fedml_broker.storage import Storage
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
+from fedml_broker.traces import Traces
+from fedml_broker.tracking import Tracker
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.tasks import TaskState
 
 if TYPE_CHECKING:
     from fedml_broker.oidc import Provider, SignIns
@@ -81,6 +85,7 @@ class Settings:
         https_port, mqtt_port: 0 chooses a free one at the first start, and keeps it.
         external_mqtt: ``mqtts://host:port`` of another broker; empty: the embedded endpoint.
         provider: With whom people may sign in; None: with their keys alone.
+        forward_mlflow: Of an MLflow server to which all that runs record is sent on, or empty.
     """
 
     home: Path
@@ -89,6 +94,7 @@ class Settings:
     https_port: int = HTTPS_PORT
     mqtt_port: int = MQTTS_PORT
     external_mqtt: str = ""
+    forward_mlflow: str = ""
     timing: Timing = field(default_factory=Timing)
     disk_reserve_bytes: int = 1 << 30
     provider: "Provider | None" = None
@@ -110,8 +116,10 @@ class Broker:
         self.observer = Observer(store, config.home / "logs")
         self.runs = Runs(store)
         self.storage = Storage(store, self.blobs)
+        self.tracker = Tracker(store, self.observer, self.blobs)
         self.refusals = Refusals(store)
         self.metrics = Metrics(self)
+        self.traces = Traces()
         store.on_commit = self.metrics.committed
         self.blobs.on_bytes = self.metrics.blob
         # These need ports, which are known once they are open.
@@ -151,6 +159,7 @@ class Broker:
             # Bound first, so that keys can name the port; served last, when everything is there.
             listener = await self._bind("https_port", config.https_port)
             stack.callback(listener.close)
+            stack.push_async_callback(asyncio.to_thread, self.traces.close)
             self.url = f"https://{config.name}:{listener.getsockname()[1]}"
             self.post = await self._open_post()
             self._wire()
@@ -174,6 +183,9 @@ class Broker:
                     loops.create_task(self.dispatcher.serve(), name="broker.dispatch"),
                     loops.create_task(self._keep_house(), name="broker.house"),
                 ]
+                if config.forward_mlflow:
+                    forwarder = Forwarder(self.store, config.forward_mlflow)
+                    tasks.append(loops.create_task(forwarder.serve(), name="broker.forward"))
                 await self.federation.resume()
                 await web.SockSite(
                     runner, listener, ssl_context=self.identity.server_context()
@@ -199,8 +211,12 @@ class Broker:
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
         self.dispatcher.on_ended = self.metrics.ended
+        self.dispatcher.on_accepted = self.traces.accepted
+        self.dispatcher.on_result = self.traces.ended
         self.clusters = Clusters(self.store, self.fleet, self.dispatcher)
-        self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)
+        self.launcher = Launcher(
+            self.store, self.fleet, self.dispatcher, self.observer, self.blobs, self.traces
+        )
         self.federation = Federation(
             self.store,
             self.fleet,
@@ -209,6 +225,7 @@ class Broker:
             self.blobs,
             self.config.home,
         )
+        self.federation.traces = self.traces
         self.federation.on_round = self.metrics.round
         self.federation.on_answer = self.metrics.asked
         self.dispatcher.on_together = self.launcher.together
@@ -247,6 +264,8 @@ class Broker:
             return
         if run["kind"] == "federate":
             self.federation.stop(run["id"], by)
+        elif run["kind"] == runs.TRACKED:  # its program is elsewhere; it may record on
+            await self.store.write(lambda tx: runs.end(tx, run["id"], TaskState.STOPPED))
         else:
             await self.dispatcher.stop_run(run["id"], f"stopped by {by}")
         self.observer.ring(run["id"])

@@ -99,6 +99,9 @@ class Dispatcher:
         # The tasks of one run are about to be offered at once: each may be told of the others.
         self.on_together: Callable[[Sequence[tuple[Task, Machine]]], None] = lambda members: None
         self.on_ended: Callable[[TaskState], None] = lambda state: None
+        # Called when a machine has taken a task, and when its result is in the store.
+        self.on_accepted: Callable[[Task], None] = lambda task: None
+        self.on_result: Callable[[Task, Result], None] = lambda task, result: None
         self._store = store
         self._fleet = fleet
         self._orders = orders
@@ -141,6 +144,7 @@ class Dispatcher:
     def added(self, new: Iterable[Task]) -> None:
         """Tasks that were just committed."""
         for task in new:
+            task.moments["queued"] = time.time()
             self._know(task)
         self._wake.set()
 
@@ -338,6 +342,7 @@ class Dispatcher:
                 self._let_go(task)
                 continue
             self._extend(task, self.timing.offer_s)
+            task.moments["offered"] = time.time()
             sending.append(self._publish_offer(task, machine.address))
         # All at once: the endpoint commits them together, and the last device waits for no other.
         await asyncio.gather(*sending)
@@ -400,6 +405,7 @@ class Dispatcher:
             task.state = move(task.state, TaskState.LEASED)
             task.accepted_seq = seq
             self._extend(task, self.timing.lease_s)
+            self.on_accepted(task)
 
     async def reject(self, machine: Machine, told: Reject) -> None:
         """The device does not take it: somebody else may, or it later."""
@@ -462,6 +468,7 @@ class Dispatcher:
 
     async def _end(self, task: Task, result: Result, device: str | None = None) -> None:
         work = self.works[task.kind]
+        task.moments["received"] = time.time()
 
         def commit(tx: Connection) -> bool:
             if not tasks.ended(tx, device, result):
@@ -545,6 +552,7 @@ class Dispatcher:
         self._let_go(task)
         task.tries_left, task.restarts_left, task.recalled = tries, restarts, ""
         task.state = move(task.state, TaskState.QUEUED)
+        task.moments = {"queued": time.time()}
         self._backlog.add(task)
         if not task.bound:
             task.device = None
@@ -582,6 +590,7 @@ class Dispatcher:
         if result is None:
             return
         self.works[task.kind].told(task, result)
+        self.on_result(task, result)
         if task.terms.nodes > 1 and result.state is not TaskState.FINISHED and known:
             self._spawn(self.stop_run(task.run, f"rank {task.rank} {result.state.name.lower()}"))
 

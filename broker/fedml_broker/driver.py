@@ -170,6 +170,7 @@ class Driver:
 
         def commit(tx: Connection) -> list[str]:
             runs.end(tx, run, state, cause=cause)
+            everything.traces.run_ended(tx, run, state)
             # The package stays as long as the run is listed: the next run often brings it again.
             return runs.release(tx, f"run/{run}/updates")
 
@@ -374,6 +375,7 @@ class Driver:
             on_lost=OnLost.FINISH_AND_HOLD,
             package=Blob(sha256=package, size=self.all.blobs.size(package) or 0),
             needs=self._needs,
+            traceparent=self.all.traces.context(self.run),
         )
         return Task(
             offer=offer,

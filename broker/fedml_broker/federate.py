@@ -24,6 +24,7 @@ from fedml_broker.packages import PackageRef
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
+from fedml_broker.traces import Traces
 from fedml_protocol.tasks import Result
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Federation:
         self.fleet = fleet
         self.dispatcher = dispatcher
         self.observer = observer
+        self.traces = Traces()
         self.blobs = blobs
         self.home = home
         self.work_dir = home / "work"

@@ -22,9 +22,18 @@ from fedml_broker.problems import Problem
 from fedml_broker.queue import HIGHEST, LOWEST, Terms
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
+from fedml_broker.traces import Traces
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.launch import LaunchSpec, looks_secret
-from fedml_protocol.tasks import FINAL, Needs, Offer, OnLost, Result, TaskState
+from fedml_protocol.tasks import (
+    FINAL,
+    TRACEPARENT,
+    Needs,
+    Offer,
+    OnLost,
+    Result,
+    TaskState,
+)
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +102,17 @@ class Launcher:
         dispatcher: Dispatcher,
         observer: Observer,
         blobs: Blobs,
+        traces: Traces,
     ) -> None:
         self._store = store
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._observer = observer
         self._blobs = blobs
+        self._traces = traces
 
-    async def submit(self, user: User, request: LaunchRequest) -> str:
-        """Queue a job; the run's id.
+    async def submit(self, user: User, request: LaunchRequest, traceparent: str = "") -> str:
+        """Queue a job; the run's id. `traceparent`: of whoever traces that he asks.
 
         Raises:
             Problem: 422 when the job cannot be, or no machine could ever take it.
@@ -116,6 +127,8 @@ class Launcher:
                 hint="put them into a script or a file in the workspace",
             )
         run, spec = runs.check_new_id(request.run), _shown(request)
+        if TRACEPARENT.fullmatch(traceparent):
+            spec["traceparent"] = traceparent
         if await runs.Runs(self._store).submitted(user, run, spec):
             return run
         package = await self._package(user, request)
@@ -144,6 +157,7 @@ class Launcher:
                 package=None if package is None else package.manifest,
                 needs=needs,
                 tail=request.follow,
+                traceparent=self._traces.context(run, traceparent),
             )
         except MalformedMessage as error:
             raise Problem(422, "this job cannot be", str(error)) from error
@@ -239,9 +253,12 @@ class Launcher:
         for stream, size in (("stdout", result.stdout_bytes), ("stderr", result.stderr_bytes)):
             self._observer.finish(task.run, LogFile(task.id, result.epoch, stream), size)
         if task.terms.nodes > 1:
-            _end_together(tx, task.run, result)
+            state = _end_together(tx, task.run, result)
         else:
-            runs.end(tx, task.run, result.state, cause=result.cause, exit_code=_exit_code(result))
+            state = result.state
+            runs.end(tx, task.run, state, cause=result.cause, exit_code=_exit_code(result))
+        if state is not None:
+            self._traces.run_ended(tx, task.run, state)
 
     def together(self, members: Sequence[tuple[Task, Machine]]) -> None:
         """Tell each task of a run where the others are, as torchrun and PyTorch expect it."""
@@ -315,11 +332,15 @@ def check_priority(user: User, priority: int) -> None:
         )
 
 
-def _end_together(tx: Connection, run: str, last: Result) -> None:
-    """The run ends with the last of its tasks, as the first that did not finish did."""
+def _end_together(tx: Connection, run: str, last: Result) -> TaskState | None:
+    """The run ends with the last of its tasks, as the first that did not finish did.
+
+    Returns:
+        How it has ended; None while others of it have not.
+    """
     all_of = tasks.of_run(tx, run)
     if any(state not in FINAL for state, _, _ in all_of):
-        return
+        return None
     for blamed in (TaskState.FAILED, TaskState.LOST, TaskState.STOPPED):
         for state, rank, result in all_of:
             if state is blamed:
@@ -328,8 +349,9 @@ def _end_together(tx: Connection, run: str, last: Result) -> None:
                 if cause is not None and blamed is not TaskState.STOPPED:
                     cause = replace(cause, message=f"rank {rank}: {cause.message}")
                 runs.end(tx, run, state, cause=cause, exit_code=_exit_code(told))
-                return
+                return state
     runs.end(tx, run, TaskState.FINISHED, exit_code=_exit_code(last))
+    return TaskState.FINISHED
 
 
 def _torchrun(rank: int, hosts: Sequence[str], port: int, gpus: int) -> dict[str, str]:

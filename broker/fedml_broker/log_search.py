@@ -18,6 +18,7 @@ MOST_LINES = 10_000
 _MOST_BYTES = 4 << 20
 _MOST_OF_A_LINE = 16 << 10
 _SECONDS = 5.0
+_BLOCK = 1 << 16
 _PATTERN_MEMORY = 8 << 20
 _MOST_OF_A_PATTERN = 1000
 
@@ -66,12 +67,12 @@ class Query:
 
 
 class Line(NamedTuple):
-    """One line that was found; `number` counts those of its stream, from 1."""
+    """One line that was found; `number` counts those of its stream from 1; None: not counted."""
 
     task: str
     epoch: int
     stream: str
-    number: int
+    number: int | None
     at: float | None
     match: bool
     text: str
@@ -124,7 +125,11 @@ def search(
     for task, epoch in attempts:
         reader = _Reader(Ordered(files, run, task, epoch), query, found)
         for stream in STREAMS:
-            reader.start(stream, (starts or {}).get(LogFile(task, epoch, stream), 0))
+            log = LogFile(task, epoch, stream)
+            begin = (starts or {}).get(log, 0)
+            if query.tail and not query.text:
+                begin = max(begin, _last_lines(files, run, log, min(query.tail, MOST_LINES)))
+            reader.start(stream, begin)
         for chunk in reader.ordered.chunks(all_of_it=True):
             reader.take(chunk)
             if clock() > until:
@@ -141,6 +146,24 @@ def search(
         "complete": complete and not found.full,
         "ends": ends,
     }
+
+
+def _last_lines(files: Files, run: str, log: LogFile, count: int) -> int:
+    """Where the last so many lines of a log begin, without reading all of it."""
+    end = files.size(run, log) or 0
+    left = count + 1  # the end of the line before them
+    while end > 0:
+        begin = max(0, end - _BLOCK)
+        at, data = files.read(run, log, begin, end - begin)
+        data = data[: max(0, end - at)]
+        found = data.count(b"\n")
+        if found >= left:
+            for _ in range(left):
+                data = data[: data.rindex(b"\n")]
+            return at + len(data) + 1
+        left -= found
+        end = begin
+    return 0
 
 
 class _Found:
@@ -191,12 +214,13 @@ class _Reader:
         self._found = found
         self._has = query.test()
         self._parts = dict.fromkeys(STREAMS, b"")
-        self._numbers = dict.fromkeys(STREAMS, 0)
+        self._numbers: dict[str, int | None] = dict.fromkeys(STREAMS, 0)
         self._before: deque[Line] = deque(maxlen=query.context)
         self._after = 0
 
     def start(self, stream: str, offset: int) -> None:
         self.ends[stream] = offset
+        self._numbers[stream] = None if offset else 0
         self.ordered.skip(stream, offset)
 
     def take(self, chunk: Chunk) -> None:
@@ -218,19 +242,22 @@ class _Reader:
                 self.ends[stream] += len(part)
 
     def _take_lines(self, log: LogFile, data: bytes, at: float | None) -> None:
-        query, count = self._query, data.count(b"\n") + 1
-        first = self._numbers[log.stream] + 1
-        self._numbers[log.stream] += count
+        query, before = self._query, self._numbers[log.stream]
+        if before is not None:
+            self._numbers[log.stream] = before + data.count(b"\n") + 1
         if at is not None and at < query.since:
             return
         if self._has is not None and not query.context and not self._has(data):
             return  # a thousand times as fast as line by line
-        for number, raw in enumerate(data.split(b"\n"), first):
+        for nth, raw in enumerate(data.split(b"\n"), 1):
+            number = None if before is None else before + nth
             match = self._has is None or bool(self._has(raw))
             if match or query.context:
                 self._note(log, number, at, match, raw)
 
-    def _note(self, log: LogFile, number: int, at: float | None, match: bool, raw: bytes) -> None:
+    def _note(
+        self, log: LogFile, number: int | None, at: float | None, match: bool, raw: bytes
+    ) -> None:
         found, wanted = self._found, self._found.wanted()
         if match:
             found.total += 1

@@ -2,6 +2,7 @@
 """Every URL of the broker, who may ask it, and the OpenAPI document made from the same table."""
 
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,11 @@ from fedml_broker.api import (
     clusters,
     devices,
     logs,
+    mlflow,
     oidc,
     runs,
     storage,
+    tracking,
 )
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
@@ -59,6 +62,8 @@ SCRAPER = Access(role="viewer", loopback=True)
 VIEWER_OR_DEVICE = Access(role="viewer", device=True)
 MEMBER_OR_DEVICE = Access(role="member", device=True)
 
+# What clients of MLflow ask, under the address that they are given.
+_MLFLOW, _FLOW_FILES = "/api/2.0/mlflow", "/api/2.0/mlflow-artifacts/artifacts"
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 # Bodies are small; blobs and logs are read by their handlers, which have their own limits.
@@ -86,7 +91,8 @@ def table(broker: "Broker") -> Sequence[Route]:
     run, device = runs.Handlers(broker), devices.Handlers(broker)
     account, cluster = accounts.Handlers(broker), clusters.Handlers(broker)
     stored, log = storage.Handlers(broker), logs.Handlers(broker)
-    provider = oidc.Handlers(broker)
+    provider, track = oidc.Handlers(broker), tracking.Handlers(broker)
+    flow = mlflow.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -135,6 +141,38 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/storage/{name}", VIEWER, stored.show_object),
         Route("PUT", "/v1/storage/{name}", MEMBER, stored.put_object, PutObject),
         Route("DELETE", "/v1/storage/{name}", MEMBER, stored.remove_object),
+        Route("GET", "/v1/runs/{run}/metrics", VIEWER, track.metrics),
+        Route("GET", "/v1/runs/{run}/params", VIEWER, track.params),
+        Route("GET", "/v1/runs/{run}/artifacts", VIEWER, track.artifacts),
+        Route("POST", "/v1/tracked", MEMBER, track.track, tracking.TrackRequest),
+        Route("PUT", "/v1/runs/{run}/records", MEMBER, track.put_records),
+        Route("POST", "/v1/runs/{run}/end", MEMBER, track.end, tracking.EndRequest),
+        Route("POST", f"{_MLFLOW}/experiments/create", MEMBER, flow.create_experiment),
+        Route("GET", f"{_MLFLOW}/experiments/get", VIEWER, flow.get_experiment),
+        Route("GET", f"{_MLFLOW}/experiments/get-by-name", VIEWER, flow.get_experiment_by_name),
+        Route("POST", f"{_MLFLOW}/experiments/search", VIEWER, flow.search_experiments),
+        Route("GET", f"{_MLFLOW}/experiments/search", VIEWER, flow.search_experiments),
+        Route("POST", f"{_MLFLOW}/experiments/update", MEMBER, flow.update_experiment),
+        Route("POST", f"{_MLFLOW}/experiments/delete", MEMBER, flow.delete_experiment),
+        Route("POST", f"{_MLFLOW}/experiments/restore", MEMBER, flow.restore_experiment),
+        Route("POST", f"{_MLFLOW}/experiments/set-experiment-tag", MEMBER, flow.tag_experiment),
+        Route("POST", f"{_MLFLOW}/runs/create", MEMBER, flow.create_run),
+        Route("GET", f"{_MLFLOW}/runs/get", VIEWER, flow.get_run),
+        Route("POST", f"{_MLFLOW}/runs/update", MEMBER, flow.update_run),
+        Route("POST", f"{_MLFLOW}/runs/delete", MEMBER, flow.delete_run),
+        Route("POST", f"{_MLFLOW}/runs/restore", MEMBER, flow.restore_run),
+        Route("POST", f"{_MLFLOW}/runs/search", VIEWER, flow.search_runs),
+        Route("POST", f"{_MLFLOW}/runs/log-metric", MEMBER, flow.log_metric),
+        Route("POST", f"{_MLFLOW}/runs/log-parameter", MEMBER, flow.log_parameter),
+        Route("POST", f"{_MLFLOW}/runs/set-tag", MEMBER, flow.set_tag),
+        Route("POST", f"{_MLFLOW}/runs/delete-tag", MEMBER, flow.delete_tag),
+        Route("POST", f"{_MLFLOW}/runs/log-batch", MEMBER, flow.log_batch),
+        Route("GET", f"{_MLFLOW}/metrics/get-history", VIEWER, flow.history),
+        Route("GET", f"{_MLFLOW}/artifacts/list", VIEWER, flow.list_artifacts),
+        Route("POST", f"{_MLFLOW}/logged-models/search", VIEWER, flow.search_models),
+        Route("GET", _FLOW_FILES, VIEWER, flow.list_proxied),
+        Route("GET", f"{_FLOW_FILES}/{{path:.+}}", VIEWER, flow.get_artifact),
+        Route("PUT", f"{_FLOW_FILES}/{{path:.+}}", MEMBER, flow.put_artifact),
         Route("GET", "/v1/devices", VIEWER, device.list_devices),
         Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),
         Route("POST", "/v1/devices/{device}/labels", ADMIN, device.label_device, devices.Labels),
@@ -262,7 +300,7 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
                 "required": True,
                 "content": {"application/json": {"schema": reference}},
             }
-        paths.setdefault(route.path, {})[route.method.lower()] = operation
+        paths.setdefault(_PATTERN.sub(r"{\1}", route.path), {})[route.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "fedml-broker", "version": "1"},
@@ -284,6 +322,9 @@ def _security(who: Access) -> list[dict[str, list[str]]]:
     return [*enough, {}] if who.loopback else enough
 
 
+# A variable that may contain slashes says so: {path:.+}.
+_PATTERN = re.compile(r"\{(\w+):[^}]*\}")
+
 _PROBLEM = {
     "type": "object",
     "properties": {
@@ -296,4 +337,4 @@ _PROBLEM = {
 
 
 def _variables(path: str) -> list[str]:
-    return [part[1:-1] for part in path.split("/") if part.startswith("{")]
+    return [part[1:-1].partition(":")[0] for part in path.split("/") if part.startswith("{")]

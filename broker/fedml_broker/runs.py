@@ -22,12 +22,27 @@ from fedml_broker.observe import add_event
 from fedml_broker.packages import Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
-from fedml_broker.tables import blob_refs, clients, events, rounds, runs, tasks
+from fedml_broker.tables import (
+    artifacts,
+    blob_refs,
+    clients,
+    events,
+    metrics,
+    params,
+    records,
+    rounds,
+    runs,
+    tags,
+    tasks,
+    tracked,
+)
 from fedml_broker.tasks import cause_json
 from fedml_protocol.cause import Cause
 from fedml_protocol.tasks import FINAL, TaskState
 
 _FINAL_NAMES = [s.name for s in FINAL]
+# The kind of a run that its own program drives: nothing of it is scheduled here.
+TRACKED = "tracked"
 
 
 _ID = re.compile(r"r-[a-z0-9]{8,32}")
@@ -263,6 +278,19 @@ def end(
     return bool(changed)
 
 
+def reopen(tx: Connection, run: str, by: str) -> bool:
+    """A tracked run goes on after its end: its own program says so; False when it had not ended."""
+    changed = tx.execute(
+        runs.update()
+        .where(runs.c.id == run, runs.c.kind == TRACKED, runs.c.state.in_(_FINAL_NAMES))
+        .values(state=TaskState.RUNNING.name, ended_at=None, cause=None, stopped_by=None)
+    ).rowcount
+    if changed:
+        add_event(tx, run, "state", {"state": TaskState.RUNNING.name})
+        audit.note(tx, _tenant(tx, run), audit.user(by), "run.reopen", run)
+    return bool(changed)
+
+
 def stop_asked(tx: Connection, run: str, by: str) -> bool:
     """Note who stopped the run first; False when it has ended or was asked before."""
     changed = tx.execute(
@@ -285,7 +313,8 @@ def remove(tx: Connection, run: str, by: str) -> list[str]:
     if row is not None:
         facts = {"kind": row.kind, "name": row.name, "of": row.user, "state": row.state}
         audit.note(tx, row.tenant, audit.user(by), "run.remove", run, **facts)
-    for table in (events, rounds, clients, tasks):
+    recorded = (metrics, params, tags, artifacts, records, tracked)
+    for table in (events, rounds, clients, tasks, *recorded):
         tx.execute(table.delete().where(table.c.run == run))
     tx.execute(runs.delete().where(runs.c.id == run))
     return release(tx, f"run/{run}")

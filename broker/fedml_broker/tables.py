@@ -103,7 +103,7 @@ runs = Table(
     Column("id", String, primary_key=True),
     Column("tenant", String, nullable=False),
     Column("user", String, nullable=False),
-    Column("kind", String, nullable=False),  # launch | federate
+    Column("kind", String, nullable=False),  # launch | federate | tracked
     Column("name", String, nullable=False),
     Column("spec", JSON, nullable=False),
     Column("package", JSON),  # {"sha256", "size"}
@@ -236,4 +236,83 @@ blob_refs = Table(
     Column("sha256", String, primary_key=True),
     Column("owner", String, primary_key=True),
     Index("blob_refs_by_owner", "owner"),
+)
+
+# What runs record of themselves (tracking.py). `source` tells the clients of a federated run apart.
+metrics = Table(
+    "metrics",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("run", String, nullable=False),
+    Column("source", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("value", Float),  # NULL: not a finite number
+    Column("at", Float, nullable=False),
+    Index("metrics_by_run", "run", "name", "source", "step"),
+    sqlite_autoincrement=True,
+)
+
+params = Table(
+    "params",
+    metadata,
+    Column("run", String, primary_key=True),
+    Column("source", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("value", String, nullable=False),
+)
+
+tags = Table(
+    "tags",
+    metadata,
+    Column("run", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("value", String, nullable=False),
+)
+
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("run", String, primary_key=True),
+    Column("source", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("type", String, nullable=False),  # artifact | model
+    Column("sha256", String, nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+# How far each file of records is in the tables above.
+records = Table(
+    "records",
+    metadata,
+    Column("log", String, primary_key=True),  # TASK/EPOCH, or a tracked run's id
+    Column("run", String, nullable=False),
+    Column("taken", Integer, nullable=False),  # bytes
+    Column("refused", Integer, nullable=False),  # lines that were no records
+    Column("lost", Integer, nullable=False),  # records that their writer could not keep
+    Index("records_by_run", "run"),
+)
+
+experiments = Table(
+    "experiments",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("tenant", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("deleted", Boolean, nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("tenant", "name"),
+    sqlite_autoincrement=True,
+)
+
+# Runs that their own program drives: of `fedml.mlops` outside any task, or of an MLflow client.
+tracked = Table(
+    "tracked",
+    metadata,
+    Column("run", String, primary_key=True),
+    Column("experiment", Integer, nullable=False),
+    Column("deleted", Boolean, nullable=False),
+    Index("tracked_by_experiment", "experiment"),
 )

@@ -44,6 +44,7 @@ class Task:
         ends_by: When it is over at the latest (monotonic); infinite: nobody knows.
         since: When it was submitted, seconds since 1970.
         recalled: Why its device was told to hand it back; it is queued again. Empty: it was not.
+        moments: When it was queued, offered, and its result received, since this process began.
         stopping: Why its device was told to end it; it is not offered again. Empty: it was not.
     """
 
@@ -72,6 +73,7 @@ class Task:
     since: float = field(default_factory=time.time)
     recalled: str = ""
     stopping: str = ""
+    moments: dict[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedml run list|queue|show|status|logs|priority|stop|wait|download`: runs that exist already."""
+"""Commands for runs that exist already: `fedml run list|queue|show|logs|metrics|stop|download` …"""
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 
 from fedml.cli.following import SilentView, users_part, watch
 from fedml.cli.logs import run_logs
 from fedml.cli.options import connect, home_option, json_option
-from fedml.cli.tables import duration, print_facts, print_json, print_table, transfer, when
+from fedml.cli.tables import (
+    duration,
+    print_facts,
+    print_json,
+    print_table,
+    size,
+    transfer,
+    when,
+)
 from fedml.client import Client
+from fedml.errors import BrokerRefused
 from fedml.runs import Run
 
 run_argument = click.argument("run_id", metavar="RUN")
@@ -194,37 +205,155 @@ def wait(run_id: str, home: Path, as_json: bool) -> None:
 
 @run.command()
 @run_argument
-@click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("what", metavar="[NAME]", required=False)
 @click.option("--round", "of_round", type=click.IntRange(min=0), help="0: the first model.")
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.option(
+    "--into",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory for artifacts; RUN by default.",
+)
+@click.option("--force", is_flag=True, help="Replace what is there.")
 @home_option
 @json_option
 def download(
     run_id: str,
-    file: Path | None,
+    what: str | None,
     of_round: int | None,
+    into: Path | None,
     force: bool,
     home: Path,
     as_json: bool,
 ) -> None:
-    """Write a federated run's model into FILE (RUN.safetensors): the newest, or that of a round.
+    """Get what a run has made: the files that it logged, or a federated run's model.
+
+    NAME is an artifact, or a directory of them; all of them by default. Of a federated run it may
+    also be the FILE for its model (RUN.safetensors): the newest, or that of a round. A download
+    that was cut goes on where it stopped when you ask again.
 
     \b
     Examples:
-      fedml run download r-1c0ffee123 model.safetensors
+      fedml run download r-1c0ffee123                      # a job: into r-1c0ffee123/
+      fedml run download r-1c0ffee123 plots/roc.png --into .
+      fedml run download r-1c0ffee123 model.safetensors    # a federated run: its model
       fedml run download r-1c0ffee123 --round 5
       python -c 'from safetensors.numpy import load_file; print(load_file("model.safetensors"))'
     """
-    into = file or Path(f"{run_id}.safetensors")
+    found = Run.find(connect(home), run_id)
+    federated = found.kind == "federate"
+    chosen = [] if of_round is not None else _chosen(found, what, model=federated)
+    if federated and not chosen:
+        _download_model(found, Path(what or f"{run_id}.safetensors"), of_round, force, as_json)
+        return
+    if of_round is not None:
+        raise click.UsageError(f"{run_id} is a {found.kind} run: it has no rounds")
+    folder = Path(run_id) if into is None else into
+    there = [str(folder / a["name"]) for a in chosen if (folder / a["name"]).exists()]
+    if there and not force:
+        raise click.UsageError(f"{', '.join(there)} exists already; --force replaces it")
+    files = []
+    for artifact in chosen:
+        with transfer(artifact["name"]) as told:
+            files.append(str(found.download_artifact(artifact, folder, told=told)))
+        if not as_json:
+            click.echo(f"{files[-1]}: {size(artifact['size'])}", err=True)
+    if as_json:
+        print_json({"files": files})
+
+
+def _chosen(found: Run, what: str | None, *, model: bool) -> list[dict[str, Any]]:
+    """The artifacts that are meant; none, where the model of a federated run is."""
+    if model and what is None:
+        return []
+    named = found.artifacts()
+    chosen = [a for a in named if what in (None, a["name"]) or a["name"].startswith(f"{what}/")]
+    if not chosen and not model:
+        if what is None:
+            raise BrokerRefused(
+                f"{found.id} has logged no files", "`fedml.mlops.log_artifact(path)` in its program"
+            )
+        names = ", ".join(a["name"] for a in named[:10]) or "it has logged none"
+        raise BrokerRefused(f"{found.id} has logged no {what!r}", names)
+    # Several clients may have logged the same name.
+    double = {a["name"] for a in chosen if [b["name"] for b in chosen].count(a["name"]) > 1}
+    return [
+        {**a, "name": f"{a['source']}/{a['name']}"} if a["name"] in double else a for a in chosen
+    ]
+
+
+def _download_model(
+    found: Run, into: Path, of_round: int | None, force: bool, as_json: bool
+) -> None:
     if into.exists() and not force:
         raise click.UsageError(f"{into} exists already; --force replaces it")
-    found = Run.find(connect(home), run_id)
     with transfer("model") as told:
         number = found.download(into, of_round=of_round, told=told)
     if as_json:
         print_json({"file": str(into), "round": number})
     else:
         click.echo(f"{into}: the model of round {number}", err=True)
+
+
+@run.command()
+@run_argument
+@click.argument("name", required=False)
+@click.option(
+    "--points",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(2, 100_000),
+    help="Of each series at most; of longer ones the extremes are kept.",
+)
+@home_option
+@json_option
+def metrics(run_id: str, name: str | None, points: int, home: Path, as_json: bool) -> None:
+    """Show what a run has logged of itself: each metric's last, least and greatest value.
+
+    \b
+    Examples:
+      fedml run metrics r-1c0ffee123
+      fedml run metrics r-1c0ffee123 loss       # this one alone
+      fedml run metrics r-1c0ffee123 --json | jq '.series[0].points'
+    """
+    client = connect(home)
+    query = f"points={points}" + ("" if name is None else f"&name={quote(name, safe='')}")
+    found = client.call("GET", f"/v1/runs/{run_id}/metrics?{query}")
+    if as_json:
+        print_json(found)
+        return
+    columns = ("METRIC", "STEP", "LAST", "LEAST", "GREATEST", "COUNT", "")
+    rows = [_series_row(series) for series in found["series"]]
+    print_table(columns, rows, f"{run_id} has logged no metrics" + (f" {name!r}" if name else ""))
+    for count, text in (
+        (found["refused"], "lines were no records and are left out"),
+        (found["lost"], "records were lost where they were made: the disk or the file was full"),
+    ):
+        if count:
+            click.secho(f"{count} {text}", fg="yellow", err=True)
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 24
+
+
+def _series_row(series: dict[str, Any]) -> tuple[str, ...]:
+    step, last, _ = series["points"][-1]
+    numbers = [p[1] for p in series["points"] if p[1] is not None]
+    least, greatest = (f"{f(numbers):.5g}" if numbers else "–" for f in (min, max))
+    name = series["name"] + (f" ({series['source']})" if series["source"] else "")
+    shown = "nan" if last is None else f"{last:.5g}"
+    return name, str(step), shown, least, greatest, str(series["count"]), _plot(numbers)
+
+
+def _plot(numbers: list[float]) -> str:
+    """A line of bars, each the mean of its stretch."""
+    if len(numbers) < 2:
+        return ""
+    width = min(_WIDTH, len(numbers))
+    edges = [i * len(numbers) // width for i in range(width + 1)]
+    means = [sum(numbers[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
 
 
 def _took(found: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ KEYS: Mapping[str, Mapping[str, Used | Unused]] = {
         "training_type": Used("the command decides: `fedml simulate` or `fedml federate`"),
         "random_seed": Used("`seed`"),
         "scenario": Used("`hierarchical`: `groups`, as `HierarchicalFL` has them"),
-        "using_mlops": _HOSTED,
+        "using_mlops": Used("`fedml.mlops` records either way; see mlops.md"),
         "config_version": Used("read, and the same in every version"),
         "name": Used("`name`"),
         "project": _HOSTED,

@@ -3,13 +3,14 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedml_agent.capped_log import LogReader, LogWriter
+from fedml_agent.capped_log import LogReader, LogWriter, OrderWriter
 
 
 @pytest.fixture
@@ -119,3 +120,36 @@ def test_log_files_are_for_their_owner_only(folder: Path) -> None:
 def test_there_are_two_streams(folder: Path) -> None:
     with pytest.raises(ValueError, match="stream is one of"):
         LogReader(folder, "log")
+
+
+def records(folder: Path) -> list[tuple[int, int, int]]:
+    """What the order says: milliseconds, 1 for err, offset."""
+    data = b"".join(path.read_bytes() for path in sorted(folder.glob("order.*")))
+    return [(when >> 1, when & 1, end) for when, end in struct.iter_unpack("<QQ", data)]
+
+
+def test_the_order_has_one_record_for_each_stretch_of_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    order = OrderWriter()
+    order.note("out", 5, 1.0)
+    order.note("out", 9, 2.0)
+    order.note("err", 3, 2.5)
+    assert records(tmp_path) == [(2000, 0, 9)]
+    order.flush()
+    order.flush()
+    order.note("err", 4, 3.0)
+    order.flush()
+    assert records(tmp_path) == [(2000, 0, 9), (2500, 1, 3), (3000, 1, 4)]
+    assert LogReader(tmp_path, "order").read(0, 1 << 20)[1] == b"".join(
+        struct.pack("<QQ", ms << 1 | err, end) for ms, err, end in records(tmp_path)
+    )
+
+
+def test_a_shim_of_an_earlier_version_has_no_order(tmp_path: Path) -> None:
+    logs = {"out": {"size": 3, "dropped": 0}, "err": {"size": 0, "dropped": 0}}
+    (tmp_path / "exit.json").write_text(json.dumps({"logs": logs}))
+    reader = LogReader(tmp_path, "order")
+    assert not reader.is_there
+    assert reader.read(0, 100) == (0, b"", 0)

@@ -15,6 +15,7 @@ from fedml_agent.journal import Entry, Journal
 from fedml_agent.launch import Jobs, limits_of, out_of_time
 from fedml_agent.policy import Policy
 from fedml_agent.tending import TaskSpec
+from fedml_agent.traces import Traces
 from fedml_protocol.cause import Fault
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import Needs, Offer, Result, TaskState
@@ -56,7 +57,15 @@ class Yard:
         nobody: Any = None
         self.attic = Attic(home.logs, self.journal, nobody, lambda: self.policy)
         self.jobs = Jobs(
-            home, self.journal, nobody, nobody, nobody, nobody, lambda: self.policy, self.attic
+            home,
+            self.journal,
+            nobody,
+            nobody,
+            nobody,
+            nobody,
+            lambda: self.policy,
+            self.attic,
+            Traces(),
         )
 
     def spec(self, job: Entry, **policy: Any) -> TaskSpec:

@@ -133,3 +133,29 @@ async def test_an_answer_has_a_size_that_it_does_not_exceed(tmp_path: Path) -> N
     assert texts(found)[0].endswith("[and 83615 bytes]")
     assert texts(look(task, tail=3))[-1] == "the last"
     assert look(task, limit=1)["total"] == 501
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 700, 5000])
+@pytest.mark.parametrize("end", [b"", b"half"])
+async def test_the_last_lines_are_found_from_the_end(
+    tmp_path: Path, count: int, end: bytes
+) -> None:
+    task = Task(tmp_path)
+    lines = [b"%d %s\n" % (n, b"x" * (n % 200)) for n in range(1000)]
+    task.write("stdout", b"".join(lines) + end)
+    for stream in ("stdout", ORDER):
+        await task.send(stream)
+    expected = [line.decode().rstrip("\n") for line in [*lines, *([end] if end else [])]]
+    assert texts(look(task, tail=count)) == expected[-count:]
+    # Not more of it is read than it takes.
+    reads: list[int] = []
+    read = task.observer.read
+
+    def counted(run: str, log: LogFile, offset: int, limit: int = 0) -> tuple[int, bytes]:
+        begin, data = read(run, log, offset, limit)
+        reads.append(len(data) if log.stream == "stdout" else 0)
+        return begin, data
+
+    task.observer.read = counted  # type: ignore[method-assign]
+    look(task, tail=1)
+    assert sum(reads) < 2 * 65536 + 1024

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from fedml_broker.accounts import User
 from fedml_broker.api.call import Call
@@ -53,7 +54,7 @@ async def _request(broker: Broker, word: str) -> Any:
 async def _ask(broker: Broker, request: Any) -> Any:
     api = Handlers(broker)
     route = api.launch if isinstance(request, LaunchRequest) else api.federate
-    return await route(Call(None, request, ANN))  # type: ignore[arg-type]
+    return await route(Call(make_mocked_request("POST", "/v1/launch"), request, ANN))
 
 
 async def _at_once(broker: Broker, monkeypatch: pytest.MonkeyPatch, *requests: Any) -> list[Any]:

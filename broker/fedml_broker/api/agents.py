@@ -14,6 +14,7 @@ from fedml_broker.devices import Inventory
 from fedml_broker.log_order import LogFile
 from fedml_broker.problems import Problem
 from fedml_broker.tables import tasks
+from fedml_protocol.records import STREAM
 from fedml_protocol.topics import Address
 
 if TYPE_CHECKING:
@@ -74,14 +75,14 @@ class Handlers:
         return {"over": await self._broker.runs.over(call.body.sessions), "counter": counter}
 
     async def put_log(self, call: Call) -> Any:
-        """Append a chunk of a task's log; answers how long the log is now."""
+        """Append a chunk of a task's log or records; answers how long that is now."""
         log = LogFile(call.part("task"), number(call.part("epoch")), call.part("stream"))
         run = await self._run_of(call.device, log.task)
-        data = await call.http.read()
-        if call.http.headers.get("X-Chunk-Encoding") == "gzip":
-            data = await asyncio.to_thread(_gunzip, data)
-        offset = number(call.http.query.get("offset", "0"))
-        gap = number(call.http.query.get("gap", "0"))
+        data, offset, gap = await chunk_of(call)
+        if log.stream == STREAM:
+            source = await self._broker.tracker.source_of(log.task)
+            place = f"{log.task}/{log.epoch}"
+            return {"size": await self._broker.tracker.take(run, place, offset, data, source)}
         ordered = call.http.query.get("ordered") == "1"
         append = self._broker.observer.append
         return {"size": await append(run, log, offset, data, gap=gap, ordered=ordered)}
@@ -94,6 +95,16 @@ class Handlers:
         if run is None:
             raise Problem(403, "not this device's task", f"{task} was offered to another device")
         return str(run)
+
+
+async def chunk_of(call: Call) -> tuple[bytes, int, int]:
+    """A piece of a log or of records, at which byte it begins, and how many are missing before."""
+    data = await call.http.read()
+    if call.http.headers.get("X-Chunk-Encoding") == "gzip":
+        data = await asyncio.to_thread(_gunzip, data)
+    offset = number(call.http.query.get("offset", "0"))
+    gap = number(call.http.query.get("gap", "0"))
+    return data, offset, gap
 
 
 def _gunzip(data: bytes) -> bytes:

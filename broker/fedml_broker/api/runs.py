@@ -32,7 +32,9 @@ class Handlers:
 
     async def launch(self, call: Call) -> Any:
         """Queue a job."""
-        return await _run_once(self._broker.launcher.submit(call.user, call.body))
+        # https://www.w3.org/TR/trace-context/
+        traced = call.http.headers.get("traceparent", "")
+        return await _run_once(self._broker.launcher.submit(call.user, call.body, traced))
 
     async def match_launch(self, call: Call) -> Any:
         """Where a job would run, machine by machine. Nothing is started."""

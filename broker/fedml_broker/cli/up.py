@@ -42,6 +42,12 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
     metavar="URL",
     help="Another MQTT 5 broker: mqtts://HOST:PORT.",
 )
+@click.option(
+    "--forward-mlflow",
+    default="",
+    metavar="URL",
+    help="An MLflow server that gets all that runs record too; see docs/mlops.md.",
+)
 @click.option("--heartbeat", default=10.0, show_default=True, help="Seconds between heartbeats.")
 @click.option(
     "--lease",
@@ -86,6 +92,7 @@ def up(
     https_port: int,
     mqtt_port: int,
     external: str,
+    forward_mlflow: str,
     heartbeat: float,
     lease: float,
     disk_reserve_gb: float,
@@ -142,6 +149,7 @@ def up(
         https_port=https_port,
         mqtt_port=mqtt_port,
         external_mqtt=external,
+        forward_mlflow=forward_mlflow,
         timing=Timing(heartbeat_s=heartbeat, lease_s=lease, offer_s=min(30.0, max(lease, 2.0))),
         disk_reserve_bytes=int(disk_reserve_gb * 1e9),
         provider=provider,
