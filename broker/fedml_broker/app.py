@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from aiohttp import web
 from sqlalchemy import Connection
 
-from fedml_broker import audit
+from fedml_broker import audit, match
 from fedml_broker.accounts import Accounts
 from fedml_broker.audit import Refusals
 from fedml_broker.blobs import Blobs
@@ -46,8 +46,10 @@ from fedml_broker.problems import Problem
 from fedml_broker.reports import Reports
 from fedml_broker.routes import application
 from fedml_broker.runs import Runs
+from fedml_broker.sessions import Sessions
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
+from fedml_broker.watch import Watch
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 
@@ -103,6 +105,9 @@ class Broker:
         self.observer = Observer(store, config.home / "logs")
         self.runs = Runs(store)
         self.refusals = Refusals(store)
+        self.watch = Watch()
+        self.fleet.on_change = self.watch.device
+        self.observer.on_change = self.watch.run
         self.metrics = Metrics(self)
         store.on_commit = self.metrics.committed
         self.blobs.on_bytes = self.metrics.blob
@@ -111,6 +116,7 @@ class Broker:
         self.orders: Orders
         self.devices: Devices
         self.accounts: Accounts
+        self.sessions: Sessions
         self.dispatcher: Dispatcher
         self.launcher: Launcher
         self.federation: Federation
@@ -181,6 +187,9 @@ class Broker:
         self.orders.on_sent = partial(self.metrics.message, "out")
         self.devices = Devices(self.store, self.fleet, self.identity)
         self.accounts = Accounts(self.store, url=self.url, ca_sha256=self.identity.ca_sha256)
+        self.sessions = Sessions(
+            self.store, self.accounts, url=self.url, ca_sha256=self.identity.ca_sha256
+        )
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
         self.dispatcher.on_ended = self.metrics.ended
@@ -208,6 +217,16 @@ class Broker:
     def waiting(self, run: str) -> str:
         """What a run waits for, in words; empty when it does not."""
         return self.federation.waiting(run) or self.dispatcher.waiting(run)
+
+    async def listed(self, tenant: str, **which: Any) -> list[dict[str, Any]]:
+        """Runs of a tenant, as `Runs.newest` takes its arguments; those that wait say for what."""
+        rows = await self.runs.newest(tenant, **which)
+        reasons = self.dispatcher.reasons()
+        for row in rows:
+            if row["ended_at"] is None:
+                waits = self.federation.waiting(row["id"])
+                row["waiting"] = waits or match.summary(reasons.get(row["id"], {}))
+        return rows
 
     async def stop(self, run: dict[str, Any], by: str) -> None:
         """End a run."""

@@ -124,10 +124,15 @@ class Dispatcher:
 
     def waiting(self, run: str) -> str:
         """Why a run's tasks are still queued, machine by machine; empty: none is."""
-        queued = [t for t in self.of_run(run) if t.state is TaskState.QUEUED]
-        return (
-            "; ".join(f"{name}: {why}" for name, why in queued[0].reasons.items()) if queued else ""
-        )
+        reasons = self.reasons().get(run, {})
+        return "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+    def reasons(self) -> dict[str, dict[str, str]]:
+        """Of each run that has a queued task: why no machine takes the first of them."""
+        found: dict[str, dict[str, str]] = {}
+        for task in self._queued():
+            found.setdefault(task.run, task.reasons)
+        return found
 
     def wake(self) -> None:
         """Something has changed that may let a queued task go."""
@@ -135,16 +140,14 @@ class Dispatcher:
 
     def reserve(self, device: str, session: str, needs: Needs) -> None:
         """Keep room on a device for a session, between its tasks too."""
-        machine = self._fleet.get(device)
-        if machine is not None:
-            machine.holds[session] = needs
+        self._fleet.hold(device, session, needs)
 
     def release(self, device: str, session: str) -> None:
         """The session is over: its warm worker may go."""
         machine = self._fleet.get(device)
         if machine is None:
             return
-        machine.holds.pop(session, None)
+        self._fleet.free(device, session)
         self._wake.set()
         self._send(machine.address, CloseSession(session=session))
 
@@ -454,9 +457,7 @@ class Dispatcher:
     def _hold(self, task: Task) -> None:
         device = task.device or ""
         self._held.setdefault(device, {})[task.id] = task
-        machine = self._fleet.get(device)
-        if machine is not None:
-            machine.holds[task.room] = task.offer.needs
+        self._fleet.hold(device, task.room, task.offer.needs)
 
     def _let_go(self, task: Task) -> None:
         timer = self._timers.pop(task.id, None)
@@ -467,9 +468,8 @@ class Dispatcher:
             held.pop(task.id, None)
             if not held:
                 del self._held[device]
-        machine = self._fleet.get(device)
-        if machine is not None and task.room == task.id:  # a session's room is its run's to free
-            machine.holds.pop(task.room, None)
+        if task.room == task.id:  # a session's room is its run's to free
+            self._fleet.free(device, task.room)
 
     def _is_current(self, task: Task, machine: Machine, epoch: int) -> bool:
         return task.epoch == epoch and task.device == machine.address.device and task.state in HELD

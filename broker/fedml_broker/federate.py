@@ -128,6 +128,7 @@ class Federation:
         await self.store.write(commit)
         uploaded(self.blobs, package, user)
         self._drive(run, user.tenant, user.name, request)
+        self.observer.ring(run)
         return run
 
     async def resume(self) -> None:

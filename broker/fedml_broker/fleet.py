@@ -6,8 +6,9 @@ which they do at once; what the store says of them is in `devices.py`.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,8 @@ class Fleet:
     def __init__(self, *, heartbeat_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.heartbeat_s = heartbeat_s
         self.clock = clock
+        # Called with a device of which anything has changed.
+        self.on_change: Callable[[str], None] = lambda device: None
         self._machines: dict[str, Machine] = {}
         self._bell = asyncio.Event()
 
@@ -74,10 +77,12 @@ class Fleet:
             machine.heard_at, machine.boot_n = known.heard_at, known.boot_n
             machine.beat, machine.holds = known.beat, known.holds
         self._machines[machine.address.device] = machine
+        self.on_change(machine.address.device)
 
     def drop(self, device: str) -> None:
         """Forget a machine that was revoked or removed."""
         self._machines.pop(device, None)
+        self.on_change(device)
 
     def heard(self, device: str, boot_n: int, beat: Heartbeat) -> Machine | None:
         """Note a heartbeat; None when the device is unknown or the beat is of an older boot."""
@@ -90,6 +95,7 @@ class Fleet:
         machine.beat = beat
         if not was_online:
             self._ring()
+        self.on_change(device)
         return machine
 
     def gone(self, device: str, boot_n: int) -> None:
@@ -98,12 +104,44 @@ class Fleet:
         if machine is not None and boot_n >= machine.boot_n:
             machine.heard_at = None
             self._ring()
+            self.on_change(device)
+
+    def hold(self, device: str, room: str, needs: Needs) -> None:
+        """Keep room on a machine for a task or session."""
+        machine = self._machines.get(device)
+        if machine is not None:
+            machine.holds[room] = needs
+            self.on_change(device)
+
+    def free(self, device: str, room: str) -> None:
+        """The task or session is over."""
+        machine = self._machines.get(device)
+        if machine is not None and machine.holds.pop(room, None) is not None:
+            self.on_change(device)
 
     def online(self, machine: Machine) -> bool:
         """Whether it has beaten lately."""
         if machine.heard_at is None:
             return False
         return self.clock() - machine.heard_at < SILENT_AFTER * self.heartbeat_s
+
+    def online_of(self, tenant: str) -> set[str]:
+        """The devices of a tenant that are online."""
+        return {
+            name
+            for name, machine in self._machines.items()
+            if machine.address.tenant == tenant and self.online(machine)
+        }
+
+    def next_silence(self, devices: Iterable[str]) -> float:
+        """After how many seconds the first of these is offline, if it says nothing till then."""
+        heard = [
+            machine.heard_at
+            for device in devices
+            if (machine := self._machines.get(device)) is not None and machine.heard_at is not None
+        ]
+        due = min(heard, default=math.inf) + SILENT_AFTER * self.heartbeat_s
+        return max(due - self.clock(), 0.05)
 
     def away(self, machine: Machine) -> str:
         """Why it takes nothing now; empty: it does."""

@@ -154,6 +154,7 @@ class Launcher:
         await self._store.write(commit)
         uploaded(self._blobs, package, user)
         self._dispatcher.added([task])
+        self._observer.ring(run)
         return run
 
     def look(self, user: User, request: LaunchRequest) -> dict[str, Any]:

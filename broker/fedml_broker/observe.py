@@ -67,11 +67,17 @@ class Observer:
         self._root = root
         self._bells: dict[str, asyncio.Event] = {}
         self._watchers: dict[str, int] = {}
+        # Called with a run of which more than its logs has changed.
+        self.on_change: Callable[[str], None] = lambda run: None
 
     # ------------------------------------------------------------------ the bell
 
     def ring(self, run: str) -> None:
         """Something of this run has changed; whoever follows it looks again."""
+        self._wake(run)
+        self.on_change(run)
+
+    def _wake(self, run: str) -> None:
         bell = self._bells.pop(run, None)
         if bell is not None:
             bell.set()
@@ -113,7 +119,7 @@ class Observer:
         """
         size = await asyncio.to_thread(_append, self._path(run, log), offset, data, gap)
         if data:
-            self.ring(run)
+            self._wake(run)
         return size
 
     def finish(self, run: str, log: LogFile, size: int) -> None:
@@ -139,6 +145,10 @@ class Observer:
         except (OSError, ValueError):
             return False
         return end > 0 and (not path.exists() or path.stat().st_size < end)
+
+    def _size(self, run: str, log: LogFile) -> int:
+        path = self._path(run, log)
+        return path.stat().st_size if path.exists() else 0
 
     def read(self, run: str, log: LogFile, offset: int, limit: int = _CHUNK) -> tuple[int, bytes]:
         """Up to `limit` bytes of a log from `offset` on, and where they begin."""
@@ -178,6 +188,7 @@ class Observer:
         after: int = 0,
         logs: bool = True,
         stay: bool = True,
+        tail: int | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Everything of a run as it happens: events, log lines, and at last its end.
 
@@ -187,6 +198,8 @@ class Observer:
             progress: The open round of a federated run in numbers; goes beside `waiting`.
             after: Events up to this id are known to the caller.
             stay: Until the run has ended; otherwise only what there is by now.
+            tail: Of each log only about so many bytes of its end, also when it is written faster
+                than the caller reads.
 
         Yields:
             ``{"event": …}``, ``{"log": …}`` and ``{"waiting": …}`` objects; the last one is
@@ -203,7 +216,7 @@ class Observer:
                     row = await state.row(run)
                 yield {"event": event}
             if logs:
-                for chunk in self._new_chunks(run, seen):
+                for chunk in self._new_chunks(run, seen, tail):
                     yield chunk
             if row["ended_at"] is None and (reason := waiting(run)) != told:
                 told = reason
@@ -213,7 +226,7 @@ class Observer:
                 yield {"end": row}
                 return
             if row["ended_at"] is not None and (not logs or await self._arrived(run, row, bell)):
-                for chunk in self._new_chunks(run, seen) if logs else ():
+                for chunk in self._new_chunks(run, seen, tail) if logs else ():
                     yield chunk
                 for event in await self.events(run, after):
                     yield {"event": event}
@@ -221,10 +234,14 @@ class Observer:
                 return
             await bell.wait()
 
-    def _new_chunks(self, run: str, seen: dict[LogFile, "_Seen"]) -> list[dict[str, Any]]:
+    def _new_chunks(
+        self, run: str, seen: dict[LogFile, "_Seen"], tail: int | None
+    ) -> list[dict[str, Any]]:
         chunks = []
         for log in self.logs(run):
             so_far = seen.setdefault(log, _Seen())
+            if tail is not None:
+                so_far.offset = max(so_far.offset, self._size(run, log) - tail)
             while True:
                 begin, data = self.read(run, log, so_far.offset)
                 if not data:

@@ -11,9 +11,11 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from fedml_broker.accounts import User
-from fedml_broker.api import about, accounts, agents, blobs, devices, runs
+from fedml_broker.api import about, accounts, agents, blobs, devices, runs, session, watch
+from fedml_broker.api import web as pages
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
+from fedml_broker.dashboard import guard
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
 from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
@@ -71,13 +73,19 @@ def table(broker: "Broker") -> Sequence[Route]:
     """One line per URL, and with it the least role: there is no other way to be served."""
     itself, agent, blob = about.Handlers(broker), agents.Handlers(broker), blobs.Handlers(broker)
     run, device = runs.Handlers(broker), devices.Handlers(broker)
-    account = accounts.Handlers(broker)
+    account, dashboard = accounts.Handlers(broker), pages.Handlers()
+    browser, screen = session.Handlers(broker), watch.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
         return document
 
     routes = (
+        Route("GET", "/", ANYBODY, dashboard.page),
+        Route("GET", "/web/{digest}/{file}", ANYBODY, dashboard.file),
+        Route("POST", "/v1/session", ANYBODY, browser.sign_in, session.SignIn),
+        Route("GET", "/v1/session", VIEWER, browser.show),
+        Route("DELETE", "/v1/session", VIEWER, browser.sign_out),
         Route("GET", "/v1/health", ANYBODY, itself.health),
         Route("GET", "/v1/openapi.json", ANYBODY, describe),
         Route("GET", "/v1/ca", ANYBODY, itself.ca),
@@ -100,7 +108,9 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/runs/{run}", VIEWER, run.show_run),
         Route("DELETE", "/v1/runs/{run}", ADMIN, run.remove_run),
         Route("GET", "/v1/runs/{run}/follow", VIEWER, run.follow_run),
+        Route("GET", "/v1/runs/{run}/clients", VIEWER, run.show_clients),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
+        Route("GET", "/v1/watch", VIEWER, screen.watch),
         Route("GET", "/v1/devices", VIEWER, device.list_devices),
         Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),
         Route("POST", "/v1/devices/{device}/labels", ADMIN, device.label_device, devices.Labels),
@@ -128,6 +138,7 @@ def table(broker: "Broker") -> Sequence[Route]:
 def application(broker: "Broker", *around: Middleware) -> web.Application:
     """The aiohttp application that serves the table."""
     app = web.Application(middlewares=[*around, as_problems], client_max_size=_MAX_BODY)
+    app.on_response_prepare.append(guard)
     callers = Callers(broker)
     for route in table(broker):
         answer = _endpoint(callers, route)

@@ -118,7 +118,12 @@ async def _serve(settings: Settings, as_json: bool) -> None:
     async with Broker.running(settings) as broker:
         key = await _first_keys(broker)
         if as_json:
-            found = {"url": broker.url, "mqtt": broker.mqtt_url, "login_key": key}
+            found = {
+                "url": broker.url,
+                "dashboard": f"{broker.url}/",
+                "mqtt": broker.mqtt_url,
+                "login_key": key,
+            }
             click.echo(json.dumps({**found, "admin_key_file": str(settings.home / "admin.key")}))
         else:
             _welcome(broker, key)
@@ -148,6 +153,7 @@ async def _first_keys(broker: Broker) -> str | None:
 def _welcome(broker: Broker, key: str | None) -> None:
     home = broker.config.home
     click.secho(f"fedml-broker {broker.version} serves {broker.url}", fg="green", err=True)
+    click.echo(f"  dashboard   {broker.url}/   (sign in with the admin key)", err=True)
     click.echo(f"  MQTT        {broker.mqtt_url}", err=True)
     click.echo(
         f"  admin key   {home / 'admin.key'}   (`fedml login - < FILE` on your machine)", err=True
