@@ -25,6 +25,13 @@ ROLES = ("viewer", "member", "admin")
 
 # Least role of a user; "-" for none; and whether devices may.
 LEAST = {
+    "GET /": ("anybody", True),
+    "GET /web/{digest}/{file}": ("anybody", True),
+    "POST /v1/session": ("anybody", True),
+    "GET /v1/session": ("viewer", False),
+    "DELETE /v1/session": ("viewer", False),
+    "GET /v1/watch": ("viewer", False),
+    "GET /v1/runs/{run}/clients": ("viewer", False),
     "GET /v1/health": ("anybody", True),
     "GET /v1/openapi.json": ("anybody", True),
     "GET /v1/ca": ("anybody", True),
@@ -133,6 +140,8 @@ class Askers:
             "key": call("POST", "/v1/keys", {})["id"],
             "user": "default-member",
             "sha256": hashlib.sha256(b"").hexdigest(),
+            "digest": "nothing",
+            "file": "nothing",
         }
         # What is not there: for those who may, so that nothing of ours is deleted by the way.
         self.made_up = {**dict.fromkeys(self.real, "nothing"), "epoch": "1", "stream": "stdout"}
@@ -146,7 +155,9 @@ class Askers:
             body = b""
         response = self.pools[who].request(
             method,
-            self._url + path.format(**parts) + ("?stay=0" if path.endswith("/follow") else ""),
+            self._url
+            + path.format(**parts)
+            + ("?stay=0" if path.endswith(("/follow", "/watch")) else ""),
             headers=self.headers[who],
             body=None if method in ("GET", "HEAD") else body,
         )

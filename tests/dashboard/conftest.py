@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, Playwright, sync_playwright
 
 from tests.fakes import nvml
@@ -119,6 +120,19 @@ class Desk:
 def _is_trouble(text: str) -> bool:
     """What a browser says when something was forbidden or broke; refused requests are meant."""
     return "Content Security Policy" in text or "Uncaught" in text or "Trusted" in text
+
+
+RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
+
+
+def violations(page: Page) -> list[str]:
+    """What of WCAG 2 AA a page does not meet, as axe-core sees it: contrast, names, roles."""
+    found = Axe().run(page, options=RULES).response["violations"]
+    return [
+        f"{rule['id']}: {node['target']} {node['failureSummary']}"
+        for rule in found
+        for node in rule["nodes"]
+    ]
 
 
 def sign_in(page: Page, key: str) -> None:

@@ -69,6 +69,7 @@ def up(
     """Start the broker: MQTT over TLS, HTTPS, store and blobs, all in this process. Ctrl-C ends it.
 
     TLS and authentication are always on. It listens on this machine only until you say otherwise.
+    The dashboard is at its HTTPS address.
 
     \b
     Examples:

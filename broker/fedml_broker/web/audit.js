@@ -16,7 +16,7 @@ export async function show(page) {
   page.root.append(
     h(
       "form",
-      { class: "filters", role: "search", onsubmit: (event) => { event.preventDefault(); read(); } },
+      { class: "filters", role: "search", onsubmit: (event) => { event.preventDefault(); page.again(read); } },
       user, action, h("button", {}, "Find"),
     ),
     said,
@@ -38,7 +38,7 @@ export async function show(page) {
     fill(where, body.childNodes.length ? element : null);
     said.textContent = body.childNodes.length ? "" : "Nothing fits.";
     older.hidden = entries.length < PAGE;
-    older.onclick = () => read(entries.at(-1).n);
+    older.onclick = () => page.again(() => read(entries.at(-1).n));
   }
 
   await read();

@@ -9,6 +9,8 @@ import { chip, runLink, section } from "./parts.js";
 import { took } from "./runlist.js";
 
 const MOST = 12;
+// What differs in any two runs, and tells nothing.
+const OWN = new Set(["run", "name", "package", "package.size", "package.sha256"]);
 
 export async function show(page) {
   const ids = (page.query.get("runs") ?? "").split(",").filter(Boolean).slice(0, MOST);
@@ -19,7 +21,7 @@ export async function show(page) {
   const runs = await Promise.all(ids.map((id) => page.get(`/v1/runs/${encodeURIComponent(id)}`)));
   const found = await Promise.all(runs.map((run) => measures(run, page.signal)));
   const labelOf = (run) => (runs.filter((other) => other.name === run.name).length > 1 ? `${run.name} ${run.id}` : run.name);
-  const { element, body, row } = table("Runs compared", ["", ...runs.map(labelOf)]);
+  const { element, body, row } = table("Runs compared", ["What", ...runs.map(labelOf)]);
   const line = (name, cell) => body.append(row([h("b", {}, name), ...runs.map(cell)]));
   line("run", (run) => runLink(run));
   line("id", (run) => run.id);
@@ -31,7 +33,7 @@ export async function show(page) {
   const keys = [...new Set(specs.flatMap((spec) => Object.keys(spec)))].sort();
   for (const key of keys) {
     const values = specs.map((spec) => spec[key] ?? "–");
-    if (new Set(values).size > 1) line(key, (_, i) => values[i]);
+    if (!OWN.has(key) && new Set(values).size > 1) line(key, (_, i) => values[i]);
   }
   const names = [...new Set(found.flatMap((map) => [...map.keys()]))].sort();
   for (const name of names) line(`last ${name}`, (_, i) => (found[i].get(name)?.length ? value(found[i].get(name).at(-1)[1]) : "–"));

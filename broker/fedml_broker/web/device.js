@@ -73,7 +73,7 @@ export async function show(page) {
       yes: on ? "Drain" : "Take tasks",
       work: () => call("POST", `${path}/drain`, { on }),
     });
-    if (done) await read();
+    if (done) await page.again(read);
   }
 
   async function label() {
@@ -91,7 +91,7 @@ export async function show(page) {
         return call("POST", `${path}/labels`, { put, remove: Object.keys(device.labels).filter((name) => !(name in put)) });
       },
     });
-    if (done) await read();
+    if (done) await page.again(read);
   }
 
   async function revoke() {
@@ -102,11 +102,11 @@ export async function show(page) {
       danger: true,
       work: () => call("POST", `${path}/revoke`),
     });
-    if (done) await read();
+    if (done) await page.again(read);
   }
 
   await page.watch("devices", read, (line) => {
-    if (line.gone?.includes(device?.id)) read().catch(() => {});
+    if (line.gone?.includes(device?.id)) page.again(read);
     const mine = line.devices?.filter((row) => row.id === device?.id) ?? [];
     if (!mine.length) return;
     const before = device.status;

@@ -186,7 +186,7 @@ export async function show(page) {
     draw();
   }
 
-  const readSoon = soon(() => read().catch(() => {}), 300);
+  const readSoon = soon(() => page.again(read), 300);
   const totalSoon = soon(total, 300);
   const drawSoon = soon(draw, 400);
   words.addEventListener("input", soon(draw, 120));

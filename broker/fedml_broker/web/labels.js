@@ -69,7 +69,7 @@ export async function show(page) {
     draw();
   }
 
-  const readSoon = soon(() => read().catch(() => {}), 300);
+  const readSoon = soon(() => page.again(read), 300);
   const drawSoon = soon(draw, 500);
   chosen.addEventListener("change", draw);
   await page.watch("devices", read, (line) => {

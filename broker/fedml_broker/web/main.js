@@ -89,6 +89,15 @@ class Page {
     await first;
   }
 
+  /** Do `work` once more after the page is drawn; what goes wrong is shown on it. */
+  async again(work) {
+    try {
+      await work();
+    } catch (error) {
+      if (!this.signal.aborted) this.root.append(trouble(error));
+    }
+  }
+
   every(seconds, work) {
     const timer = setInterval(work, seconds * 1000);
     this.ends.push(() => clearInterval(timer));

@@ -8,7 +8,7 @@ export async function measures(run, signal) {
   const found = new Map();
   for (const round of run.rounds ?? []) {
     for (const [name, y] of Object.entries(round.metrics)) {
-      if (name !== "examples") push(found, name, [round.round, y]);
+      if (!name.endsWith("examples")) push(found, name, [round.round, y]);
     }
   }
   const logged = await getIfThere(`/v1/runs/${encodeURIComponent(run.id)}/metrics`, signal);

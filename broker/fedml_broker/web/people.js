@@ -23,7 +23,7 @@ export async function show(page) {
 
   async function read() {
     const [found, made] = await Promise.all([page.get("/v1/users"), page.get("/v1/keys")]);
-    const users = table("Users", ["Name", "Role", ["Tokens", "number"], "Made", ["", "end"]]);
+    const users = table("Users", ["Name", "Role", ["Tokens", "number"], "Made", ["Actions", "end"]]);
     for (const user of found.users) {
       users.body.append(
         users.row([
@@ -38,7 +38,7 @@ export async function show(page) {
     }
     fill(people, users.element);
     const now = Date.now() / 1000;
-    const list = table("Login keys", ["Key", "State", ["Used", "number"], "Ends", "Labels", "Made by", ["", "end"]]);
+    const list = table("Login keys", ["Key", "State", ["Used", "number"], "Ends", "Labels", "Made by", ["Actions", "end"]]);
     for (const key of made.keys) {
       const over = key.revoked ? "revoked" : key.expires_at !== null && key.expires_at < now ? "expired" : key.uses !== null && key.used >= key.uses ? "used up" : "";
       list.body.append(
@@ -68,7 +68,7 @@ export async function show(page) {
         return secret(key, `${name} signs in with this key, here and with fedml login. It is shown this once.`);
       },
     });
-    await read();
+    await page.again(read);
   }
 
   async function token(user) {
@@ -82,7 +82,7 @@ export async function show(page) {
         return secret(key, "It is shown this once.");
       },
     });
-    await read();
+    await page.again(read);
   }
 
   async function role(user) {
@@ -92,7 +92,7 @@ export async function show(page) {
       yes: "Change",
       work: (form) => call("PUT", `/v1/users/${encodeURIComponent(user.name)}/role`, { role: form.get("role") }),
     });
-    await read();
+    await page.again(read);
   }
 
   async function newKey() {
@@ -111,7 +111,7 @@ export async function show(page) {
         return secret(`fedml-agent login ${key}`, "On each machine, then fedml-agent run. It is shown this once.");
       },
     });
-    await read();
+    await page.again(read);
   }
 
   async function revoke(key) {
@@ -122,7 +122,7 @@ export async function show(page) {
       danger: true,
       work: () => call("DELETE", `/v1/keys/${encodeURIComponent(key.id)}`),
     });
-    if (done) await read();
+    if (done) await page.again(read);
   }
 
   await read();

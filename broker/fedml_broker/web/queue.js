@@ -24,7 +24,7 @@ export async function show(page) {
     const columns = ["Run", "User", "Since", "Waits for"];
     if (placed) columns.unshift("Place");
     if (ranked) columns.splice(-1, 0, "Priority");
-    if (may) columns.push(["", "end"]);
+    if (may) columns.push(["Actions", "end"]);
     const { element, body, row } = table("Runs that wait", columns);
     for (const run of waiting) {
       const cells = [name(run), run.user, asked(run), run.waiting || "its turn"];
@@ -36,7 +36,7 @@ export async function show(page) {
     fill(where, waiting.length ? element : null);
   }
 
-  const again = soon(() => read().catch(() => {}), 500);
+  const again = soon(() => page.again(read), 500);
   await page.watch("runs", read, (line) => {
     if (line.runs || line.gone) again();
   });

@@ -31,7 +31,7 @@ export async function show(page) {
   const clients = h("div");
   const artifacts = h("div");
   const tasks = h("div");
-  const list = h("ol", { class: "events" });
+  const list = h("ol", { class: "events", tabindex: "0", "aria-label": "Events" });
   const log = logTail();
   const drawn = new Map();
   const known = new Map();
@@ -234,7 +234,7 @@ export async function show(page) {
     if (done) location.hash = "#/runs";
   }
 
-  const again = soon(() => read().catch(() => {}), 300);
+  const again = soon(() => page.again(read), 300);
   drawHead();
   drawLine();
   drawTasks();

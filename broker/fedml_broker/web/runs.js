@@ -18,7 +18,7 @@ export async function show(page) {
   user.value = query.get("user") ?? "";
   const before = query.get("before") ?? "";
   const chosen = new Set();
-  const compare = h("a", { class: "button", role: "link" }, "Compare");
+  const compare = h("a", { class: "button", role: "link", "aria-disabled": "true" }, "Compare");
   const older = h("a", { class: "button" }, "Older");
   const newest = h("a", { class: "button" }, "Newest");
   const said = h("p", { class: "none", role: "status" });
@@ -41,6 +41,7 @@ export async function show(page) {
 
   function drawChosen() {
     compare.textContent = chosen.size ? `Compare ${chosen.size} runs` : "Compare: choose runs";
+    compare.setAttribute("aria-disabled", chosen.size < 2);
     if (chosen.size >= 2) compare.href = `#/compare?runs=${[...chosen].join(",")}`;
     else compare.removeAttribute("href");
   }
@@ -66,7 +67,7 @@ export async function show(page) {
     const found = (await page.get(`/v1/runs?${asks}`)).runs;
     const more = found.length > PAGE;
     runs = found.slice(0, PAGE);
-    fillRow.table = table("Runs", [["", "tick"], "Run", "Kind", "State", "User", "Asked for", "Took"]);
+    fillRow.table = table("Runs", [["Compare", "tick"], "Run", "Kind", "State", "User", "Asked for", "Took"]);
     rows.clear();
     fillRow.table.body.append(...runs.map(fillRow));
     fill(where, runs.length ? fillRow.table.element : null);
@@ -79,7 +80,7 @@ export async function show(page) {
   }
 
   const filter_is_empty = () => !["state", "name", "user", "before"].some((name) => query.get(name));
-  const again = soon(() => read().catch(() => {}), 500);
+  const again = soon(() => page.again(read), 500);
   page.every(5, () => {
     for (const run of runs) if (run.started_at && !run.ended_at) rows.get(run.id)?.lastChild.firstChild.replaceChildren(took(run));
   });
