@@ -4,11 +4,11 @@
     python benchmarks/dashboard.py            # nine cold loads of each page
     python benchmarks/dashboard.py --quick    # three
 
-A cold load: a browser without a cache, signed in already, goes to the page; TLS is the real one. Two
-times are taken, both since navigation began: *first paint*, as the browser reports it, and *shown*,
-when the page's own data is drawn as far as the screen shows it. The fleet page lets the machines
-below the screen follow afterwards. The machines are rows of the store and heartbeats every ten
-seconds, put to the broker's fleet without MQTT; each has two GPUs.
+A cold load: a browser without a cache, signed in already, goes to the page; TLS is the real one.
+Two times are taken, both since navigation began: *first paint*, as the browser reports it, and
+*shown*, when the page's own data is drawn as far as the screen shows it. The fleet page lets the
+machines below the screen follow afterwards. The machines are rows of the store and heartbeats every
+ten seconds, put to the broker's fleet without MQTT; each has two GPUs.
 """
 
 import asyncio
@@ -208,16 +208,16 @@ def main() -> None:
     for page, loads in found.items():
         paint, shown = ([one[name] for one in loads] for name in ("paint", "shown"))
         rows.append(
-            [
+            (
                 page,
                 f"{LIMIT_S:g} s",
                 f"{statistics.median(paint):.2f} s",
                 f"{statistics.median(shown):.2f} s",
                 f"{max(shown):.2f} s",
-            ]
+            )
         )
     print(f"{MACHINES:,} machines, {RUNS:,} runs, {len(loads)} cold loads of each page\n")
-    print(table(["page", "target", "first paint", "shown, median", "shown, worst"], rows))
+    table(("page", "target", "first paint", "shown, median", "shown, worst"), rows)
 
 
 if __name__ == "__main__":

@@ -163,14 +163,17 @@ function dress() {
     links.map(([name, page]) => h("li", {}, h("a", { href: `#/${name}`, data: { page: name } }, page.title))),
   );
   fill(document.getElementById("name"), `${session.name} (${session.role})`);
-  head.hidden = false;
+  head.classList.remove("shut");
 }
 
 async function begin(why = null) {
   present?.end();
   present = session = null;
-  head.hidden = true;
+  head.classList.add("shut");
   live.textContent = "";
+  // The page's script may come while we ask who is there; what goes wrong with it shows later.
+  const [name, rest] = location.hash.replace(/^#\/?/, "").split("?")[0].split("/");
+  PAGES[name]?.load(rest).catch(() => {});
   try {
     session = why ? null : await get("/v1/session");
   } catch (error) {
