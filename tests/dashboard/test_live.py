@@ -102,7 +102,8 @@ def test_from_a_login_key_to_a_finished_run_with_nothing_but_the_keyboard(desk: 
     """The key for a machine is made, the machine joins, a run is seen to its end."""
     page = desk.window()
     page.goto(desk.url)
-    page.keyboard.type(desk.admin_key)  # the field has the focus
+    expect(page.get_by_label("Your key")).to_be_focused()
+    page.keyboard.type(desk.admin_key)
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Sign out").wait_for()
     page.get_by_role("link", name="Users & keys").press("Enter")

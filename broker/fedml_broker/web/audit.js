@@ -12,7 +12,7 @@ export async function show(page) {
   const where = h("div");
   const older = h("button", { type: "button" }, "Older");
   const said = h("p", { class: "none", role: "status" });
-  const { element, body, row } = table("Audit", [["No.", "number"], "When", "Who", "What", "To what", "Details"]);
+  const { element, body, row } = table("Audit", [["No.", "number"], ["When", "whole"], ["Who", "whole"], ["What", "whole"], "To what", "Details"]);
   page.root.append(
     h(
       "form",

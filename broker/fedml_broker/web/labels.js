@@ -37,7 +37,7 @@ export async function show(page) {
     fill(
       map,
       [...groups].sort(([a], [b]) => (a === "") - (b === "") || a.localeCompare(b, undefined, { numeric: true })).map(([value, members]) => {
-        const here = members.filter((device) => device.status === "online").length;
+        const here = members.filter((device) => device.status !== "offline").length;
         const gpus = members.reduce((sum, device) => sum + device.capacity.gpus.length, 0);
         return h(
           "section",
