@@ -160,7 +160,7 @@ def measure(url: str, key: str, folder: Path, times: int) -> dict[str, list[dict
     """Each page so many times, in turns."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     assert program, "no Chromium is installed: `sudo apt-get install chromium`"
-    args = ["--no-sandbox"] if os.geteuid() == 0 else []
+    args = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     found: dict[str, list[dict[str, float]]] = {page: [] for page in PAGES}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=args)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 
 from tests.fakes import nvml
 from tests.place import Place
@@ -21,6 +21,8 @@ PICTURES = Path(__file__).parents[2] / ".screenshots"
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 GIB = 1 << 30
+# For a machine that has a dozen other things to do.
+PATIENCE_MS = 25_000
 
 # What somebody could call a run, or print in one, to take the page over.
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -28,6 +30,7 @@ EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='ow
 
 @pytest.fixture(scope="package")
 def playwright() -> Iterator[Playwright]:
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as found:
         yield found
 
@@ -39,9 +42,9 @@ def browser(playwright: Playwright) -> Iterator[Browser]:
     program = next((path for name in names if (path := shutil.which(name))), None)
     if program is None:
         pytest.skip("no Chromium is installed: `sudo apt-get install chromium`")
-    # Its own sandbox does not start for root.
-    with_root = ["--no-sandbox"] if os.geteuid() == 0 else []
-    found = playwright.chromium.launch(executable_path=program, args=with_root)
+    # Containers have little of /dev/shm, and the browser's own sandbox does not start for root.
+    args = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+    found = playwright.chromium.launch(executable_path=program, args=args)
     yield found
     found.close()
 
@@ -71,7 +74,7 @@ class Desk:
             storage_state=state,
         )
         self._windows.append(context)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.on("pageerror", lambda error: self.broken.append(str(error)))
         page.on(

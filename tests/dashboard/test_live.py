@@ -28,9 +28,11 @@ def test_a_machine_that_dies_and_comes_back_is_seen_to(desk: Desk) -> None:
     expect(south).to_contain_text(re.compile(r"\d+ % of"))
     agent = desk.place.agents["south-1"]
     agent.freeze()  # it says nothing, and no connection ends
-    expect(south).to_contain_text("offline")
-    expect(south).to_contain_text("last seen")
-    agent.wake()
+    try:
+        expect(south).to_contain_text("offline")
+        expect(south).to_contain_text("last seen")
+    finally:
+        agent.wake()
     expect(south).to_contain_text("online")
 
 
