@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCHMARKS := aggregation robust_rules mqtt_endpoint agent_idle first_line package log_throughput \
-	deployed_round fleet
+	dashboard deployed_round fleet
 
 help: ## print the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,7 @@ system:
 	@need=""; \
 	command -v mosquitto >/dev/null || test -x /usr/sbin/mosquitto || need="$$need mosquitto"; \
 	test -d /usr/share/datasets/fashion-mnist || need="$$need dataset-fashion-mnist"; \
+	command -v chromium >/dev/null || command -v google-chrome >/dev/null || need="$$need chromium"; \
 	command -v openssl >/dev/null || need="$$need openssl"; \
 	command -v curl >/dev/null || need="$$need curl"; \
 	if [ -n "$$need" ]; then \

@@ -202,6 +202,7 @@ class Readings(_Told):
         cpu_total_s: Seconds that they have existed since boot.
         cpu_percent: 0 to 100 between an earlier reading and this one; None without one.
         memory_available: Bytes that tasks can still have without swapping.
+        memory_used: All the others.
     """
 
     boot_id: str | None
@@ -210,6 +211,7 @@ class Readings(_Told):
     cpu_total_s: float
     cpu_percent: float | None
     memory_available: int
+    memory_used: int
     disk: Disk
     interfaces: tuple[Interface, ...]
     gpus: tuple[GpuReading, ...]
@@ -296,15 +298,17 @@ def readings(
     if since is not None and total > since.cpu_total_s:
         percent = 100 * (busy - since.cpu_busy_s) / (total - since.cpu_total_s)
         percent = round(min(max(percent, 0.0), 100.0), 1)
-    available = psutil.virtual_memory().available
-    in_cgroup = _cgroup_limits(root).memory_available
+    memory, limits = psutil.virtual_memory(), _cgroup_limits(root)
+    available, in_cgroup = memory.available, limits.memory_available
+    available = available if in_cgroup is None else min(available, in_cgroup)
     return Readings(
         boot_id=boot_id(root),
         load=os.getloadavg(),
         cpu_busy_s=busy,
         cpu_total_s=total,
         cpu_percent=percent,
-        memory_available=available if in_cgroup is None else min(available, in_cgroup),
+        memory_available=available,
+        memory_used=max(min(memory.total, limits.memory or memory.total) - available, 0),
         disk=_disk(disk),
         interfaces=tuple(
             Interface(name=name, up=found.isup, speed=found.speed or None)

@@ -93,7 +93,7 @@ class Heart:
             clock_ms=time.time_ns() // 1_000_000,
             draining=self._draining(),
             cpu_percent=read.cpu_percent or 0.0,
-            memory_used_bytes=0,
+            memory_used_bytes=read.memory_used,
             gpus=tuple(
                 GpuReading(
                     uuid=gpu.uuid,

@@ -48,11 +48,13 @@ from fedml_broker.problems import Problem
 from fedml_broker.reports import Reports
 from fedml_broker.routes import application
 from fedml_broker.runs import Runs
+from fedml_broker.sessions import Sessions
 from fedml_broker.storage import Storage
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
 from fedml_broker.traces import Traces
 from fedml_broker.tracking import Tracker
+from fedml_broker.watch import Watch
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.tasks import TaskState
@@ -118,6 +120,9 @@ class Broker:
         self.storage = Storage(store, self.blobs)
         self.tracker = Tracker(store, self.observer, self.blobs)
         self.refusals = Refusals(store)
+        self.watch = Watch()
+        self.fleet.on_change = self.watch.device
+        self.observer.on_change = self.watch.run
         self.metrics = Metrics(self)
         self.traces = Traces()
         store.on_commit = self.metrics.committed
@@ -127,6 +132,7 @@ class Broker:
         self.orders: Orders
         self.devices: Devices
         self.accounts: Accounts
+        self.sessions: Sessions
         self.dispatcher: Dispatcher
         self.clusters: Clusters
         self.launcher: Launcher
@@ -208,6 +214,9 @@ class Broker:
             from fedml_broker.oidc import SignIns
 
             self.sign_ins = SignIns(self.config.provider, self.store, self.accounts, url=self.url)
+        self.sessions = Sessions(
+            self.store, self.accounts, url=self.url, ca_sha256=self.identity.ca_sha256
+        )
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self.observer.ring
         self.dispatcher.on_ended = self.metrics.ended
@@ -242,6 +251,14 @@ class Broker:
     def waiting(self, run: str) -> str:
         """What a run waits for, in words; empty when it does not."""
         return self.federation.waiting(run) or self.dispatcher.waiting(run)
+
+    async def listed(self, tenant: str, **which: Any) -> list[dict[str, Any]]:
+        """Runs of a tenant, as `Runs.newest` takes its arguments; those that wait say for what."""
+        rows = await self.runs.newest(tenant, **which)
+        for row in rows:
+            if row["ended_at"] is None:
+                row["waiting"] = self.waiting(row["id"])
+        return rows
 
     async def queue(self, tenant: str, limit: int) -> list[dict[str, Any]]:
         """The first runs that wait for machines, in their order, each with what keeps it."""

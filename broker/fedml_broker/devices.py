@@ -445,29 +445,40 @@ class Devices:
     async def _row(self, tenant: str, device: str) -> Mapping[Any, Any]:
         return await self._store.read(lambda tx: _find(tx, tenant, device))
 
-    def _describe(self, row: Mapping[Any, Any]) -> dict[str, Any]:
-        machine = self._fleet.get(row["id"])
-        beat = machine.beat if machine is not None else None
-        if row["state"] == "revoked" or machine is None:
-            status = "revoked"
-        elif not self._fleet.online(machine):
+    def live(self, machine: Machine) -> dict[str, Any]:
+        """What changes from one heartbeat to the next."""
+        beat = machine.beat
+        if not self._fleet.online(machine):
             status = "offline"
         else:
             status = "draining" if machine.draining else "online"
         return {
-            "id": row["id"],
-            "name": row["name"],
+            "id": machine.address.device,
+            "name": machine.name,
             "status": status,
-            "labels": row["labels"],
-            "capacity": row["inventory"]["capacity"],
-            "tasks": sorted(machine.holds) if machine is not None else [],
+            "labels": machine.labels,
+            "tasks": sorted(machine.holds),
             "refusing": beat.refusing if beat is not None else "",
             "cpu_percent": beat.cpu_percent if beat is not None else None,
             "memory_used_bytes": beat.memory_used_bytes if beat is not None else None,
             "disk_free_bytes": beat.disk_free_bytes if beat is not None else None,
+            "gpus": [msgspec.to_builtins(gpu) for gpu in beat.gpus] if beat is not None else [],
+        }
+
+    def _describe(self, row: Mapping[Any, Any]) -> dict[str, Any]:
+        # Of one that was revoked there is no machine any more: as one that was never heard.
+        machine = self._fleet.get(row["id"])
+        live = self.live(machine or _machine(row))
+        if row["state"] == "revoked" or machine is None:
+            live["status"] = "revoked"
+        return {
+            **live,
+            "capacity": row["inventory"]["capacity"],
+            # All that it has, of which `capacity` is let out; agents say it among the hardware.
+            "memory_bytes": row["inventory"]["hardware"].get("memory"),
             "agent_version": row["agent_version"],
             "enrolled_at": row["enrolled_at"],
-            "last_seen_at": time.time() if status == "online" else row["last_seen_at"],
+            "last_seen_at": time.time() if live["status"] == "online" else row["last_seen_at"],
             "certificate_expires_at": row["certificate_expires_at"],
         }
 

@@ -11,14 +11,13 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sqlalchemy import Connection
 
-from fedml_broker import tasks
+from fedml_broker import match, tasks
 from fedml_broker.backlog import Backlog
 from fedml_broker.blobs import Blobs
 from fedml_broker.fleet import Fleet, Machine
@@ -167,8 +166,7 @@ class Dispatcher:
         reasons = self.reasons(run)
         if len(reasons) <= _MACHINES_NAMED:
             return "; ".join(f"{name}: {why}" for name, why in reasons.items())
-        alike = Counter(reasons.values()).most_common()
-        return "; ".join(f"{count} machines: {why}" for why, count in alike)
+        return match.summary(reasons)
 
     def reasons(self, run: str) -> dict[str, str]:
         """The same, by the machine's name."""

@@ -132,6 +132,7 @@ class Federation:
         await self.store.write(commit)
         package.release(self.blobs, f"u/{user.name}")
         self._drive(run, user.tenant, user.name, request)
+        self.observer.ring(run)
         return run
 
     async def resume(self) -> None:

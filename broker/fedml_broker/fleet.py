@@ -6,8 +6,9 @@ which they do at once; what the store says of them is in `devices.py`.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,8 @@ class Fleet:
     def __init__(self, *, heartbeat_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.heartbeat_s = heartbeat_s
         self.clock = clock
+        # Called with a machine of which anything has changed, or that is no more.
+        self.on_change: Callable[[Address], None] = lambda device: None
         self._machines: dict[str, Machine] = {}
         self._places: dict[str, Places] = {}
         self._bell = asyncio.Event()
@@ -84,12 +87,14 @@ class Fleet:
             machine.cluster = known.cluster
         self._machines[machine.address.device] = machine
         self._of(machine.address.tenant).put(machine.address.device)
+        self.on_change(machine.address)
 
     def drop(self, device: str) -> None:
         """Forget a machine that was revoked or removed."""
         machine = self._machines.pop(device, None)
         if machine is not None:
             self._of(machine.address.tenant).drop(device)
+            self.on_change(machine.address)
 
     def hold(self, machine: Machine, room: str, needs: Needs) -> None:
         """Promise room on a machine to a task or session."""
@@ -128,6 +133,24 @@ class Fleet:
         if machine.heard_at is None:
             return False
         return self.clock() - machine.heard_at < SILENT_AFTER * self.heartbeat_s
+
+    def online_of(self, tenant: str) -> set[str]:
+        """The devices of a tenant that are online."""
+        return {
+            name
+            for name, machine in self._machines.items()
+            if machine.address.tenant == tenant and self.online(machine)
+        }
+
+    def next_silence(self, devices: Iterable[str]) -> float:
+        """After how many seconds the first of these is offline, if it says nothing till then."""
+        heard = [
+            machine.heard_at
+            for device in devices
+            if (machine := self._machines.get(device)) is not None and machine.heard_at is not None
+        ]
+        due = min(heard, default=math.inf) + SILENT_AFTER * self.heartbeat_s
+        return max(due - self.clock(), 0.05)
 
     def away(self, machine: Machine) -> str:
         """Why it takes nothing now; empty: it does."""
@@ -181,6 +204,7 @@ class Fleet:
 
     def _settle(self, machine: Machine) -> None:
         self._of(machine.address.tenant).settle(machine.address.device)
+        self.on_change(machine.address)
 
 
 def read_capacity(inventory: Mapping[str, Any]) -> Capacity:

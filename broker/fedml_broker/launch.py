@@ -196,6 +196,7 @@ class Launcher:
         if package is not None:
             package.release(self._blobs, f"u/{user.name}")
         self._dispatcher.added(new)
+        self._observer.ring(run)
         return run
 
     def _terms(self, user: User, request: LaunchRequest) -> Terms:

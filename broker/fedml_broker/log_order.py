@@ -138,7 +138,7 @@ class Text:
 
     def begin_at(self, offset: int) -> None:
         """What lies before was not asked for; it is no hole."""
-        self._end = offset
+        self._end = max(self._end, offset)
 
     def of(self, chunk: Chunk) -> str:
         """The text of the next chunk."""

@@ -200,6 +200,23 @@ def verdicts(wanted: Wanted, candidates: Iterable[Candidate]) -> list[Verdict]:
     return found
 
 
+def summary(reasons: Mapping[str, str], *, named: int = 3) -> str:
+    """Reasons in few words, the most frequent first: ``offline (a, b, c and 95 more)``.
+
+    Args:
+        reasons: By the machine's name.
+        named: How many machines are named for each reason.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        by_reason.setdefault(why, []).append(name)
+    texts = []
+    for why, names in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
+        more = f" and {len(names) - named} more" if len(names) > named else ""
+        texts.append(f"{why} ({', '.join(sorted(names)[:named])}{more})")
+    return "; ".join(texts)
+
+
 def _free_gpus(capacity: Capacity, busy: Iterable[Needs]) -> list[Gpu]:
     """What is left when each takes the smallest that are large enough, as agents lease them.
 

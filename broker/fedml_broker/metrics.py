@@ -23,8 +23,8 @@ from fedml_protocol.tasks import FINAL, TaskState
 if TYPE_CHECKING:
     from fedml_broker.app import Broker
 
-# Lasts as long as a run does: that is no latency.
-_FOLLOW = "/v1/runs/{run}/follow"
+# These last as long as somebody looks: that is no latency.
+_STREAMS = ("/v1/runs/{run}/follow", "/v1/watch")
 
 _LATENCY = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
 _COMMIT = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0)
@@ -112,7 +112,7 @@ class Metrics:
             if resource is not None:
                 method, route = request.method, resource.canonical
             self._requests.labels(method, route, f"{response.status // 100}xx").inc()
-            if route != _FOLLOW:
+            if route not in _STREAMS:
                 self._latency.labels(route).observe(time.perf_counter() - begun)
             return response
 

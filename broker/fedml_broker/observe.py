@@ -52,8 +52,12 @@ class _Reading:
         self.texts = {stream: Text() for stream in STREAMS}
         for log, offset in starts.items():
             if (log.task, log.epoch) == (ordered.task, ordered.epoch):
-                ordered.skip(log.stream, offset)
-                self.texts[log.stream].begin_at(offset)
+                self.begin_at(log.stream, offset)
+
+    def begin_at(self, stream: str, offset: int) -> None:
+        """Nobody asks for what lies before."""
+        self.ordered.skip(stream, offset)
+        self.texts[stream].begin_at(offset)
 
 
 class Observer:
@@ -64,11 +68,17 @@ class Observer:
         self._root = root
         self._bells: dict[str, asyncio.Event] = {}
         self._watchers: dict[str, int] = {}
+        # Called with a run of which more than its logs has changed.
+        self.on_change: Callable[[str], None] = lambda run: None
 
     # ------------------------------------------------------------------ the bell
 
     def ring(self, run: str) -> None:
         """Something of this run has changed; whoever follows it looks again."""
+        self._wake(run)
+        self.on_change(run)
+
+    def _wake(self, run: str) -> None:
         bell = self._bells.pop(run, None)
         if bell is not None:
             bell.set()
@@ -121,7 +131,7 @@ class Observer:
             await asyncio.to_thread(_append, order, 0, b"", 0)
         size = await asyncio.to_thread(_append, path, offset, data, gap)
         if data:
-            self.ring(run)
+            self._wake(run)
         return size
 
     def finish(self, run: str, log: LogFile, size: int) -> None:
@@ -199,6 +209,7 @@ class Observer:
         logs: bool = True,
         stay: bool = True,
         starts: Mapping[LogFile, int] | None = None,
+        tail: int | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """Everything of a run as it happens: events, log lines, and at last its end.
 
@@ -209,6 +220,8 @@ class Observer:
             after: Events up to this id are known to the caller.
             stay: Until the run has ended; otherwise only what there is by now.
             starts: How much of which log is known to the caller.
+            tail: Of each log only about so many bytes of its end, also when it is written faster
+                than the caller reads.
 
         Yields:
             ``{"event": …}``, ``{"log": …}`` and ``{"waiting": …}`` objects; the last one is
@@ -226,7 +239,7 @@ class Observer:
                     row = await state.row(run)
                 yield {"event": event}
             if logs:
-                async for chunk in self._new_chunks(run, seen, starts, all_of_it=not stay):
+                async for chunk in self._new_chunks(run, seen, starts, tail, all_of_it=not stay):
                     yield chunk
             if row["ended_at"] is None and (reason := waiting(run)) != told:
                 told = reason
@@ -238,7 +251,7 @@ class Observer:
             ended = row["ended_at"] is not None
             if ended and (not logs or await self._arrived(run, row, bell, seen)):
                 if logs:
-                    async for chunk in self._new_chunks(run, seen, starts, all_of_it=True):
+                    async for chunk in self._new_chunks(run, seen, starts, tail, all_of_it=True):
                         yield chunk
                 for event in await self.events(run, after):
                     yield {"event": event}
@@ -251,10 +264,11 @@ class Observer:
         run: str,
         seen: dict[tuple[str, int], _Reading],
         starts: Mapping[LogFile, int],
+        tail: int | None,
         *,
         all_of_it: bool,
     ) -> AsyncIterator[dict[str, Any]]:
-        while batch := await asyncio.to_thread(self._batch, run, seen, starts, all_of_it):
+        while batch := await asyncio.to_thread(self._batch, run, seen, starts, tail, all_of_it):
             for item in batch:
                 yield item
 
@@ -263,6 +277,7 @@ class Observer:
         run: str,
         seen: dict[tuple[str, int], _Reading],
         starts: Mapping[LogFile, int],
+        tail: int | None,
         all_of_it: bool,
     ) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = []
@@ -271,6 +286,10 @@ class Observer:
             if attempt not in seen:
                 seen[attempt] = _Reading(Ordered(self, run, *attempt), starts)
             reading = seen[attempt]
+            if tail is not None:
+                for stream in STREAMS:
+                    size = self.size(run, LogFile(*attempt, stream)) or 0
+                    reading.begin_at(stream, size - tail)
             for chunk in reading.ordered.chunks(all_of_it=all_of_it):
                 text = reading.texts[chunk.log.stream].of(chunk)
                 place = {"offset": chunk.offset, "end": chunk.end, "at": chunk.at}

@@ -23,12 +23,16 @@ from fedml_broker.api import (
     mlflow,
     oidc,
     runs,
+    session,
     storage,
     tracking,
+    watch,
 )
+from fedml_broker.api import web as pages
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
 from fedml_broker.clusters import AutostopBody, ClusterRequest
+from fedml_broker.dashboard import guard
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
 from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
@@ -92,13 +96,19 @@ def table(broker: "Broker") -> Sequence[Route]:
     account, cluster = accounts.Handlers(broker), clusters.Handlers(broker)
     stored, log = storage.Handlers(broker), logs.Handlers(broker)
     provider, track = oidc.Handlers(broker), tracking.Handlers(broker)
-    flow = mlflow.Handlers(broker)
+    flow, dashboard = mlflow.Handlers(broker), pages.Handlers()
+    browser, screen = session.Handlers(broker), watch.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
         return document
 
     routes = (
+        Route("GET", "/", ANYBODY, dashboard.page),
+        Route("GET", "/web/{digest}/{file}", ANYBODY, dashboard.file),
+        Route("POST", "/v1/session", ANYBODY, browser.sign_in, session.SignIn),
+        Route("GET", "/v1/session", VIEWER, browser.show),
+        Route("DELETE", "/v1/session", VIEWER, browser.sign_out),
         Route("GET", "/v1/health", ANYBODY, itself.health),
         Route("GET", "/v1/openapi.json", ANYBODY, describe),
         Route("GET", "/v1/ca", ANYBODY, itself.ca),
@@ -126,6 +136,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("DELETE", "/v1/runs/{run}", ADMIN, run.remove_run),
         Route("GET", "/v1/runs/{run}/follow", VIEWER, run.follow_run),
         Route("GET", "/v1/runs/{run}/logs", VIEWER, log.search_logs),
+        Route("GET", "/v1/runs/{run}/clients", VIEWER, run.show_clients),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
         Route("PUT", "/v1/runs/{run}/priority", MEMBER, run.set_priority, runs.PriorityBody),
         Route("GET", "/v1/clusters", VIEWER, cluster.list_clusters),
@@ -173,6 +184,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", _FLOW_FILES, VIEWER, flow.list_proxied),
         Route("GET", f"{_FLOW_FILES}/{{path:.+}}", VIEWER, flow.get_artifact),
         Route("PUT", f"{_FLOW_FILES}/{{path:.+}}", MEMBER, flow.put_artifact),
+        Route("GET", "/v1/watch", VIEWER, screen.watch),
         Route("GET", "/v1/devices", VIEWER, device.list_devices),
         Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),
         Route("POST", "/v1/devices/{device}/labels", ADMIN, device.label_device, devices.Labels),
@@ -200,6 +212,7 @@ def table(broker: "Broker") -> Sequence[Route]:
 def application(broker: "Broker", *around: Middleware) -> web.Application:
     """The aiohttp application that serves the table."""
     app = web.Application(middlewares=[*around, as_problems], client_max_size=_MAX_BODY)
+    app.on_response_prepare.append(guard)
     callers = Callers(broker)
     for route in table(broker):
         answer = _endpoint(callers, route)

@@ -8,7 +8,7 @@ the same whatever it does.
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,9 @@ from fedml_broker.tables import (
 )
 from fedml_broker.tasks import cause_json
 from fedml_protocol.cause import Cause
-from fedml_protocol.tasks import FINAL, TaskState
+from fedml_protocol.codec import parse
+from fedml_protocol.federate import StageSpec
+from fedml_protocol.tasks import FINAL, Offer, Result, TaskState
 
 _FINAL_NAMES = [s.name for s in FINAL]
 # The kind of a run that its own program drives: nothing of it is scheduled here.
@@ -132,18 +134,47 @@ class Runs:
         return row
 
     async def newest(
-        self, tenant: str, *, limit: int = 50, ended_before: float | None = None
+        self,
+        tenant: str,
+        *,
+        limit: int = 50,
+        ended_before: float | None = None,
+        ids: Collection[str] | None = None,
+        states: Sequence[str] = (),
+        name: str = "",
+        user: str = "",
+        before: str = "",
     ) -> list[dict[str, Any]]:
-        """The tenant's runs, newest first, without their specs; or those that ended long ago."""
+        """The tenant's runs, newest first, without their specs.
+
+        Args:
+            ended_before: Only those that ended before, seconds since 1970.
+            ids: Only these.
+            name: Only those with this in their name, or with an id that begins with it.
+            before: The id of a run: only those that are older, for the next page.
+        """
         columns = [c for c in runs.c if c.name != "spec"]
         query = (
             sa.select(*columns)
             .where(runs.c.tenant == tenant)
-            .order_by(runs.c.created_at.desc())
+            .order_by(runs.c.created_at.desc(), runs.c.id.desc())
             .limit(limit)
         )
         if ended_before is not None:
             query = query.where(runs.c.ended_at < ended_before)
+        if ids is not None:
+            query = query.where(runs.c.id.in_(ids))
+        if states:
+            query = query.where(runs.c.state.in_(states))
+        if name:
+            within = runs.c.name.contains(name, autoescape=True)
+            query = query.where(sa.or_(within, runs.c.id.startswith(name, autoescape=True)))
+        if user:
+            query = query.where(runs.c.user == user)
+        if before:
+            last = sa.select(runs.c.created_at).where(runs.c.id == before).scalar_subquery()
+            earlier = sa.and_(runs.c.created_at == last, runs.c.id < before)
+            query = query.where(sa.or_(runs.c.created_at < last, earlier))
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
 
     async def named(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -152,6 +183,15 @@ class Runs:
         query = sa.select(*columns).where(runs.c.id.in_(names))
         found = await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
         return {row["id"]: row for row in found}
+
+    async def counts(self, tenant: str) -> dict[str, int]:
+        """How many runs of the tenant are in each state."""
+        query = (
+            sa.select(runs.c.state, sa.func.count())
+            .where(runs.c.tenant == tenant)
+            .group_by(runs.c.state)
+        )
+        return await self._store.read(lambda tx: {r[0]: r[1] for r in tx.execute(query)})
 
     async def open(self, kind: str) -> list[dict[str, Any]]:
         """Runs of a kind that have not ended."""
@@ -182,10 +222,59 @@ class Runs:
         query = sa.select(rounds).where(rounds.c.run == run).order_by(rounds.c.round)
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
 
+    async def contributions(self, run: str) -> list[dict[str, Any]]:
+        """What each client of a federated run has brought so far, and what it took to have it.
+
+        `sent_bytes` counts models (and what goes with them) as often as a client was given one;
+        `examples` and `metrics` are those of what was counted, the latter of its latest answer.
+        """
+        query = (
+            sa.select(tasks.c.client, tasks.c.device, tasks.c.state, tasks.c.epoch)
+            .add_columns(tasks.c.offer, tasks.c.result)
+            .where(tasks.c.run == run, tasks.c.client.is_not(None))
+            .order_by(tasks.c.round)
+        )
+        return await self._store.read(lambda tx: _contributions(tx.execute(query)))
+
     async def clients(self, run: str) -> dict[int, str]:
         """Which device is which client of a federated run."""
         query = sa.select(clients.c.client, clients.c.device).where(clients.c.run == run)
         return await self._store.read(lambda tx: {r.client: r.device for r in tx.execute(query)})
+
+
+def _contributions(rows: Iterable[Any]) -> list[dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        of = found.setdefault(
+            row.client,
+            {
+                "client": row.client,
+                "device": row.device,
+                "asked": 0,
+                "answered": 0,
+                "failed": 0,
+                "examples": 0.0,
+                "sent_bytes": 0,
+                "received_bytes": 0,
+                "metrics": {},
+            },
+        )
+        of["asked"] += 1
+        spec = parse(Offer, row.offer).spec
+        if isinstance(spec, StageSpec) and row.epoch:
+            extra = 0 if spec.sent is None else spec.sent.size
+            of["sent_bytes"] += row.epoch * (spec.model.size + extra)
+        if row.result is None:
+            continue
+        result = parse(Result, row.result)
+        of["received_bytes"] += sum(artifact.blob.size for artifact in result.artifacts)
+        if result.state is TaskState.FINISHED:
+            of["answered"] += 1
+            of["examples"] += result.weight
+            of["metrics"] = dict(result.metrics)
+        else:
+            of["failed"] += 1
+    return [found[client] for client in sorted(found)]
 
 
 def create(

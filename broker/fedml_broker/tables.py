@@ -60,6 +60,17 @@ sign_ins = Table(
     Column("created_at", Float, nullable=False),
 )
 
+# Browsers that are signed in; each as long as the token that it was begun with, at most.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("secret_sha256", String, primary_key=True),
+    Column("user", String, nullable=False),
+    Column("token_sha256", String),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
 login_keys = Table(
     "login_keys",
     metadata,

@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from fedml_broker import runs
 from fedml_broker.blobs import Blobs
 from fedml_broker.observe import Observer, add_event
+from fedml_broker.queue import Terms
 from fedml_broker.store import Store
 from fedml_broker.tables import artifacts, blob_refs, metrics, params, records, tasks
 from fedml_protocol.records import MAX_LINE_BYTES, MAX_NAME
@@ -104,13 +105,17 @@ class Tracker:
         return taken
 
     async def source_of(self, task: str) -> str:
-        """How the records of a task are told from others of its run: by its client, if it has one.
+        """How the records of a task are told from others of its run: by its client, or its rank.
 
         What a worker records is filed under the stage that it was started for.
         """
-        query = sa.select(tasks.c.client).where(tasks.c.id == task)
-        client = await self._store.read(lambda tx: tx.execute(query).scalar())
-        return "" if client is None else f"client {client}"
+        query = sa.select(tasks.c.client, tasks.c.rank, tasks.c.terms).where(tasks.c.id == task)
+        row = await self._store.read(lambda tx: tx.execute(query).first())
+        if row is None:
+            return ""
+        if row.client is not None:
+            return f"client {row.client}"
+        return f"rank {row.rank}" if Terms(**row.terms).nodes > 1 else ""
 
     async def metrics(
         self, run: str, *, name: str | None = None, after: int = 0, points: int = 1000

@@ -306,12 +306,10 @@ async def test_of_many_machines_it_is_said_how_many_have_each_reason(place: Plac
         await place.device(f"m{n:02}", beat=n > 0)
     await place.queue(job(needs=Needs(gpus=1)))
     told = place.dispatcher.waiting("r-1")
-    assert told == "21 machines: has no GPU, 1 are asked for"
+    assert told == "has no GPU, 1 are asked for (m00, m01, m02 and 18 more)"
     await place.queue(*(job(f"f-{n}", run="r-2") for n in range(43)))
-    assert (
-        place.dispatcher.waiting("r-2")
-        == "20 machines: busy: 2 of 2 tasks run; 1 machines: offline"
-    )
+    told = place.dispatcher.waiting("r-2")
+    assert told == "busy: 2 of 2 tasks run (m01, m02, m03 and 17 more); offline (m00)"
 
 
 async def test_from_offer_to_result(place: Place) -> None:

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedml_broker.match import GIB, Candidate, Capacity, Gpu, Wanted, choose, never, now, verdicts
+from fedml_broker.match import (
+    GIB,
+    Candidate,
+    Capacity,
+    Gpu,
+    Wanted,
+    choose,
+    never,
+    now,
+    summary,
+    verdicts,
+)
 from fedml_protocol.tasks import Needs
 from tests.fakes.messages import LAW
 
@@ -224,3 +235,9 @@ def _all_find_gpus(promised: Iterable[Needs], capacity: Capacity) -> bool:
         <= sum(gpu.memory_bytes >= size for gpu in capacity.gpus)
         for size in range(5)
     )
+
+
+def test_reasons_of_many_machines_are_told_in_few_words() -> None:
+    reasons = {f"m{i}": "offline" for i in range(5)} | {"x": "draining", "a": "no label gpu"}
+    assert summary(reasons) == ("offline (m0, m1, m2 and 2 more); draining (x); no label gpu (a)")
+    assert summary({}) == ""

@@ -25,6 +25,13 @@ ROLES = ("viewer", "member", "admin")
 
 # Least role of a user; "-" for none; and whether devices may.
 LEAST = {
+    "GET /": ("anybody", True),
+    "GET /web/{digest}/{file}": ("anybody", True),
+    "POST /v1/session": ("anybody", True),
+    "GET /v1/session": ("viewer", False),
+    "DELETE /v1/session": ("viewer", False),
+    "GET /v1/watch": ("viewer", False),
+    "GET /v1/runs/{run}/clients": ("viewer", False),
     "GET /v1/health": ("anybody", True),
     "GET /v1/openapi.json": ("anybody", True),
     "GET /v1/ca": ("anybody", True),
@@ -189,6 +196,8 @@ class Askers:
             "sha256": hashlib.sha256(b"").hexdigest(),
             "name": "an-object",
             "path": f"0/{run}/artifacts/a",
+            "digest": "nothing",
+            "file": "nothing",
         }
         place.client.put(self.real["sha256"], 0, lambda start: iter([]))
         call("PUT", "/v1/storage/an-object", {"sha256": self.real["sha256"]})
@@ -205,7 +214,9 @@ class Askers:
             body = b""
         response = self.pools[who].request(
             method,
-            self._url + path.format(**parts) + ("?stay=0" if path.endswith("/follow") else ""),
+            self._url
+            + path.format(**parts)
+            + ("?stay=0" if path.endswith(("/follow", "/watch")) else ""),
             headers=self.headers[who],
             body=None if method in ("GET", "HEAD") else body,
         )

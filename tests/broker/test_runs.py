@@ -94,3 +94,23 @@ async def test_of_two_different_submissions_with_one_id_one_is_refused(
     (refusal,) = (a for a in answers if isinstance(a, Problem))
     assert (refusal.status, refusal.title) == (409, "this run's id is taken")
     assert len(broker.dispatcher.of_run(RUN)) == 1
+
+
+async def test_runs_are_found_by_name_state_and_user_and_paged_through(broker: Broker) -> None:
+    for i in range(5):
+        request = LaunchRequest(command="true", name=f"trial_{i}", run=f"r-{i:010d}")
+        await broker.launcher.submit(ANN, request)
+    await broker.dispatcher.stop_run("r-0000000003", "by hand")
+
+    async def found(**which: Any) -> list[str]:
+        return [row["id"][-1] for row in await broker.listed(DEFAULT_TENANT, **which)]
+
+    assert await found(limit=2) == ["4", "3"]
+    assert await found(limit=2, before="r-0000000003") == ["2", "1"]
+    assert await found(states=["QUEUED"]) == ["4", "2", "1", "0"]
+    assert await found(states=["STOPPED", "QUEUED"], name="l_3") == ["3"]
+    assert await found(name="%") == [], "no wildcards"
+    assert await found(name="r-0000000002") == ["2"]
+    assert await found(user="bob") == []
+    assert await broker.listed("another") == []
+    assert await broker.runs.counts(DEFAULT_TENANT) == {"QUEUED": 4, "STOPPED": 1}

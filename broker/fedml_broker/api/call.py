@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from fedml_broker import sessions
 from fedml_broker.accounts import User
 from fedml_broker.audit import SignInRefused
 from fedml_broker.identity import common_name
@@ -60,7 +61,9 @@ class Callers:
         self._broker = broker
 
     async def caller(self, request: web.Request) -> User | Address | None:
-        """The user of the bearer token, or else the device of the client certificate."""
+        """The user of the bearer token, or of the browser's session, or else the device of the
+        client certificate.
+        """
         scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             try:
@@ -75,6 +78,9 @@ class Callers:
                     hint="ask an admin for a new one: `fedml-broker users token NAME`",
                 )
             return user
+        cookie = request.cookies.get(sessions.COOKIE)
+        if cookie is not None:
+            return await self._broker.sessions.caller(cookie, request)
         transport = request.transport
         peer = transport.get_extra_info("peercert") if transport is not None else None
         name = common_name(peer)

@@ -13,6 +13,7 @@ from fedml_broker import audit, launch, observe, runs
 from fedml_broker.api import logs as logs_api
 from fedml_broker.api.call import Call, number
 from fedml_broker.problems import Problem
+from fedml_protocol.tasks import TaskState
 
 if TYPE_CHECKING:
     from fedml_broker.app import Broker
@@ -45,13 +46,26 @@ class Handlers:
         return await _run_once(self._broker.federation.submit(call.user, call.body))
 
     async def list_runs(self, call: Call) -> Any:
-        """The newest runs. Query: `limit`, `ended_before` (seconds since 1970)."""
-        limit = number(call.http.query.get("limit", "50"))
-        before = call.http.query.get("ended_before")
-        found = await self._broker.runs.newest(
+        """The newest runs. Query: `limit`, and which of them.
+
+        `state` (one or more, with commas), `name` (a part of it, or how the id begins), `user`,
+        `before` (the id of the last run of the page before), `ended_before` (seconds since 1970).
+        """
+        query = call.http.query
+        states = [name for name in query.get("state", "").upper().split(",") if name]
+        unknown = [name for name in states if name not in TaskState.__members__]
+        if unknown:
+            known = ", ".join(TaskState.__members__)
+            raise Problem(422, "no such state", f"{unknown[0][:40]!r} is none of {known}")
+        ended = query.get("ended_before")
+        found = await self._broker.listed(
             call.user.tenant,
-            limit=min(limit, 1000),
-            ended_before=None if before is None else float(number(before)),
+            limit=min(number(query.get("limit", "50")), 1000),
+            ended_before=None if ended is None else float(number(ended)),
+            states=states,
+            name=query.get("name", ""),
+            user=query.get("user", ""),
+            before=query.get("before", ""),
         )
         return {"runs": found}
 
@@ -86,6 +100,11 @@ class Handlers:
         )
         return {"run": run["id"], **facts}
 
+    async def show_clients(self, call: Call) -> Any:
+        """What each client of a federated run has brought, and the bytes that it moved."""
+        run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
+        return {"clients": await self._broker.runs.contributions(run["id"])}
+
     async def show_run(self, call: Call) -> Any:
         """One run: its state, its cause, its tasks, and what it waits for."""
         run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
@@ -119,6 +138,7 @@ class Handlers:
         # Logs first: should we die in between, the run is still listed and can be removed again.
         await asyncio.to_thread(self._broker.observer.forget, run["id"])
         idle = await self._broker.store.write(lambda tx: runs.remove(tx, run["id"], by))
+        self._broker.watch.removed(run["tenant"], run["id"])
         sizes = [self._broker.blobs.size(sha256) or 0 for sha256 in idle]
         gone = [await self._broker.blobs.discard(sha256) for sha256 in idle]
         freed = sum(size for size, deleted in zip(sizes, gone, strict=True) if deleted)
@@ -128,13 +148,15 @@ class Handlers:
         """Everything of a run as it happens: newline-delimited JSON, until the run has ended.
 
         Query: `after` (an event's id), `logs=0` (events only), `stay=0` (only what there is now),
-        `from` (what is known of logs, as `GET /v1/runs/{run}/logs` gives it in `ends`).
+        `from` (what is known of logs, as `GET /v1/runs/{run}/logs` gives it in `ends`), `tail` (so
+        many bytes of the end of each log, and no more than a reader keeps up with).
         """
         run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
         after = number(call.http.query.get("after", "0"))
         logs = call.http.query.get("logs", "1") != "0"
         stay = call.http.query.get("stay", "1") != "0"
         starts = logs_api.starts(call.http.query.get("from", ""))
+        tail = call.http.query.get("tail")
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         response.enable_chunked_encoding()
         await response.prepare(call.http)
@@ -148,6 +170,7 @@ class Handlers:
                 logs=logs,
                 stay=stay,
                 starts=starts,
+                tail=None if tail is None else number(tail),
             ):
                 await response.write(observe.line(item))
         await response.write_eof()

@@ -110,6 +110,7 @@ def up(
     """Start the broker: MQTT over TLS, HTTPS, store and blobs, all in this process. Ctrl-C ends it.
 
     TLS and authentication are always on. It listens on this machine only until you say otherwise.
+    The dashboard is at its HTTPS address.
 
     \b
     Examples:
@@ -195,7 +196,12 @@ async def _serve(settings: Settings, as_json: bool) -> None:
     async with Broker.running(settings) as broker:
         key = await _first_keys(broker)
         if as_json:
-            found = {"url": broker.url, "mqtt": broker.mqtt_url, "login_key": key}
+            found = {
+                "url": broker.url,
+                "dashboard": f"{broker.url}/",
+                "mqtt": broker.mqtt_url,
+                "login_key": key,
+            }
             click.echo(json.dumps({**found, "admin_key_file": str(settings.home / "admin.key")}))
         else:
             _welcome(broker, key)
@@ -225,6 +231,7 @@ async def _first_keys(broker: Broker) -> str | None:
 def _welcome(broker: Broker, key: str | None) -> None:
     home = broker.config.home
     click.secho(f"fedml-broker {broker.version} serves {broker.url}", fg="green", err=True)
+    click.echo(f"  dashboard   {broker.url}/   (sign in with the admin key)", err=True)
     click.echo(f"  MQTT        {broker.mqtt_url}", err=True)
     click.echo(
         f"  admin key   {home / 'admin.key'}   (`fedml login - < FILE` on your machine)", err=True
