@@ -66,6 +66,7 @@ class Daemon:
         self.policy = load_or_refuse(home.policy)
         self.journal = Journal(home.private / "journal.db")
         self.inventory = hardware.inventory(nvml=nvml)
+        sandbox.cgroup_of_tasks()
         sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self._nvml = nvml

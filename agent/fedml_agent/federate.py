@@ -384,6 +384,7 @@ class Stages:
             env=sandbox.clean_env(os.environ, extra, home=work),
             cwd=work,
             limits=limits_of(entry, policy),
+            cgroup=sandbox.cgroup_of_tasks(),
             hide=(self._home.root,),
             show=(session.folder,),
             network=policy.federated_network,

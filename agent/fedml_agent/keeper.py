@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 
-from fedml_agent import confine, namespaces, processes, view
+from fedml_agent import cgroups, confine, namespaces, processes, view
 from fedml_agent.capped_log import EXIT_RECORD, STREAMS, LogWriter
 from fedml_agent.guard import VERSION, Channels, Spec, guard
 from fedml_agent.namespaces import SandboxError
@@ -117,7 +117,7 @@ class Keeper:
             "shim": self._identity(os.getpid()),
         }
         self._channels = Channels()
-        self._cgroup: processes.Cgroup | None = None
+        self._cgroup: cgroups.Cgroup | None = None
         self._guard = 0
         self._task = 0
         self._poll = select.poll()
@@ -218,7 +218,9 @@ class Keeper:
             guard(self._spec, protections, walls, channels)
 
         if self._spec.cgroup is not None and self._cgroup is None:
-            self._cgroup = processes.Cgroup(self._spec.cgroup, self._spec.limits)
+            name = f"{os.getpid()}-{self._who['boot_id']}"
+            self._cgroup = cgroups.Cgroup(self._spec.cgroup, self._spec.limits, name[:24])
+            self._who["cgroup"] = self._cgroup.path
         try:
             self._guard = namespaces.fork_guard(protections, inside)
         finally:
@@ -406,6 +408,8 @@ class Keeper:
 
     def _kill_guard(self) -> None:
         """End what is left of the task, whatever state it is in, and reap all of it."""
+        if self._cgroup is not None:
+            self._cgroup.kill()
         if self._guard:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._guard, signal.SIGKILL)
@@ -452,11 +456,12 @@ class Keeper:
             code, signalled = (code, None) if code >= 0 else (None, -code)
         elif reason != REFUSED:
             signalled = int(signal.SIGKILL)
-        oom = "no"
+        oom, forks_refused = "no", 0
         if signalled == signal.SIGKILL and reason in (EXITED, KILLED):
             oom = "likely" if _oom_kills() > self._oom_kills else "no"
         if self._cgroup is not None:
-            oom = "yes" if self._cgroup.oom_kills() else oom
+            oom = "yes" if self._cgroup.count("memory.events", "oom_kill") else oom
+            forks_refused = self._cgroup.count("pids.events", "max")
             self._cgroup.remove()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {
@@ -466,6 +471,8 @@ class Keeper:
             "signal": signalled,
             "error": self._error,
             "oom": oom,
+            "forks_refused": forks_refused,
+            "limits": self._spec.limits,
             "started": self._started,
             "ended": _now(),
             "rusage": {

@@ -42,6 +42,8 @@ fi
 """
 
 
+GIB = 1 << 30
+_ASK_MEMORY = "say in the job file what it needs (`computing.memory`): it then goes where that is"
 # How long until a shim that does not answer is asked again.
 _SILENCE_S = 10.0
 
@@ -205,6 +207,7 @@ class Jobs:
             env=sandbox.clean_env(os.environ, extra, home=work),
             cwd=work,
             limits=limits_of(entry, policy),
+            cgroup=sandbox.cgroup_of_tasks(),
             hide=(self._home.root, *data),
             show=(self._folder(entry),),
             optional=sandbox.optional(policy.require),
@@ -301,6 +304,7 @@ def limits_of(entry: Entry, policy: Policy) -> sandbox.Limits:
     """What a task may use of the machine."""
     return sandbox.Limits(
         memory_bytes=entry.offer.needs.memory_bytes or policy.memory or None,
+        processes=policy.processes,
         cpus=None if policy.cpus is None else max(1, int(policy.cpus)),
     )
 
@@ -320,14 +324,24 @@ def result_of(entry: Entry, end: Ended) -> Result:
         # Nobody here asked for it: a third party killed what watches over the task.
         state = TaskState.LOST
         cause = Cause(fault=Fault.MACHINE, message="it was killed from outside")
+    elif end.oom == "yes":
+        state, cause = TaskState.FAILED, out_of_memory(entry, end)
     elif end.signal is not None or end.reason == "killed":
         name = signal.Signals(end.signal or signal.SIGKILL).name
-        memory = " (out of memory)" if end.oom != "no" else ""
+        memory = ", and the machine had run out of memory" if end.oom != "no" else ""
         state = TaskState.FAILED
-        cause = Cause(fault=Fault.TASK, message=f"it was ended by {name}{memory}")
+        cause = Cause(
+            fault=Fault.TASK,
+            message=f"it was ended by {name}{memory}",
+            hint=_ASK_MEMORY if memory else "",
+        )
     elif end.code:
         state = TaskState.FAILED
-        cause = Cause(fault=Fault.TASK, message=f"its command ended with exit code {end.code}")
+        message = f"its command ended with exit code {end.code}"
+        if refused := end.record.get("forks_refused", 0):
+            most = end.record["limits"]["processes"]
+            message += f"; {refused} times it wanted more than {most} processes at once"
+        cause = Cause(fault=Fault.TASK, message=message)
     return Result(
         task=entry.key[0],
         epoch=entry.key[1],
@@ -338,6 +352,19 @@ def result_of(entry: Entry, end: Ended) -> Result:
         stdout_bytes=end.logs.out.size,
         stderr_bytes=end.logs.err.size,
     )
+
+
+def out_of_memory(entry: Entry, end: Ended) -> Cause:
+    """Why the kernel ended a task that has a control group: its own limit, or its machine's."""
+    limit = end.record["limits"].get("memory_bytes", 0)
+    if not limit:
+        message = "the machine ran out of memory, and the kernel ended it"
+        return Cause(fault=Fault.TASK, message=message, hint=_ASK_MEMORY)
+    message = f"it used more than its {limit / GIB:.3g} GiB of memory and was ended by the kernel"
+    hint = "ask for more: `computing.memory` in the job file"
+    if not entry.offer.needs.memory_bytes:
+        hint += "; a job that names none gets what the machine's owner gives (resources.memory)"
+    return Cause(fault=Fault.TASK, message=message, hint=hint)
 
 
 def out_of_time(entry: Entry, ran_s: float) -> Cause:

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
-from fedml_agent.namespaces import HIDE, NETWORK, PIDS, READ_ONLY
+from fedml_agent.namespaces import CGROUPS, HIDE, NETWORK, PIDS, READ_ONLY
 
 KINDS = ("launch", "federate")
-REQUIRABLE = (HIDE, READ_ONLY, NETWORK, PIDS)
+REQUIRABLE = (HIDE, READ_ONLY, NETWORK, PIDS, CGROUPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,7 @@ class Policy:
     gpus: tuple[int | str, ...] | None = None
     cpus: float | None = None
     memory: int | None = None
+    processes: int = 4096
     disk_reserve: int = 2_000_000_000
     secure_aggregation_only: bool = False
     max_epsilon: float | None = None

@@ -170,6 +170,8 @@ cpus = 4.0
 # Memory that all tasks together may ask for; not set: all. For one that names none, this is the
 # limit of each of its processes.
 memory = "16GB"
+# Processes and threads of each task; a task that forks without end stops there.
+processes = 4096
 # With less disk space free than this, no task begins.
 disk_reserve = "2GB"
 
@@ -187,9 +189,9 @@ federated = false
 
 [sandbox]
 # Protections without which no task runs here: "hide" (the agent's keys, other tasks), "read_only"
-# (all other files), "network" (where it is cut off), "pids" (other processes). `fedml-agent
-# diagnose` says which of them this machine can give. Without "hide" in this list, tasks may be
-# able to read the agent's key, and to act as this machine.
+# (all other files), "network" (where it is cut off), "pids" (other processes), "cgroups" (limits
+# of the task as a whole). `fedml-agent diagnose` says which of them this machine can give. Without
+# "hide" in this list, tasks may be able to read the agent's key, and to act as this machine.
 require = ["hide"]
 
 [logs]
@@ -259,6 +261,10 @@ def _is_text(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0  # not isinstance: True is an int
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
 
 
 def _is_device(value: Any) -> bool:
@@ -334,6 +340,7 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "resources.gpus": ("gpus", _Kind(_must(_all(_is_device), _DEVICES, tuple))),
     "resources.cpus": ("cpus", _NUMBER),
     "resources.memory": ("memory", _SIZE),
+    "resources.processes": ("processes", _Kind(_must(_is_positive, "a whole number > 0"))),
     "resources.disk_reserve": ("disk_reserve", _SIZE),
     "privacy.secure_aggregation_only": ("secure_aggregation_only", _BOOL),
     "privacy.max_epsilon": ("max_epsilon", _NUMBER),

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from fedml_agent import capped_log, guard, keeper, namespaces, processes, shim
+from fedml_agent import capped_log, cgroups, guard, keeper, namespaces, processes, shim
 from fedml_agent.capped_log import LogReader
 from fedml_agent.sandbox import Limits
 from fedml_agent.sockets import address_of
@@ -71,7 +71,7 @@ class TaskSpec:
         log_cap_bytes: Kept of each output stream at most; the oldest goes first.
         log_segment_bytes: Size of one log file.
         marker: Handed back in every record, for the agent to know whose task this is.
-        cgroup: From `delegated_cgroup`, or None for limits that hold for each process.
+        cgroup: From `cgroups.prepare`, or None for limits that hold for each process.
     """
 
     argv: Sequence[str]
@@ -488,6 +488,8 @@ async def _look_for_end(taskdir: Path, facts: _Facts) -> End:
     own_pids = namespaces.PIDS in facts.get("protections", ())
     await _kill("guard", facts, signal.SIGKILL if own_pids else signal.SIGTERM)
     await _kill("task", facts, signal.SIGKILL)
+    if "cgroup" in facts:
+        cgroups.kill(facts["cgroup"])
     if (end := _read_end(taskdir)) is not None:
         return end
     why = "its shim was killed"

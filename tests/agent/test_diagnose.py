@@ -120,11 +120,13 @@ def test_gpus_are_shown_one_by_one_and_none_is_no_fault(home: Home) -> None:
 def test_protections_that_are_missing_weigh_as_the_policy_says(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = {name: Capability(False, "no namespaces") for name in sandbox.PROTECTIONS}
+    names = (*sandbox.PROTECTIONS, *sandbox.PROMISED)
+    nothing = {name: Capability(False, "no namespaces") for name in names}
     monkeypatch.setattr(sandbox, "capabilities", lambda: nothing)
     found = look(home)
     states = {name: found[f"sandbox {name}"].state for name in sandbox.PROMISED}
-    assert states == {"hide": WRONG, "read_only": NOTE, "network": WRONG, "pids": NOTE}
+    assert states == dict.fromkeys(sandbox.PROMISED, NOTE) | {"hide": WRONG, "network": WRONG}
+    assert "Delegate=yes" in found["sandbox cgroups"].next
     assert "`[sandbox] require = []`" in found["sandbox hide"].next
     assert "`[network] federated = true`" in found["sandbox network"].next
 

@@ -362,6 +362,7 @@ policies = st.builds(
     gpus=st.none() | some(gpu_names),
     cpus=st.none() | st.floats(0, 4),
     memory=st.none() | st.integers(0, 100),
+    processes=st.integers(1, 100),
     disk_reserve=st.integers(0, 100),
     secure_aggregation_only=st.booleans(),
     max_epsilon=st.none() | st.floats(0, 2),
@@ -437,6 +438,7 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "gpus": lambda draw, value: draw(some(gpu_names)) if value is None else fewer(draw, value),
     "cpus": lower,
     "memory": lower,
+    "processes": lambda draw, value: draw(st.integers(1, value)),
     "disk_reserve": lambda draw, value: value + draw(st.integers(0, 50)),
     "secure_aggregation_only": lambda _, value: True,
     "max_epsilon": lower,
@@ -550,6 +552,7 @@ def test_what_describe_writes_reads_back_as_the_same_policy(
     ("line", "field", "value"),
     [
         ('resources.memory = "512MiB"', "memory", 512 << 20),
+        ("resources.processes = 9", "processes", 9),
         ('resources.memory = "1.5 GB"', "memory", 1_500_000_000),
         ('resources.disk_reserve = "0B"', "disk_reserve", 0),
         ('tasks.run_time = "90m"', "run_time_s", 5400),
