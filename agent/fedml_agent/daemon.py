@@ -14,7 +14,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from fedml_agent import hardware, login, sandbox, systemd
+from fedml_agent import containers, hardware, login, sandbox, systemd
 from fedml_agent.attic import Attic
 from fedml_agent.control import Control
 from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable
@@ -24,7 +24,7 @@ from fedml_agent.home import Home
 from fedml_agent.https import Https, patiently
 from fedml_agent.intake import Intake, room_name
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Jobs
+from fedml_agent.launch import Jobs, container_name
 from fedml_agent.link import Link, LinkDown
 from fedml_agent.outbox import Outbox
 from fedml_agent.packages import Packages
@@ -67,6 +67,7 @@ class Daemon:
         self.journal = Journal(home.private / "journal.db")
         self.inventory = hardware.inventory(nvml=nvml)
         sandbox.cgroup_of_tasks()
+        containers.found()
         sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self._nvml = nvml
@@ -199,6 +200,7 @@ class Daemon:
         for entry in self.journal.owed():
             if isinstance(entry.offer.spec, LaunchSpec):
                 self._spawn(self.jobs.ship_rest(entry), "agent.log")
+        self._spawn(self._remove_containers(), "agent.containers")
         known = {e.folder for e in (*self.journal.held(), *self.journal.owed())}
         for folder in self.home.tasks.iterdir():
             if folder.name not in known:
@@ -206,6 +208,16 @@ class Daemon:
         for folder in self.home.sessions.iterdir():
             if not self.journal.knows_session(folder.name):
                 self._spawn(self.stages.take_up(folder), "agent.session")
+
+    async def _remove_containers(self) -> None:
+        """What a dead shim has left running, and no task in the journal answers for."""
+        engine = containers.found()
+        if isinstance(engine, str) or not self.policy.containers:
+            return
+        device = self.membership.device
+        known = {container_name(device, entry) for entry in self.journal.held()}
+        for name in await asyncio.to_thread(containers.remove_unknown, engine, device, known):
+            log.warning("the container %s had no task any more: it was ended", name)
 
     async def _say_hello(self) -> None:
         """Tell the broker what the machine is like; until it hears, go on with what we know."""

@@ -29,7 +29,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedml_agent import control, hardware, policy_file, room, sandbox
+from fedml_agent import containers, control, hardware, policy_file, room, sandbox
 from fedml_agent.control import NotRunning
 from fedml_agent.errors import AgentError, AlreadyRunning, HomeUnusable, NotLoggedIn
 from fedml_agent.home import Home, Membership
@@ -82,6 +82,7 @@ class Diagnosis:
         yield self._look_at_journal()
         yield from self._look_at_gpus()
         yield from self._look_at_sandbox()
+        yield self._look_at_containers()
         yield self._look_at_worker()
 
     # ------------------------------------------------------------------ this machine
@@ -225,6 +226,17 @@ class Diagnosis:
         if why := self._agent["sandbox_missing"].get(name):
             return sandbox.Capability(False, why)
         return sandbox.Capability(True, by=self._agent["sandbox"].get(name, ""))
+
+    def _look_at_containers(self) -> Finding:
+        engine = containers.found()
+        if isinstance(engine, str):
+            hint = "only if jobs shall bring images: `apt-get install podman`, or start Docker"
+            return Finding(name="containers", state=NOTE, text=engine, next=hint)
+        if not self._policy.containers:
+            text = f"{engine} is here, and the policy lets no job bring an image"
+            hint = "to let them: `[containers] allow = true` in policy.toml"
+            return Finding(name="containers", state=NOTE, text=text, next=hint)
+        return Finding(name="containers", state=OK, text=f"jobs may bring images, for {engine}")
 
     def _look_at_worker(self) -> Finding:
         missing = [name for name in ("numpy", "fedml") if importlib.util.find_spec(name) is None]

@@ -54,6 +54,8 @@ class Spec:
         self.network = self._flag("network", True)
         self.read_only = self._flag("read_only", True)
         self.say_missing = self._flag("say_missing", False)
+        self.enclosed = self._flag("enclosed", True)
+        self.after = self._strings("after", ())
         self.deadline_s = self._number("deadline_s", None)
         self.grace_s = self._number("grace_s", DEFAULT_GRACE_S) or 0.0
         self.log_cap = int(self._number("log_cap_bytes", DEFAULT_CAP) or 0)
@@ -135,6 +137,8 @@ class Spec:
 
     def protections(self) -> list[str]:
         """What to lock the task into; process numbers of its own always, where possible."""
+        if not self.enclosed:
+            return []
         asked = [namespaces.HIDE, namespaces.PIDS]
         if self.read_only:
             asked.append(namespaces.READ_ONLY)
@@ -274,7 +278,8 @@ def _become_task(
         if channels.theirs.recv(16) != b"go":
             os._exit(70)
         _limit(spec, namespaced=namespaced)
-        namespaces.seal_task()
+        if spec.enclosed:
+            namespaces.seal_task()
         confine.enclose(
             walls,
             hidden=hidden,

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fedml_agent import sandbox
+from fedml_agent import containers, sandbox
 from fedml_agent.home import Home, Membership
 from fedml_agent.journal import Entry, Journal
 from fedml_agent.policy import Policy, Request, check
@@ -208,6 +208,10 @@ class Intake:
         """Why this offer is not taken; None: it is."""
         if self.draining:
             return RejectReason.DRAINING, "this agent takes no more tasks"
+        if isinstance(offer.spec, LaunchSpec) and offer.spec.container is not None:
+            engine = containers.found()
+            if isinstance(engine, str):
+                return RejectReason.UNSUPPORTED, f"this machine runs no containers: {engine}"
         policy = self._policy()
         refused = check(policy, self._request(offer))
         if refused is not None:
@@ -222,8 +226,9 @@ class Intake:
         return None
 
     def _request(self, offer: Offer) -> Request:
-        launched = isinstance(offer.spec, LaunchSpec)
-        needs = offer.needs
+        spec, needs = offer.spec, offer.needs
+        launched = isinstance(spec, LaunchSpec)
+        container = spec.container if isinstance(spec, LaunchSpec) else None
         return Request(
             kind="launch" if launched else "federate",
             publisher=offer.publisher.replace("/", "_"),
@@ -234,14 +239,18 @@ class Intake:
             disk_free=disk_free(self._home.root),
             epsilon_spent=0.0,
             devices=self._devices,
-            cannot=sandbox.cannot(),
+            cannot=sandbox.cannot() if container is None else containers.cannot(),
             commands=launched,
             gpus=needs.gpus,
             cpus=float(needs.cpus),
             memory=needs.memory_bytes,
             disk=needs.disk_bytes,
             deadline_s=offer.deadline_s or None,
-            network=launched,
+            network=isinstance(spec, LaunchSpec) and not spec.offline,
+            image="" if container is None else containers.full_name(container.image),
+            mounts=()
+            if container is None
+            else tuple((one.source, one.writable) for one in container.mounts),
         )
 
     def _give_up_older(self, offer: Offer) -> None:

@@ -35,6 +35,7 @@ REFUSED = "refused"  # its program never ran: `error` says why
 _RESERVED_FILE = "exit.reserved"
 _RESERVED_BYTES = 8192
 _LINE_LIMIT = 4096
+_AFTER_S = 30.0
 _UNSENT_LIMIT = 256 << 10
 _READ_BYTES = 256 << 10
 _DRAIN_BYTES = 1 << 20
@@ -80,6 +81,24 @@ def claim(record: object) -> bool:
     finally:
         os.unlink(temporary)  # noqa: PTH108
     return True
+
+
+def run_after(words: list[str], env: dict[str, str]) -> None:
+    """Run what must be run when a task is over, wherever it was; at most for half a minute."""
+    if not words:
+        return
+    import subprocess  # 10 ms, and most tasks need nothing
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(
+            words,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_AFTER_S,
+            check=False,
+        )
 
 
 class _Connection:
@@ -420,6 +439,7 @@ class Keeper:
 
     def _finish(self) -> None:
         self._kill_guard()
+        run_after(self._spec.after, self._spec.env)
         for stream, pipe in (("out", self._channels.out), ("err", self._channels.err)):
             os.set_blocking(pipe[0], False)
             # All who could write are dead. The bound is for one who was handed the pipe and is not.

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from fedml_agent import sandbox, tending
+from fedml_agent import containers, sandbox, tending
 from fedml_agent.attic import Attic
+from fedml_agent.containers import NoImage
 from fedml_agent.errors import AgentError, BrokerUnreachable
 from fedml_agent.home import Home
 from fedml_agent.https import Https
@@ -27,7 +28,7 @@ from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
-from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.launch import Container, LaunchSpec
 from fedml_protocol.tasks import Result, TaskState
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Jobs:
         self._shippers: dict[tuple[str, int], LogShipper] = {}
         self._stops: dict[tuple[str, int], float] = {}
         self._kept: set[tuple[str, int]] = set()
+        self._pulls: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     async def run(self, entry: Entry) -> None:
         """One job from its offer, or from where a former agent left it, to its confirmed end."""
@@ -91,6 +93,12 @@ class Jobs:
             tended = await self._begin(entry)
         except (BadPackage, tending.TaskRefused) as error:
             self._fail(entry, Fault.MACHINE, str(error))
+            return
+        except NoImage as error:
+            if error.passing:
+                self.lose(entry, str(error))
+            else:
+                self._fail(entry, Fault.TASK, str(error))
             return
         except (AgentError, tending.TendingError, OSError) as error:
             self.lose(entry, str(error))
@@ -128,6 +136,8 @@ class Jobs:
         tended = self._tended.get(entry.key)
         if tended is not None:
             tended.stop(grace_s)
+        elif entry.key in self._pulls:
+            self._pulls[entry.key].cancel()
 
     def detach(self) -> None:
         """The agent stops; the jobs go on without it."""
@@ -169,6 +179,8 @@ class Jobs:
         (work / "tmp").mkdir(exist_ok=True)
         (folder / "bootstrap.sh").write_text(spec.bootstrap)
         (folder / "job.sh").write_text(spec.command)
+        if spec.container is not None:
+            await self._pull(entry, spec.container)
         if entry.key in self._stops:
             self._reporter.ended(entry, _stopped(entry))
             return None
@@ -176,12 +188,27 @@ class Jobs:
         self._reporter.started(entry)
         return tended
 
+    async def _pull(self, entry: Entry, container: Container) -> None:
+        """Fetch the image; a stop meanwhile ends that."""
+        fetching = containers.pull(_engine(), container, self._home.private)
+        pulling = asyncio.get_running_loop().create_task(fetching, name=f"image.{entry.key[0]}")
+        self._pulls[entry.key] = pulling
+        try:
+            await pulling
+        except asyncio.CancelledError:
+            if entry.key not in self._stops:
+                raise
+        finally:
+            pulling.cancel()
+            self._pulls.pop(entry.key, None)
+
     def _spec(self, entry: Entry, spec: LaunchSpec, work: Path) -> TaskSpec:
         offer, policy = entry.offer, self._policy()
         membership = self._home.membership()
+        inside = str(work) if spec.container is None else containers.WORKSPACE
         extra = {
             **spec.env,
-            "FEDML_WORKSPACE": str(work),
+            "FEDML_WORKSPACE": inside,
             "FEDML_CURRENT_RUN_ID": offer.run,
             "FEDML_CURRENT_EDGE_ID": membership.device,
             "FEDML_CLIENT_RANK": "0",
@@ -197,8 +224,11 @@ class Jobs:
             "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),
             "NVIDIA_VISIBLE_DEVICES": ",".join(entry.gpus) or "void",
         }
-        shell = shutil.which("bash") or "/bin/sh"
         now = datetime.datetime.now().astimezone().time()
+        deadline_s = time_limit_s(policy, now, offer.deadline_s or None)
+        if spec.container is not None:
+            return self._boxed(entry, spec, spec.container, extra, work, deadline_s)
+        shell = shutil.which("bash") or "/bin/sh"
         # Data sets are for federated runs: a job could carry them off.
         # What is not there, or not for the agent's user either, need not be hidden.
         data = tuple(Path(path) for path in policy.data.values() if os.access(path, os.F_OK))
@@ -210,10 +240,48 @@ class Jobs:
             cgroup=sandbox.cgroup_of_tasks(),
             hide=(self._home.root, *data),
             show=(self._folder(entry),),
-            optional=sandbox.optional(policy.require),
+            optional=sandbox.optional(policy.require, network=not spec.offline),
             say_missing=True,
-            deadline_s=time_limit_s(policy, now, offer.deadline_s or None),
+            network=not spec.offline,
+            deadline_s=deadline_s,
             grace_s=offer.grace_s,
+            marker=entry.folder,
+        )
+
+    def _boxed(
+        self,
+        entry: Entry,
+        spec: LaunchSpec,
+        container: Container,
+        extra: dict[str, str],
+        work: Path,
+        deadline_s: float | None,
+    ) -> TaskSpec:
+        engine, device = _engine(), self._home.membership().device
+        env = {"HOME": containers.WORKSPACE, "TMPDIR": containers.SCRATCH, **extra}
+        name, limits = container_name(device, entry), limits_of(entry, self._policy())
+        words = containers.command(
+            engine,
+            container,
+            name=name,
+            agent=device,
+            folder=self._folder(entry),
+            env=env,
+            gpus=entry.gpus,
+            limits=limits,
+            network=not spec.offline,
+            script=_SCRIPT,
+        )
+        return TaskSpec(
+            argv=words,
+            env=containers.engine_env(),
+            cwd=work,
+            # The rest is the engine's to enforce; what it cannot, `containers.cannot` tells of.
+            limits=sandbox.Limits(nice=limits.nice),
+            enclosed=False,
+            after=containers.remove(engine, name),
+            deadline_s=deadline_s,
+            grace_s=entry.offer.grace_s,
             marker=entry.folder,
         )
 
@@ -280,7 +348,8 @@ class Jobs:
                 self.clean(entry)
 
     def _end(self, entry: Entry, end: Ended) -> None:
-        self._reporter.ended(entry, result_of(entry, end))
+        begun = (self._folder(entry) / "work" / containers.STARTED).exists()
+        self._reporter.ended(entry, result_of(entry, end, begun=begun))
 
     def _fail(self, entry: Entry, fault: Fault, message: str) -> None:
         cause = Cause(fault=fault, message=message)
@@ -309,8 +378,20 @@ def limits_of(entry: Entry, policy: Policy) -> sandbox.Limits:
     )
 
 
-def result_of(entry: Entry, end: Ended) -> Result:
-    """What the broker is told of a job's end."""
+def container_name(device: str, entry: Entry) -> str:
+    """The container of a task: one of this machine, whatever else its engine runs."""
+    return f"fedml-{device}-{entry.folder}"
+
+
+def _engine() -> containers.Engine:
+    engine = containers.found()
+    if isinstance(engine, str):  # it was there when the offer was taken
+        raise tending.TaskRefused(f"this machine runs no containers: {engine}")
+    return engine
+
+
+def result_of(entry: Entry, end: Ended, *, begun: bool = True) -> Result:
+    """What the broker is told of a job's end; `begun`: a container of its own began to run."""
     cause: Cause | None = None
     state = TaskState.FINISHED
     if end.reason == "stopped":
@@ -335,6 +416,8 @@ def result_of(entry: Entry, end: Ended) -> Result:
             message=f"it was ended by {name}{memory}",
             hint=_ASK_MEMORY if memory else "",
         )
+    elif end.code and _container(entry) is not None:
+        state, cause = TaskState.FAILED, _of_container(entry, end, begun)
     elif end.code:
         state = TaskState.FAILED
         message = f"its command ended with exit code {end.code}"
@@ -352,6 +435,25 @@ def result_of(entry: Entry, end: Ended) -> Result:
         stdout_bytes=end.logs.out.size,
         stderr_bytes=end.logs.err.size,
     )
+
+
+def _container(entry: Entry) -> Container | None:
+    spec = entry.offer.spec
+    return spec.container if isinstance(spec, LaunchSpec) else None
+
+
+def _of_container(entry: Entry, end: Ended, begun: bool) -> Cause:
+    """Why a job in a container failed: the engine's fault, or as a shell tells a signal."""
+    if not begun:
+        message = f"its container did not start ({end.code}); the engine's words are in its log"
+        return Cause(fault=Fault.MACHINE, message=message)
+    message = f"its command ended with exit code {end.code}"
+    memory = entry.offer.needs.memory_bytes
+    if (number := (end.code or 0) - 128) in signal.valid_signals():
+        message = f"it was ended by {signal.Signals(number).name} (exit code {end.code})"
+        if number == signal.SIGKILL and memory:
+            message += f"; perhaps it used more than its {memory / GIB:.3g} GiB of memory"
+    return Cause(fault=Fault.TASK, message=message)
 
 
 def out_of_memory(entry: Entry, end: Ended) -> Cause:

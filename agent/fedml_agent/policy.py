@@ -48,6 +48,10 @@ class Policy:
     secure_aggregation_only: bool = False
     max_epsilon: float | None = None
     federated_network: bool = False
+    jobs_network: bool = True
+    containers: bool = False
+    images: tuple[str, ...] = ("*",)
+    mounts: tuple[str, ...] = ()
     require: tuple[str, ...] = (HIDE,)
     log_days: float = 7.0
     log_disk: int = 1_000_000_000
@@ -81,6 +85,9 @@ class Request:
         deadline_s: Seconds that it may run; None: it names no limit.
         secure_aggregation: What leaves the machine is masked.
         epsilon: Privacy that it costs; None: it does not promise any.
+        network: It is to have the network.
+        image: The container image that it runs in, with its registry; empty: none.
+        mounts: What of the machine its container is to see, and whether it may write there.
 
     Raises:
         ValueError: A number is negative or not a number, or a name holds a slash.
@@ -104,6 +111,8 @@ class Request:
     secure_aggregation: bool = False
     epsilon: float | None = None
     network: bool = False
+    image: str = ""
+    mounts: tuple[tuple[str, bool], ...] = ()
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -194,6 +203,22 @@ def explain(policy: Policy, request: Request) -> Iterator[Ruling]:
         asked = f"none, but it cannot be cut off here: {r.cannot[NETWORK]}"
     allowed = "none" if cuts else "network"
     yield Ruling("network.federated", ok, asked, allowed, passing=cuts and not r.network)
+    ok = federated or p.jobs_network or not r.network
+    allowed = "network" if p.jobs_network else "none (`network: none` in the job file)"
+    yield Ruling("network.jobs", ok, asked if federated or ok else "network", allowed)
+
+    asked = f"a container of {r.image}" if r.image else "no container"
+    allowed = "containers" if p.containers else "no container"
+    yield Ruling("containers.allow", p.containers or not r.image, asked, allowed)
+    ok = not r.image or any(fnmatchcase(r.image, one) for one in p.images)
+    yield Ruling("containers.images", ok, asked, _list(p.images))
+    refused = [
+        f"{path} {'to write' if writes else 'to read'}"
+        for path, writes in r.mounts
+        if f"{path}:rw" not in p.mounts and (writes or path not in p.mounts)
+    ]
+    asked = f"a mount of {', '.join(refused)}" if refused else "no other mount"
+    yield Ruling("containers.mounts", not refused, asked, _list(p.mounts))
     lacks = [f"no '{name}' ({r.cannot[name]})" for name in p.require if name in r.cannot]
     asked = "a task without protection: " + "; ".join(lacks) if lacks else "a protected task"
     allowed = f"only with {_list(p.require)}" if p.require else "any"

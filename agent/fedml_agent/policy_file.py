@@ -186,6 +186,17 @@ max_epsilon = 2.0
 [network]
 # May federated workers, which read local data, use the network?
 federated = false
+# May launched jobs use it? If not, only those that ask for none (`network: none`) run.
+jobs = true
+
+[containers]
+# May jobs bring a container image, which Podman or Docker runs here?
+allow = false
+# Which images: names with their registry; * stands for anything.
+images = ["docker.io/library/*"]
+# What of this machine containers may see when a job asks for it, exactly these paths: to read, or
+# with `:rw` behind to write too.
+mounts = ["/srv/scans", "/scratch:rw"]
 
 [sandbox]
 # Protections without which no task runs here: "hide" (the agent's keys, other tasks), "read_only"
@@ -271,6 +282,10 @@ def _is_device(value: Any) -> bool:
     return _is_count(value) or (_is_text(value) and value.startswith(("GPU-", "MIG-")))
 
 
+def _is_mount(value: Any) -> bool:
+    return _is_text(value) and _path(value.removesuffix(":rw")) is not None
+
+
 def _is_number(value: Any) -> bool:
     # TOML has nan and inf: the first compares as false with everything, the second is no limit.
     return type(value) in {int, float} and math.isfinite(value) and value >= 0
@@ -323,6 +338,7 @@ _SIZE = _Kind(
     functools.partial(_read_unit, _SIZES, 'a size like "16GB" or "512MiB"'),
     functools.partial(_write_unit, _SIZES),
 )
+_MOUNTS = 'a list of absolute paths, like ["/srv/scans", "/scratch:rw"]'
 _REQUIRABLE = f"a list of some of {', '.join(REQUIRABLE)}"
 _TEXTS = _Kind(_read_texts)
 _TIME = _Kind(
@@ -345,6 +361,10 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "privacy.secure_aggregation_only": ("secure_aggregation_only", _BOOL),
     "privacy.max_epsilon": ("max_epsilon", _NUMBER),
     "network.federated": ("federated_network", _BOOL),
+    "network.jobs": ("jobs_network", _BOOL),
+    "containers.allow": ("containers", _BOOL),
+    "containers.images": ("images", _TEXTS),
+    "containers.mounts": ("mounts", _Kind(_must(_all(_is_mount), _MOUNTS, tuple))),
     "sandbox.require": (
         "require",
         _Kind(_must(_all(REQUIRABLE.__contains__), _REQUIRABLE, tuple)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedml_agent import sandbox
+from fedml_agent import containers, sandbox
 from fedml_agent.hardware import Gpu, Inventory
 from fedml_agent.policy import Held, Policy, may_use
 from fedml_protocol.gpus import is_model
@@ -115,10 +115,21 @@ def report(inventory: Inventory, policy: Policy, disk_free: int) -> dict[str, An
                 for d in leasable(inventory, policy)
             ],
             "kinds": kinds(policy),
+            "offline": sandbox.capabilities()[sandbox.NETWORK].works,
+            **_engine(policy),
         },
         "hardware": dataclasses.asdict(inventory)
         | {"sandbox": {n: c.by or c.why_not for n, c in sandbox.capabilities().items()}},
     }
+
+
+def _engine(policy: Policy) -> dict[str, str]:
+    engine = containers.found()
+    if isinstance(engine, str):
+        return {"engine": "", "no_engine": engine}
+    if not policy.containers:
+        return {"engine": "", "no_engine": "its owner lets none run ([containers] in policy.toml)"}
+    return {"engine": str(engine), "no_engine": ""}
 
 
 def disk_free(path: Path) -> int:

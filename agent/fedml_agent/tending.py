@@ -65,6 +65,8 @@ class TaskSpec:
         network: False leaves it nothing but loopback.
         optional: Protections (see sandbox.py) without which the task may run where the machine
             cannot give them. Process numbers of its own are always optional.
+        enclosed: False: the program itself locks in what it runs, as a container engine does.
+        after: A command that is run when the task is over, also by the agent when its shim is dead.
         say_missing: Its log begins with a line for each protection that it runs without.
         deadline_s: It is stopped after so many seconds; None means never.
         grace_s: How long it gets between TERM and KILL when its deadline is over.
@@ -85,6 +87,8 @@ class TaskSpec:
     network: bool = True
     optional: Sequence[str] = ()
     say_missing: bool = False
+    enclosed: bool = True
+    after: Sequence[str] = ()
     deadline_s: float | None = None
     grace_s: float = guard.DEFAULT_GRACE_S
     log_cap_bytes: int = capped_log.DEFAULT_CAP
@@ -108,6 +112,8 @@ class TaskSpec:
                 "network": self.network,
                 "optional": list(self.optional),
                 "say_missing": self.say_missing,
+                "enclosed": self.enclosed,
+                "after": list(self.after),
                 "deadline_s": self.deadline_s,
                 "grace_s": self.grace_s,
                 "log_cap_bytes": self.log_cap_bytes,
@@ -492,6 +498,9 @@ async def _look_for_end(taskdir: Path, facts: _Facts) -> End:
         cgroups.kill(facts["cgroup"])
     if (end := _read_end(taskdir)) is not None:
         return end
+    with contextlib.suppress(OSError, guard.SpecError, ValueError):
+        spec = guard.Spec(json.loads((taskdir / guard.SPEC_FILE).read_text()))
+        await asyncio.to_thread(keeper.run_after, spec.after, spec.env)
     why = "its shim was killed"
     with contextlib.suppress(FileNotFoundError):
         last = (taskdir / shim.TRACEBACK_FILE).read_text().strip().rpartition("\n")[2]

@@ -56,6 +56,9 @@ class CapacityReport(msgspec.Struct, frozen=True):
     disk_bytes: int
     gpus: list[GpuSize] = []
     kinds: list[str] = msgspec.field(default_factory=lambda: ["launch", "federate"])
+    engine: str = ""
+    no_engine: str = ""
+    offline: bool = False
 
 
 class Inventory(msgspec.Struct, frozen=True):

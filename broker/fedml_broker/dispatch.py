@@ -235,7 +235,7 @@ class Dispatcher:
     def _pick(self, task: Task) -> Machine | None:
         """A machine for this task; room on it is taken at once."""
         now = self._fleet.clock()
-        wanted = match.Wanted(kind=task.kind, needs=task.offer.needs, labels=task.labels)
+        wanted = task.wanted()
         if task.bound and task.device is not None:
             machine = self._fleet.get(task.device)
             if machine is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 from sqlalchemy import Connection
 
-from fedml_broker import runs
+from fedml_broker import match, runs
 from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
@@ -112,7 +112,8 @@ class Federation:
         package = check_package(self.blobs, request.package)
         needs = request.needs.needs()
         clients = request.clients
-        possible(self.fleet, user.tenant, "federate", needs, clients.labels, clients.count)
+        wanted = match.Wanted(kind="federate", needs=needs, labels=clients.labels)
+        possible(self.fleet, user.tenant, wanted, clients.count)
 
         def commit(tx: Connection) -> None:
             runs.create(

@@ -141,4 +141,8 @@ def read_capacity(inventory: Mapping[str, Any]) -> Capacity:
         disk_bytes=told["disk_bytes"],
         gpus=tuple(Gpu(**gpu) for gpu in told["gpus"]),
         kinds=frozenset(told["kinds"]),
+        # What an older agent does not tell of, it cannot do either.
+        engine=told.get("engine", ""),
+        no_engine=told.get("no_engine", ""),
+        offline=told.get("offline", False),
     )

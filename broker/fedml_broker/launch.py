@@ -3,7 +3,7 @@
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import Connection
@@ -19,12 +19,13 @@ from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_protocol.blob import Blob
 from fedml_protocol.errors import MalformedMessage
-from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.launch import Container, LaunchSpec, Mount
 from fedml_protocol.tasks import Needs, Offer, OnLost, Result
 
 log = logging.getLogger(__name__)
 
 MAX_SCRIPT_BYTES = 64 * 1024
+_TOLD = "***"
 
 
 class PackageRef(msgspec.Struct, frozen=True):
@@ -49,11 +50,35 @@ class NeedsBody(msgspec.Struct, frozen=True):
         return Needs(**msgspec.to_builtins(self))
 
 
+class MountBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a container sees of the machine, if the machine's owner lets it."""
+
+    source: str
+    target: str
+    writable: bool = False
+
+
+class ContainerBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a job runs in. The password goes to the machine that pulls the image."""
+
+    image: str
+    registry: str = ""
+    username: str = ""
+    password: str = ""
+    mounts: list[MountBody] = []
+
+    def container(self) -> Container:
+        """The same, as an offer carries it."""
+        told = msgspec.to_builtins(self)
+        return Container(**told | {"mounts": tuple(Mount(**one) for one in told["mounts"])})
+
+
 class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job, as `fedml launch` sends it.
 
     A client that chooses the id of its `run` may ask again until it is answered: it starts once.
-    With `gpus_optional`, it goes without GPUs where no machine has those that it needs.
+    With `gpus_optional`, it goes without GPUs where no machine has those that it needs. `network`
+    is `full` or `none`.
     """
 
     command: str
@@ -62,6 +87,8 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     env: dict[str, str] = {}
     package: PackageRef | None = None
     needs: NeedsBody = NeedsBody()
+    network: Literal["full", "none"] = "full"
+    container: ContainerBody | None = None
     gpus_optional: bool = False
     labels: dict[str, str] = {}
     deadline_s: float = 0.0
@@ -102,21 +129,20 @@ class Launcher:
                 f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
                 hint="put them into a script or a file in the workspace",
             )
-        run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
-        if await runs.Runs(self._store).submitted(user, run, spec):
+        run, told = runs.check_new_id(request.run), msgspec.to_builtins(request)
+        if request.container is not None and request.container.password:
+            told["container"]["password"] = _TOLD  # everybody in the tenant may read it
+        if await runs.Runs(self._store).submitted(user, run, told):
             return run
         package = check_package(self._blobs, request.package)
-        needs = self._needs(user, request)
         try:
+            spec = _spec(request)
+            needs = self._needs(user, request, spec)
             offer = Offer(
                 task=f"{run}-t",
                 epoch=1,
                 run=run,
-                spec=LaunchSpec(
-                    command=request.command,
-                    bootstrap=request.bootstrap,
-                    env=request.env,
-                ),
+                spec=spec,
                 publisher=user.name,
                 lease_s=self._dispatcher.timing.lease_s,
                 on_lost=OnLost.FINISH_AND_HOLD,
@@ -134,7 +160,7 @@ class Launcher:
             tries_left=request.retries,
             labels=request.labels,
         )
-        possible(self._fleet, user.tenant, "launch", needs, request.labels)
+        possible(self._fleet, user.tenant, task.wanted())
 
         def commit(tx: Connection) -> None:
             runs.create(
@@ -143,7 +169,7 @@ class Launcher:
                 run=run,
                 kind="launch",
                 name=request.name,
-                spec=spec,
+                spec=told,
                 package=package,
             )
             tasks.insert(tx, [task])
@@ -158,8 +184,12 @@ class Launcher:
 
     def look(self, user: User, request: LaunchRequest) -> dict[str, Any]:
         """Where a job would run at this moment, machine by machine; nothing is started."""
-        needs = self._needs(user, request)
-        wanted = match.Wanted(kind="launch", needs=needs, labels=request.labels)
+        try:
+            spec = _spec(request)
+        except MalformedMessage as error:
+            raise Problem(422, "this job cannot be", str(error)) from error
+        needs = self._needs(user, request, spec)
+        wanted = match.Wanted.launched(spec, needs, request.labels)
         candidates = self._fleet.candidates(user.tenant)
         taken, _ = match.choose(wanted, candidates)
         return {
@@ -168,12 +198,12 @@ class Launcher:
             "machines": [msgspec.to_builtins(v) for v in match.verdicts(wanted, candidates)],
         }
 
-    def _needs(self, user: User, request: LaunchRequest) -> Needs:
+    def _needs(self, user: User, request: LaunchRequest, spec: LaunchSpec) -> Needs:
         """What it is to have; without GPUs where it may do without and nobody has them."""
         needs = request.needs.needs()
         if not (request.gpus_optional and needs.gpus):
             return needs
-        wanted = match.Wanted(kind="launch", needs=needs, labels=request.labels)
+        wanted = match.Wanted.launched(spec, needs, request.labels)
         if any(not match.never(wanted, c) for c in self._fleet.candidates(user.tenant)):
             return needs
         return replace(needs, gpus=0, gpu_memory_bytes=0, gpu_model="")
@@ -214,15 +244,22 @@ def _exit_code(result: Result) -> int | None:
     return result.exit_code
 
 
-def possible(
-    fleet: Fleet, tenant: str, kind: str, needs: Needs, labels: dict[str, str], count: int = 1
-) -> None:
+def _spec(request: LaunchRequest) -> LaunchSpec:
+    return LaunchSpec(
+        command=request.command,
+        bootstrap=request.bootstrap,
+        env=request.env,
+        offline=request.network == "none",
+        container=None if request.container is None else request.container.container(),
+    )
+
+
+def possible(fleet: Fleet, tenant: str, wanted: match.Wanted, count: int = 1) -> None:
     """Refuse what could never run, with the reason for each machine that was looked at.
 
     Raises:
         Problem: 422.
     """
-    wanted = match.Wanted(kind=kind, needs=needs, labels=labels)
     candidates = fleet.candidates(tenant)
     reasons = {c.name: match.never(wanted, c) for c in candidates}
     fitting = [name for name, reason in reasons.items() if not reason]
@@ -242,7 +279,11 @@ def possible(
         "no machine can ever run this",
         f"{asked} of {len(candidates)} that were looked at:\n{looked_at}",
         hint="ask for less, or let a machine join that has it"
-        + ("; `--any-resource` does without" if kind == "launch" and needs.gpus else ""),
+        + (
+            "; `--any-resource` does without"
+            if wanted.kind == "launch" and wanted.needs.gpus
+            else ""
+        ),
     )
 
 

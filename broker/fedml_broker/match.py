@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from fedml_protocol.gpus import is_model
+from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import Needs
 
 GIB = 2**30
@@ -32,6 +33,9 @@ class Capacity:
     Attributes:
         slots: Tasks at the same time.
         kinds: Kinds of task that the owner's policy takes at all.
+        engine: What runs containers there; empty: nothing does.
+        no_engine: Why not, where the agent says so.
+        offline: Whether a job can be cut off from the network there.
     """
 
     slots: int
@@ -40,6 +44,9 @@ class Capacity:
     disk_bytes: int
     gpus: tuple[Gpu, ...] = ()
     kinds: frozenset[str] = frozenset({"launch", "federate"})
+    engine: str = ""
+    no_engine: str = ""
+    offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +73,19 @@ class Wanted:
     kind: str
     needs: Needs = field(default_factory=Needs)
     labels: Mapping[str, str] = field(default_factory=dict)
+    container: bool = False
+    offline: bool = False
+
+    @classmethod
+    def launched(cls, spec: LaunchSpec, needs: Needs, labels: Mapping[str, str]) -> "Wanted":
+        """What a launched job asks for."""
+        return cls(
+            kind="launch",
+            needs=needs,
+            labels=labels,
+            container=spec.container is not None,
+            offline=spec.offline,
+        )
 
 
 def never(wanted: Wanted, candidate: Candidate) -> str:
@@ -77,6 +97,10 @@ def never(wanted: Wanted, candidate: Candidate) -> str:
     capacity, needs = candidate.capacity, wanted.needs
     if wanted.kind not in capacity.kinds:
         return f"its owner takes no {wanted.kind} tasks"
+    if wanted.container and not capacity.engine:
+        return f"runs no containers: {capacity.no_engine or 'it has no container engine'}"
+    if wanted.offline and not capacity.offline:
+        return "cannot run a job without a network (`network: none`)"
     if needs.gpus > len(_fitting(capacity.gpus, needs)):
         return _too_few_gpus(capacity.gpus, needs)
     if needs.cpus > capacity.cpus:

@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from fedml_broker.match import Wanted
 from fedml_broker.tables import runs, tasks
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse, serialise
@@ -79,6 +80,13 @@ class Task:
         """Under which name it takes room on a device: its own, or its session's."""
         spec = self.offer.spec
         return self.id if isinstance(spec, LaunchSpec) else spec.session
+
+    def wanted(self) -> Wanted:
+        """What it asks of a machine, for `match`."""
+        spec, needs = self.offer.spec, self.offer.needs
+        if isinstance(spec, LaunchSpec):
+            return Wanted.launched(spec, needs, self.labels)
+        return Wanted(kind=self.kind, needs=needs, labels=self.labels)
 
     def current_offer(self) -> Offer:
         """The offer with the current epoch."""

@@ -138,6 +138,31 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
         {"kind": "launch", "cannot": {"network": "no"}},
         {"kind": "federate", "cannot": {"network": "no"}},
     ),
+    (
+        "network.jobs",
+        {"jobs_network": False},
+        {"network": False},
+        {"network": True},
+    ),
+    ("containers.allow", {}, {}, {"image": "docker.io/library/python:3"}),
+    (
+        "containers.images",
+        {"containers": True, "images": ("docker.io/library/*", "localhost/*")},
+        {"image": "docker.io/library/python:3"},
+        {"image": "docker.io/mallory/python:3"},
+    ),
+    (
+        "containers.mounts",
+        {"containers": True, "mounts": ("/srv/scans", "/scratch:rw")},
+        {"image": "a", "mounts": (("/srv/scans", False), ("/scratch", True), ("/scratch", False))},
+        {"image": "a", "mounts": (("/srv/scans", True),)},
+    ),
+    (
+        "containers.mounts",
+        {"containers": True, "mounts": ("/srv/scans",)},
+        {"image": "a"},
+        {"image": "a", "mounts": (("/srv/scans/x", False),)},  # it may be a link by then
+    ),
     ("sandbox.require", {}, {"cannot": {"pids": "no"}}, {"cannot": {"hide": "no"}}),
     ("sandbox.require", {"require": ("pids",)}, {}, {"cannot": {"pids": "no"}}),
 ]
@@ -253,7 +278,7 @@ def test_what_closes_the_whole_machine_is_said_before_anybody_asks(
 def test_explain_lists_every_rule_with_its_verdict() -> None:
     policy = Policy(commands=False, gpus=())
     rulings = {one.rule: one.ok for one in explain(policy, asked(commands=True, gpus=1))}
-    assert len(rulings) == 15
+    assert len(rulings) == 19
     assert {rule for rule, ok in rulings.items() if not ok} == {"tasks.commands", "resources.gpus"}
 
 
@@ -367,6 +392,10 @@ policies = st.builds(
     secure_aggregation_only=st.booleans(),
     max_epsilon=st.none() | st.floats(0, 2),
     federated_network=st.booleans(),
+    jobs_network=st.booleans(),
+    containers=st.booleans(),
+    images=some(st.sampled_from(["*", "a*", "b"])),
+    mounts=some(st.sampled_from(["/a", "/a:rw", "/b"])),
     require=some(st.sampled_from(REQUIRABLE)),
     log_days=st.floats(0, 100),
     log_disk=st.integers(0, 100),
@@ -397,6 +426,8 @@ requests = st.builds(
     secure_aggregation=st.booleans(),
     epsilon=st.none() | st.floats(0, 2),
     network=st.booleans(),
+    image=st.sampled_from(["", "a", "b"]),
+    mounts=some(st.tuples(st.sampled_from(["/a", "/b"]), st.booleans())),
 )
 
 
@@ -443,6 +474,10 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "secure_aggregation_only": lambda _, value: True,
     "max_epsilon": lower,
     "federated_network": lambda _, value: False,
+    "jobs_network": lambda _, value: False,
+    "containers": lambda _, value: False,
+    "images": fewer,
+    "mounts": fewer,
     "require": lambda draw, value: (*value, *draw(some(st.sampled_from(REQUIRABLE)))),
     "log_days": lower,
     "log_disk": lower,
@@ -505,6 +540,8 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         cpus=4.0,
         memory=16 * GB,
         max_epsilon=2.0,
+        images=("docker.io/library/*",),
+        mounts=("/srv/scans", "/scratch:rw"),
     )
 
 
@@ -593,6 +630,8 @@ def test_values_are_read_as_people_write_them(line: str, field: str, value: obje
         ('x = """\n[tasks]\nat_once = "a"\n"""\n[tasks]\nat_once = "a"\n', 6, "tasks.at_once must"),
         ('tasks.run_time = "-1h"\n', 1, 'must be a time like "90m"'),
         ("tasks.run_time = 60\n", 1, 'must be a time like "90m"'),
+        ('containers.mounts = ["scans"]\n', 1, "a list of absolute paths"),
+        ("resources.processes = 0\n", 1, "a whole number > 0"),
         ('tasks.hours = "22-6"\n', 1, "must be times of day"),
         ('tasks.hours = "24:00-06:00"\n', 1, "must be times of day"),
         ('tasks.hours = "08:00-08:00"\n', 1, "must be times of day"),

@@ -86,9 +86,8 @@ def test_sections_reach_the_program_and_what_is_of_the_hosted_service_is_named(
         "job_subtype",
         "framework_type",
         "job_args",
-        "containerize",
-        "docker",
         "computing.maximum_cost_per_hour",
+        "docker",
     ]
 
 
