@@ -225,6 +225,7 @@ def command(
     limits: Limits,
     network: bool,
     script: str,
+    user: tuple[int, int] | None,
 ) -> list[str]:
     """The words that run a script of the shell on a job, whose files and `work` lie in `folder`.
 
@@ -250,8 +251,10 @@ def command(
         words += [f"--device=nvidia.com/gpu={uuid}" for uuid in gpus]
     elif gpus:
         words += [f'--gpus="device={",".join(gpus)}"']
-    if engine.name == "docker" and not engine.rootless and os.geteuid() != 0:
-        words += [f"--user={os.geteuid()}:{os.getegid()}"]
+    if user is None and engine.name == "docker" and not engine.rootless and os.geteuid() != 0:
+        user = os.geteuid(), os.getegid()
+    if user is not None and not engine.rootless:
+        words += [f"--user={user[0]}:{user[1]}"]
     if engine.limits:
         if limits.memory_bytes is not None:
             words += [f"--memory={limits.memory_bytes}", f"--memory-swap={limits.memory_bytes}"]

@@ -63,6 +63,7 @@ class Spec:
         self.marker = self._text("marker", "")
         self.cgroup = None if said.get("cgroup") is None else self._text("cgroup")
         self.limits = self._whole_numbers()
+        self.user = self._ids()
         if not self.argv:
             raise SpecError("argv: names no program")
         for path in (self.cwd, *self.hide, *self.show, *self.writable):
@@ -115,6 +116,14 @@ class Spec:
             raise SpecError(f"limits: knows {_LIMITS}, got {sorted(unknown)}")
         return value
 
+    def _ids(self) -> list[int] | None:
+        value = self._said.get("user")
+        if value is None:
+            return None
+        if isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value):
+            return value
+        raise SpecError(f"user: must be the ids of a user and a group, got {value!r}")
+
     def _strings(self, name: str, absent: tuple[str, ...] | None = None) -> list[str]:
         value = self._said.get(name, absent)
         if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
@@ -144,7 +153,9 @@ class Spec:
             asked.append(namespaces.READ_ONLY)
         if not self.network:
             asked.append(namespaces.NETWORK)
-        if os.geteuid() == 0 and "processes" in self.limits and self.cgroup is None:
+        # The kernel counts the processes of every user but 0.
+        uncounted = os.geteuid() == 0 and self.user is None
+        if uncounted and "processes" in self.limits and self.cgroup is None:
             asked.append(namespaces.PROCESSES)
         return asked
 
@@ -278,6 +289,8 @@ def _become_task(
         if channels.theirs.recv(16) != b"go":
             os._exit(70)
         _limit(spec, namespaced=namespaced)
+        if spec.user is not None:
+            _change_user(spec.user[0], spec.user[1], spec.cwd)
         if spec.enclosed:
             namespaces.seal_task()
         confine.enclose(
@@ -294,6 +307,21 @@ def _become_task(
         os.write(channels.failed[1], f"{error}"[:4000].encode())
     finally:
         os._exit(71)
+
+
+def _change_user(user: int, group: int, cwd: str) -> None:
+    """Give up user 0 for good. The task's directory is theirs already."""
+    os.setgroups([])
+    os.setresgid(group, group, group)
+    os.setresuid(user, user, user)
+    try:
+        os.chdir(cwd)
+    except OSError as error:
+        raise SandboxError(
+            "",
+            f"user {user} cannot pass the directories above {cwd}: give the agent a home that "
+            f"others may pass, such as /var/lib/fedml ({error.strerror})",
+        ) from error
 
 
 def _limit(spec: Spec, *, namespaced: bool) -> None:

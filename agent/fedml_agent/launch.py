@@ -91,7 +91,7 @@ class Jobs:
         """One job from its offer, or from where a former agent left it, to its confirmed end."""
         try:
             tended = await self._begin(entry)
-        except (BadPackage, tending.TaskRefused) as error:
+        except (BadPackage, tending.TaskRefused, sandbox.SandboxError) as error:
             self._fail(entry, Fault.MACHINE, str(error))
             return
         except NoImage as error:
@@ -184,7 +184,11 @@ class Jobs:
         if entry.key in self._stops:
             self._reporter.ended(entry, _stopped(entry))
             return None
-        tended = await tending.start(folder, self._spec(entry, spec, work))
+        told = self._spec(entry, spec, work)
+        if told.user is not None:
+            scripts = (folder / "bootstrap.sh", folder / "job.sh")
+            await asyncio.to_thread(sandbox.give_to, told.user, work, readable=scripts)
+        tended = await tending.start(folder, told)
         self._reporter.started(entry)
         return tended
 
@@ -243,10 +247,14 @@ class Jobs:
             optional=sandbox.optional(policy.require, network=not spec.offline),
             say_missing=True,
             network=not spec.offline,
+            user=self._user(policy),
             deadline_s=deadline_s,
             grace_s=offer.grace_s,
             marker=entry.folder,
         )
+
+    def _user(self, policy: Policy) -> tuple[int, int] | None:
+        return None if policy.user is None else sandbox.ids_of(policy.user)
 
     def _boxed(
         self,
@@ -260,6 +268,10 @@ class Jobs:
         engine, device = _engine(), self._home.membership().device
         env = {"HOME": containers.WORKSPACE, "TMPDIR": containers.SCRATCH, **extra}
         name, limits = container_name(device, entry), limits_of(entry, self._policy())
+        user = self._user(self._policy())
+        if user is not None and not engine.rootless:
+            scripts = (work.parent / "bootstrap.sh", work.parent / "job.sh")
+            sandbox.give_to(user, work, readable=scripts)
         words = containers.command(
             engine,
             container,
@@ -271,6 +283,7 @@ class Jobs:
             limits=limits,
             network=not spec.offline,
             script=_SCRIPT,
+            user=user,
         )
         return TaskSpec(
             argv=words,

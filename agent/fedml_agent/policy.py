@@ -53,6 +53,7 @@ class Policy:
     images: tuple[str, ...] = ("*",)
     mounts: tuple[str, ...] = ()
     require: tuple[str, ...] = (HIDE,)
+    user: str | None = None
     log_days: float = 7.0
     log_disk: int = 1_000_000_000
     broken: str | None = None

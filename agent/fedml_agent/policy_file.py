@@ -204,6 +204,8 @@ mounts = ["/srv/scans", "/scratch:rw"]
 # of the task as a whole). `fedml-agent diagnose` says which of them this machine can give. Without
 # "hide" in this list, tasks may be able to read the agent's key, and to act as this machine.
 require = ["hide"]
+# The user that launched jobs run as, where the agent is root; not set: as the agent.
+user = "fedml-task"
 
 [logs]
 # Days that logs of finished tasks stay here; the broker has them too.
@@ -369,6 +371,7 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
         "require",
         _Kind(_must(_all(REQUIRABLE.__contains__), _REQUIRABLE, tuple)),
     ),
+    "sandbox.user": ("user", _Kind(_must(_is_text, "the name of a user"))),
     "logs.keep_days": ("log_days", _NUMBER),
     "logs.keep_disk": ("log_disk", _SIZE),
 }

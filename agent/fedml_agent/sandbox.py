@@ -21,6 +21,8 @@ import dataclasses
 import functools
 import json
 import logging
+import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -158,6 +160,35 @@ def cgroup_of_tasks() -> str | None:
     except SandboxError as missing:
         log.info("limits hold for each process of a task, not for all together: %s", missing)
         return None
+
+
+def ids_of(user: str) -> tuple[int, int]:
+    """User and group of a task whose owner gives tasks a user of their own.
+
+    Raises:
+        SandboxError: There is no such user, or this agent cannot become it.
+    """
+    try:
+        found = pwd.getpwnam(user)
+    except KeyError:
+        why = f"there is no user {user!r} (sandbox.user in policy.toml): `useradd --system {user}`"
+        raise SandboxError("", why) from None
+    if os.geteuid() not in (0, found.pw_uid):
+        why = f"an agent that is not root cannot run tasks as {user!r} (sandbox.user)"
+        raise SandboxError("", why)
+    if found.pw_uid == 0:
+        raise SandboxError("", "sandbox.user in policy.toml: root is no user for tasks")
+    return found.pw_uid, found.pw_gid
+
+
+def give_to(user: tuple[int, int], folder: Path, *, readable: Sequence[Path]) -> None:
+    """Let a task of another user work in its directory, and read what lies above that for it."""
+    folder.parent.chmod(0o711)  # the agent's home, above, is closed to everybody
+    for path in readable:
+        path.chmod(0o644)
+    for base, _, files in os.walk(folder):
+        for path in (Path(base), *(Path(base) / name for name in files)):
+            os.chown(path, *user, follow_symlinks=False)
 
 
 def optional(require: Sequence[str], *, network: bool = True) -> tuple[str, ...]:

@@ -73,6 +73,7 @@ class TaskSpec:
         log_cap_bytes: Kept of each output stream at most; the oldest goes first.
         log_segment_bytes: Size of one log file.
         marker: Handed back in every record, for the agent to know whose task this is.
+        user: User and group that it runs as, where the agent is root; None: as the agent.
         cgroup: From `cgroups.prepare`, or None for limits that hold for each process.
     """
 
@@ -94,6 +95,7 @@ class TaskSpec:
     log_cap_bytes: int = capped_log.DEFAULT_CAP
     log_segment_bytes: int = capped_log.DEFAULT_SEGMENT
     marker: str = ""
+    user: tuple[int, int] | None = None
     cgroup: str | None = None
 
     def to_json(self) -> str:
@@ -119,6 +121,7 @@ class TaskSpec:
                 "log_cap_bytes": self.log_cap_bytes,
                 "log_segment_bytes": self.log_segment_bytes,
                 "marker": self.marker,
+                "user": self.user,
                 "cgroup": self.cgroup,
             }
         )

@@ -397,6 +397,7 @@ policies = st.builds(
     images=some(st.sampled_from(["*", "a*", "b"])),
     mounts=some(st.sampled_from(["/a", "/a:rw", "/b"])),
     require=some(st.sampled_from(REQUIRABLE)),
+    user=st.none() | st.just("tasks"),
     log_days=st.floats(0, 100),
     log_disk=st.integers(0, 100),
 )
@@ -479,6 +480,7 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "images": fewer,
     "mounts": fewer,
     "require": lambda draw, value: (*value, *draw(some(st.sampled_from(REQUIRABLE)))),
+    "user": lambda _, value: "tasks",
     "log_days": lower,
     "log_disk": lower,
     "broken": lambda _, value: "the file is broken",
@@ -540,6 +542,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         cpus=4.0,
         memory=16 * GB,
         max_epsilon=2.0,
+        user="fedml-task",
         images=("docker.io/library/*",),
         mounts=("/srv/scans", "/scratch:rw"),
     )
@@ -551,7 +554,8 @@ def test_the_example_of_the_documentation_is_a_policy() -> None:
     shown = {section: set(table) for section, table in tomllib.loads(example).items()}
     known = {section: set(table) for section, table in tomllib.loads(EXPLAINED).items()}
     assert parse(example).kinds == ("federate",)
-    known["privacy"].discard("max_epsilon")  # it stands there as a comment
+    known["privacy"].discard("max_epsilon")  # these stand there as comments
+    known["sandbox"].discard("user")
     assert shown == known
 
 
@@ -559,7 +563,16 @@ def test_the_explained_file_shows_the_true_defaults() -> None:
     shown, example = describe(Policy()), parse(EXPLAINED)
     assert parse(shown) == Policy()
     # What is not in force stands there as a comment, so that removing `# ` puts it in force.
-    for setting in ("at_once", "run_time", "hours", "gpus", "cpus", "memory", "max_epsilon"):
+    for setting in (
+        "at_once",
+        "run_time",
+        "hours",
+        "gpus",
+        "cpus",
+        "memory",
+        "max_epsilon",
+        "user",
+    ):
         line = next(one for one in EXPLAINED.splitlines() if one.startswith(f"{setting} = "))
         assert f"# {line}" in shown.splitlines()
     assert example.disk_reserve == Policy().disk_reserve

@@ -7,6 +7,7 @@ says what to install.
 
 import json
 import os
+import pwd
 import shutil
 import signal
 import socketserver
@@ -256,3 +257,14 @@ def test_a_password_is_not_shown_again(place: Place) -> None:
     run = job(place, "true", box=box)
     place.finishes(run)
     assert "open sesame" not in json.dumps(place.client.call("GET", f"/v1/runs/{run}"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only an agent of root gives jobs another user")
+def test_the_user_that_an_owner_gives_to_jobs_is_the_one_in_the_container(place: Place) -> None:
+    machine(place, "modest", POLICY + '[sandbox]\nuser = "nobody"\n')
+    run = place.launch(
+        "id -u; touch mine && echo wrote", container={"image": IMAGE}, labels={"who": "modest"}
+    )
+    end, text = ends(place, run)
+    assert end["state"] == "FINISHED", (end["cause"], text)
+    assert text["stdout"] == f"{pwd.getpwnam('nobody').pw_uid}\nwrote\n"

@@ -3,9 +3,11 @@
 
 import json
 import os
+import pwd
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,3 +278,42 @@ def test_a_job_without_a_network_reaches_nobody_and_an_owner_can_insist(place: P
         server.shutdown()
     asks = place.launch(ask, labels={"who": "island"})
     assert "network.jobs" in waiting(place, asks, "may be: none (`network: none`")
+
+
+SNOOP = """
+id -u; touch mine && stat -c %u mine; echo "$HOME" > "$TMPDIR"/x && echo tmp
+cat {home}/agent/private/device.key /etc/shadow /proc/{pid}/environ; ls {home}/agent/tasks
+touch {home}/x; kill -0 {pid} && echo found the agent; true
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives jobs another user")
+def test_jobs_of_an_agent_of_root_can_have_a_user_of_their_own() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # pytest's own directories are closed to others
+        with Place(Path(folder)) as place:
+            agent = machine(place, "root", 'sandbox.user = "nobody"\n')
+            snoop = SNOOP.format(home=agent.home, pid=agent.pid)
+            end, text = ends(place, place.launch(snoop, bootstrap="echo begins"))
+            assert end["state"] == "FINISHED", (end["cause"], text)
+            nobody = str(pwd.getpwnam("nobody").pw_uid)
+            [task] = place.tasks(end["id"])
+            assert text["stdout"].split("\n") == [
+                "begins",
+                nobody,
+                nobody,
+                "tmp",
+                f"{task.id}.1",
+                "",
+            ]
+            assert "/etc/shadow: Permission denied" in text["stderr"]
+            for hidden in ("device.key", "environ"):
+                assert f"{hidden}: No such file" in text["stderr"]
+
+            (agent.home / "agent" / "policy.toml").write_text('sandbox.user = "no-such-user"\n')
+            for _ in range(100):
+                end = place.end(place.launch("true"))
+                if end["state"] == "FAILED":
+                    break
+            assert "`useradd --system no-such-user`" in end["cause"]["message"]
+            assert end["cause"]["fault"] == "machine"
