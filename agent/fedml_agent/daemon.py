@@ -14,7 +14,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from fedml_agent import containers, hardware, login, sandbox, systemd
+from fedml_agent import containers, hardware, login, processes, sandbox, systemd, trespass
 from fedml_agent.attic import Attic
 from fedml_agent.control import Control
 from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable
@@ -24,7 +24,7 @@ from fedml_agent.home import Home
 from fedml_agent.https import Https, patiently
 from fedml_agent.intake import Intake, room_name
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Jobs, container_name
+from fedml_agent.launch import Jobs, container_name, full_disk
 from fedml_agent.link import Link, LinkDown
 from fedml_agent.outbox import Outbox
 from fedml_agent.packages import Packages
@@ -78,6 +78,8 @@ class Daemon:
         self._serving: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._runs: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._making_room = asyncio.Lock()
+        self._named: set[tuple[str, str]] = set()
         self._background: set[asyncio.Task[None]] = set()
 
         self.voice = Voice(self.membership.address, home.next_boot(), version)
@@ -113,6 +115,7 @@ class Daemon:
             refusing=lambda: self.intake.refusing,
             free_slots=lambda: self.room.slots - len(self.room.taken),
             draining=lambda: self.intake.draining,
+            seen=self._look_at_use,
             nvml=nvml,
         )
         self.link = Link(
@@ -315,6 +318,48 @@ class Daemon:
         for entry in self.journal.held():
             if entry.offer.on_lost is OnLost.STOP and silent_s > entry.offer.lease_s:
                 self.cancel(Cancel(task=entry.key[0], epoch=entry.key[1], reason="lease over"))
+
+    def _look_at_use(self, read: hardware.Readings) -> None:
+        """What tasks use that they must not."""
+        self._look_for_trespasses(read)
+        if read.disk.free < self.policy.disk_reserve // 2 and self.jobs.running():
+            self._spawn(self._make_room(read.disk.free), "agent.disk")
+
+    async def _make_room(self, free: int) -> None:
+        """The disk runs full while jobs run: the one that has taken most is ended."""
+        if self._making_room.locked():
+            return
+        async with self._making_room:
+            found = await asyncio.to_thread(self.jobs.filling, self.policy.disk_reserve // 2)
+            if found is not None:
+                cause = full_disk(found[1], free, self.policy)
+                log.warning("%s is ended: %s", found[0], cause.message)
+                self.jobs.oust(found[0], cause)
+
+    def _look_for_trespasses(self, read: hardware.Readings) -> None:
+        """Name tasks that compute on GPUs that they do not hold; each once for each GPU."""
+        running = self.jobs.running() | self.stages.running()
+        if not running or not any(True for _ in trespass.users(read.gpus)):
+            self._named.clear()
+            return
+        children = processes.children_of_all()
+        trees = {
+            name: processes.descendants(tended.facts["guard"]["pid"], children)
+            for name, tended in running.items()
+        }
+        leases = {name: gpus for name, (_, gpus) in self.room.taken.items()}
+        found = trespass.trespasses(read.gpus, leases, trees)
+        for name, gpu, pid in found:
+            if (name, gpu) in self._named:
+                continue
+            held = ", ".join(leases.get(name, ())) or "none"
+            text = f"it uses the GPU {gpu} (process {pid}), which it does not hold; its own: {held}"
+            log.warning("%s: %s", name, text)
+            running[name].say(text)
+            if self.policy.end_trespassers:
+                why = f"{text} (resources.end_trespassers)"
+                self.jobs.oust(name, Cause(fault=Fault.POLICY, message=why))
+        self._named = {(name, gpu) for name, gpu, _ in found}
 
     async def _greet(self) -> None:
         await self.voice.presence(online=True)

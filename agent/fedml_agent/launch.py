@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from fedml_agent.journal import Entry, Journal
 from fedml_agent.observe import Finished, Logged, LogShipper
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
+from fedml_agent.room import disk_free, size_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
@@ -47,6 +49,8 @@ GIB = 1 << 30
 _ASK_MEMORY = "say in the job file what it needs (`computing.memory`): it then goes where that is"
 # How long until a shim that does not answer is asked again.
 _SILENCE_S = 10.0
+_OUSTED_S = 5.0
+_LEAST = 1 << 20
 
 
 class Reporter(Protocol):
@@ -84,6 +88,7 @@ class Jobs:
         self._tended: dict[tuple[str, int], Tended] = {}
         self._shippers: dict[tuple[str, int], LogShipper] = {}
         self._stops: dict[tuple[str, int], float] = {}
+        self._ousted: dict[tuple[str, int], Cause] = {}
         self._kept: set[tuple[str, int]] = set()
         self._pulls: dict[tuple[str, int], asyncio.Task[None]] = {}
 
@@ -138,6 +143,32 @@ class Jobs:
             tended.stop(grace_s)
         elif entry.key in self._pulls:
             self._pulls[entry.key].cancel()
+
+    def filling(self, over: int) -> tuple[str, int] | None:
+        """The job whose files are most above what it asked for, and their size; call in a thread.
+
+        Args:
+            over: Bytes; below this, ending it would not help.
+        """
+        sizes: list[tuple[int, str, int]] = []
+        for key in list(self._tended):
+            entry = self._journal.get(*key)
+            if entry is not None:
+                size = size_of(self._folder(entry) / "work")
+                sizes.append((size - entry.offer.needs.disk_bytes, key[0], size))
+        most, task, size = max(sizes, default=(0, "", 0))
+        return (task, size) if most > 0 and size >= over else None
+
+    def running(self) -> dict[str, Tended]:
+        """What runs, by the name under which it holds room."""
+        return {task: tended for (task, _), tended in self._tended.items()}
+
+    def oust(self, task: str, why: Cause) -> None:
+        """End a job that does what it must not do on this machine."""
+        for key, tended in self._tended.items():
+            if key[0] == task:
+                self._ousted.setdefault(key, why)
+                tended.stop(_OUSTED_S)
 
     def detach(self) -> None:
         """The agent stops; the jobs go on without it."""
@@ -240,7 +271,7 @@ class Jobs:
             argv=(shell, "-c", _SCRIPT),
             env=sandbox.clean_env(os.environ, extra, home=work),
             cwd=work,
-            limits=limits_of(entry, policy),
+            limits=limits_of(entry, policy, disk_free=disk_free(self._home.tasks)),
             cgroup=sandbox.cgroup_of_tasks(),
             hide=(self._home.root, *data),
             show=(self._folder(entry),),
@@ -362,7 +393,10 @@ class Jobs:
 
     def _end(self, entry: Entry, end: Ended) -> None:
         begun = (self._folder(entry) / "work" / containers.STARTED).exists()
-        self._reporter.ended(entry, result_of(entry, end, begun=begun))
+        result = result_of(entry, end, begun=begun)
+        if (why := self._ousted.pop(entry.key, None)) is not None:
+            result = replace(result, state=TaskState.FAILED, cause=why)
+        self._reporter.ended(entry, result)
 
     def _fail(self, entry: Entry, fault: Fault, message: str) -> None:
         cause = Cause(fault=fault, message=message)
@@ -382,9 +416,11 @@ class Jobs:
         return self._home.tasks / entry.folder
 
 
-def limits_of(entry: Entry, policy: Policy) -> sandbox.Limits:
-    """What a task may use of the machine."""
+def limits_of(entry: Entry, policy: Policy, *, disk_free: int | None = None) -> sandbox.Limits:
+    """What a task may use of the machine; `disk_free`: bytes, where it writes."""
+    file_bytes = None if disk_free is None else max(disk_free - policy.disk_reserve // 2, _LEAST)
     return sandbox.Limits(
+        file_bytes=file_bytes,
         memory_bytes=entry.offer.needs.memory_bytes or policy.memory or None,
         processes=policy.processes,
         cpus=None if policy.cpus is None else max(1, int(policy.cpus)),
@@ -423,17 +459,23 @@ def result_of(entry: Entry, end: Ended, *, begun: bool = True) -> Result:
     elif end.signal is not None or end.reason == "killed":
         name = signal.Signals(end.signal or signal.SIGKILL).name
         memory = ", and the machine had run out of memory" if end.oom != "no" else ""
+        if end.signal == signal.SIGXFSZ:
+            memory = f": {_too_large(end)}"
         state = TaskState.FAILED
         cause = Cause(
             fault=Fault.TASK,
             message=f"it was ended by {name}{memory}",
-            hint=_ASK_MEMORY if memory else "",
+            hint=_ASK_MEMORY if end.oom != "no" else "",
         )
     elif end.code and _container(entry) is not None:
         state, cause = TaskState.FAILED, _of_container(entry, end, begun)
     elif end.code:
         state = TaskState.FAILED
         message = f"its command ended with exit code {end.code}"
+        if (number := end.code - 128) in signal.valid_signals():
+            message += f" (a program in it was ended by {signal.Signals(number).name})"
+        if number == signal.SIGXFSZ:
+            message += f"; {_too_large(end)}"
         if refused := end.record.get("forks_refused", 0):
             most = end.record["limits"]["processes"]
             message += f"; {refused} times it wanted more than {most} processes at once"
@@ -467,6 +509,21 @@ def _of_container(entry: Entry, end: Ended, begun: bool) -> Cause:
         if number == signal.SIGKILL and memory:
             message += f"; perhaps it used more than its {memory / GIB:.3g} GiB of memory"
     return Cause(fault=Fault.TASK, message=message)
+
+
+def _too_large(end: Ended) -> str:
+    size = end.record["limits"].get("file_bytes", 0)
+    return f"it wrote a file of more than the {size / 1e9:.2g} GB that the machine has for it"
+
+
+def full_disk(used: int, free: int, policy: Policy) -> Cause:
+    """Why a job was ended whose files filled the machine's disk."""
+    message = (
+        f"its files grew to {used / 1e9:.2g} GB, and the machine's disk ran low: "
+        f"{free / 1e9:.2g} GB are free, {policy.disk_reserve / 1e9:.2g} GB are to stay so"
+    )
+    hint = "say in the job file what it needs (`computing.disk`): it then goes where that is"
+    return Cause(fault=Fault.TASK, message=message, hint=hint)
 
 
 def out_of_memory(entry: Entry, end: Ended) -> Cause:

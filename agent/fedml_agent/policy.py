@@ -41,6 +41,7 @@ class Policy:
     publishers_denied: tuple[str, ...] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     gpus: tuple[int | str, ...] | None = None
+    end_trespassers: bool = False
     cpus: float | None = None
     memory: int | None = None
     processes: int = 4096

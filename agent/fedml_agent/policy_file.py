@@ -165,6 +165,8 @@ heart = "/srv/data/heart.csv"
 # GPUs and MIG instances that tasks may use; not set: all. A number may change when the machine
 # boots, a UUID does not.
 gpus = [0, "GPU-0f4b7c1e-5a0d-4a9b-8f6e-2c5a3d1b7e90"]
+# End a launched job that computes on a GPU that it does not hold? It is named in any case.
+end_trespassers = false
 # Processors that all tasks together may ask for, and on which they run; not set: all.
 cpus = 4.0
 # Memory that all tasks together may ask for; not set: all. For one that names none, this is the
@@ -356,6 +358,7 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "publishers.allow": ("publishers", _TEXTS),
     "publishers.deny": ("publishers_denied", _TEXTS),
     "resources.gpus": ("gpus", _Kind(_must(_all(_is_device), _DEVICES, tuple))),
+    "resources.end_trespassers": ("end_trespassers", _BOOL),
     "resources.cpus": ("cpus", _NUMBER),
     "resources.memory": ("memory", _SIZE),
     "resources.processes": ("processes", _Kind(_must(_is_positive, "a whole number > 0"))),

@@ -31,8 +31,8 @@ def boot_id() -> str:
         return file.read().strip()
 
 
-def descendants(ancestor: int) -> list[int]:
-    """Every process whose parents lead to `ancestor`, itself left out, in no order."""
+def children_of_all() -> dict[int, list[int]]:
+    """Every process of the machine, under its parent's number."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208
         if name.isdigit():
@@ -43,6 +43,15 @@ def descendants(ancestor: int) -> list[int]:
                 fields = file.read()
                 parent = int(fields[fields.rindex(b")") + 2 :].split()[1])
                 children.setdefault(parent, []).append(int(name))
+    return children
+
+
+def descendants(ancestor: int, children: dict[int, list[int]] | None = None) -> list[int]:
+    """Every process whose parents lead to `ancestor`, itself left out, in no order.
+
+    `children`: from `children_of_all`, for several questions about one moment.
+    """
+    children = children_of_all() if children is None else children
     found: list[int] = []
     ahead = [ancestor]
     while ahead:

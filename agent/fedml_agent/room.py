@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this machine lets out, and what of it is taken. GPUs are leased by UUID, one task each."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -136,6 +137,16 @@ def disk_free(path: Path) -> int:
     """Bytes that a normal user may still write where `path` lies."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
+
+
+def size_of(folder: Path) -> int:
+    """Bytes on the disk below a directory, as far as they can be looked at."""
+    total = 0
+    for base, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):  # it went meanwhile
+                total += (Path(base) / name).lstat().st_blocks * 512
+    return total
 
 
 def _devices(gpu: Gpu) -> Iterator[Device]:

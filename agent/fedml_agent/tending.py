@@ -234,6 +234,10 @@ class Tended(asyncio.Protocol):
         """
         self._say({"do": "stop", "grace_s": grace_s})
 
+    def say(self, text: str) -> None:
+        """Put a line of ours into its log, for whoever reads that."""
+        self._say({"do": "say", "text": text[:2000]})
+
     def kill(self) -> None:
         """End it at once."""
         self._say({"do": "kill"})

@@ -385,6 +385,7 @@ policies = st.builds(
     publishers_denied=some(patterns),
     data=st.dictionaries(names, st.just("/x")),
     gpus=st.none() | some(gpu_names),
+    end_trespassers=st.booleans(),
     cpus=st.none() | st.floats(0, 4),
     memory=st.none() | st.integers(0, 100),
     processes=st.integers(1, 100),
@@ -468,6 +469,7 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     # More data sets: more that is to be kept from tasks.
     "data": lambda draw, value: {**value, **draw(st.dictionaries(names, st.just("/y")))},
     "gpus": lambda draw, value: draw(some(gpu_names)) if value is None else fewer(draw, value),
+    "end_trespassers": lambda _, value: True,
     "cpus": lower,
     "memory": lower,
     "processes": lambda draw, value: draw(st.integers(1, value)),
