@@ -35,6 +35,7 @@ from fedml_protocol.launch import Container
 WORKSPACE = "/workspace"
 SCRATCH = f"{WORKSPACE}/tmp"  # noqa: S108 - in there
 STARTED = "tmp/.started"  # in the workspace: the engine has done its part
+NONE = "it has no container engine (Podman or Docker)"
 ENV_FILE = "env"
 _LABEL = "org.fedml.agent"
 _ASK_S = 30.0
@@ -102,7 +103,14 @@ def found() -> Engine | str:
         except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             reasons.append(f"{name} is installed, but: {said.strip().rpartition(chr(10))[2]}")
-    return "; ".join(reasons) or "it has no container engine (Podman or Docker)"
+    return "; ".join(reasons) or NONE
+
+
+def here(*, allowed: bool) -> Engine | str:
+    """The engine for jobs, or why none runs in a container; one that may not is not even asked."""
+    if not any(shutil.which(name) for name in ("podman", "docker")):
+        return NONE
+    return found() if allowed else "its owner lets none run ([containers] in policy.toml)"
 
 
 def _ask(*words: str) -> str:
@@ -157,10 +165,10 @@ def full_name(image: str) -> str:
     return f"docker.io/{image}" if slash else f"docker.io/library/{image}"
 
 
-def cannot() -> dict[str, str]:
+def cannot(*, allowed: bool) -> dict[str, str]:
     """The protections that a job in a container goes without here, each with its reason."""
-    engine = found()
-    if isinstance(engine, Engine) and engine.limits:
+    engine = here(allowed=allowed)
+    if isinstance(engine, str) or engine.limits:
         return {}
     return {CGROUPS: f"{engine} cannot limit what a container uses"}
 

@@ -67,7 +67,7 @@ class Daemon:
         self.journal = Journal(home.private / "journal.db")
         self.inventory = hardware.inventory(nvml=nvml)
         sandbox.cgroup_of_tasks()
-        containers.found()
+        containers.here(allowed=self.policy.containers)
         sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self._nvml = nvml
@@ -214,8 +214,8 @@ class Daemon:
 
     async def _remove_containers(self) -> None:
         """What a dead shim has left running, and no task in the journal answers for."""
-        engine = containers.found()
-        if isinstance(engine, str) or not self.policy.containers:
+        engine = containers.here(allowed=self.policy.containers)
+        if isinstance(engine, str):
             return
         device = self.membership.device
         known = {container_name(device, entry) for entry in self.journal.held()}
@@ -227,6 +227,8 @@ class Daemon:
         while True:
             try:
                 await self._renew_if_due()
+                # In a thread: an engine that was just let in is asked what it can do.
+                await asyncio.to_thread(containers.here, allowed=self.policy.containers)
                 told = report(self.inventory, self.policy, disk_free(self.home.root))
                 self.membership = await asyncio.to_thread(
                     login.hello, self.home, self.https(), told, self.version

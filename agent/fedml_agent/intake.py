@@ -208,14 +208,14 @@ class Intake:
         """Why this offer is not taken; None: it is."""
         if self.draining:
             return RejectReason.DRAINING, "this agent takes no more tasks"
-        if isinstance(offer.spec, LaunchSpec) and offer.spec.container is not None:
-            engine = containers.found()
-            if isinstance(engine, str):
-                return RejectReason.UNSUPPORTED, f"this machine runs no containers: {engine}"
         policy = self._policy()
         refused = check(policy, self._request(offer))
         if refused is not None:
             return _REASONS.get(refused.rule, _PASSING)[refused.passing], str(refused)
+        if isinstance(offer.spec, LaunchSpec) and offer.spec.container is not None:
+            engine = containers.here(allowed=policy.containers)
+            if isinstance(engine, str):
+                return RejectReason.UNSUPPORTED, f"this machine runs no containers: {engine}"
         if room_name(offer) in self._room.taken:
             return None
         if len(self._room.taken) >= self._room.slots:
@@ -239,7 +239,9 @@ class Intake:
             disk_free=disk_free(self._home.root),
             epsilon_spent=0.0,
             devices=self._devices,
-            cannot=sandbox.cannot() if container is None else containers.cannot(),
+            cannot=sandbox.cannot()
+            if container is None
+            else containers.cannot(allowed=self._policy().containers),
             commands=launched,
             gpus=needs.gpus,
             cpus=float(needs.cpus),

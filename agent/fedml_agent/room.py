@@ -125,11 +125,9 @@ def report(inventory: Inventory, policy: Policy, disk_free: int) -> dict[str, An
 
 
 def _engine(policy: Policy) -> dict[str, str]:
-    engine = containers.found()
+    engine = containers.here(allowed=policy.containers)
     if isinstance(engine, str):
         return {"engine": "", "no_engine": engine}
-    if not policy.containers:
-        return {"engine": "", "no_engine": "its owner lets none run ([containers] in policy.toml)"}
     return {"engine": str(engine), "no_engine": ""}
 
 
