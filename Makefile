@@ -19,6 +19,8 @@ system:
 	command -v mosquitto >/dev/null || test -x /usr/sbin/mosquitto || need="$$need mosquitto"; \
 	test -d /usr/share/datasets/fashion-mnist || need="$$need dataset-fashion-mnist"; \
 	command -v chromium >/dev/null || command -v google-chrome >/dev/null || need="$$need chromium"; \
+	command -v podman >/dev/null || need="$$need podman"; \
+	test -x /bin/busybox || need="$$need busybox-static"; \
 	command -v openssl >/dev/null || need="$$need openssl"; \
 	command -v curl >/dev/null || need="$$need curl"; \
 	if [ -n "$$need" ]; then \

@@ -192,10 +192,27 @@ def _secrets(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, str | None]:
     }
 
 
+def _mounts(loader: yaml.SafeLoader, node: yaml.Node) -> list[dict[str, Any]]:
+    """A list of `/on/the/machine:/in/the/container`, each perhaps with `:ro`, as Docker has it."""
+    if is_null(node):
+        return []
+    if not isinstance(node, yaml.SequenceNode):
+        raise Unfit("must be a list such as [/srv/data:/data:ro]")
+    found = []
+    for one in node.value:
+        source, _, rest = text(loader, one).partition(":")
+        target, _, mode = rest.partition(":")
+        if not (source.startswith("/") and target.startswith("/")) or mode not in ("", "ro", "rw"):
+            raise Unfit(
+                f"holds {one.value!r}, and must hold absolute paths such as /srv/data:/data:ro"
+            )
+        found.append({"source": source, "target": target, "writable": mode != "ro"})
+    return found
+
+
 # ---------------------------------------------------------------------- the format
 
 _NO_CLOUD = "jobs run on machines that have joined; nothing is rented"
-_NO_CONTAINERS = "jobs run on the machine itself, without containers"
 _NO_PROJECTS = "there are no projects"
 _ONLY_THE_WORKSPACE = "only the workspace is sent"
 
@@ -260,8 +277,16 @@ KEYS: dict[str, Any] = {
     "training_params": _section,
     "*_args": _section,
     "*_params": _section,
-    "containerize": _off(_NO_CONTAINERS),
-    "docker": _NO_CONTAINERS,
+    "network": _one_of(("full", "none"), {}),
+    "containerize": flag,
+    "docker": {
+        "image": text,
+        "registry": text,
+        "username": text,
+        "password": text,
+        "mounts": _mounts,
+        "volumes": _mounts,
+    },
     "framework_type": "a job brings its own framework",
     "fedml_env": _NO_PROJECTS,
     "job_args": "there are no stored jobs",
@@ -282,7 +307,7 @@ KEYS: dict[str, Any] = {
         "disk_tier": _NO_CLOUD,
         "network_tier": _NO_CLOUD,
         "labels": "these tag rented machines; our own `labels` choose one that has joined",
-        "image_id": _NO_CONTAINERS,
+        "image_id": _unless("docker:.+", "only images of containers are known here"),
         "ports": "machines are not reached from outside",
         "job_recovery": _recovery,
         "spot_recovery": "`retries` says how often a job is offered again",
@@ -446,6 +471,10 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
         request["data"] = found["data"]
     if requirements := _required(file, found.get("requirements", ""), workspace):
         request["requirements"] = requirements
+    if found.get("network"):
+        request["network"] = found["network"]
+    if (container := _container(file, found)) is not None:
+        request["container"] = container
     return request, workspace
 
 
@@ -500,6 +529,55 @@ def _secret_variables(
 def _one_way(file: Path, found: Mapping[str, Any], name: str, other: str) -> None:
     if name in found:
         raise ConfigError(f"{file}: `{other}` says the same as `{name}`", "keep one of them")
+
+
+def _container(file: Path, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the job runs in; None: the machine itself."""
+    docker = {key: value for key, value in found.get("docker", {}).items() if value}
+    if image := found.get("resources", {}).get("image_id", "").removeprefix("docker:"):
+        if "image" in docker:
+            raise ConfigError(f"{file}: `resources.image_id` says the same as `docker.image`")
+        docker["image"] = image
+    wanted = found.get("containerize")
+    if wanted is False:
+        if docker:
+            said = f"{file}: `docker` has no effect: `containerize` is false"
+            warnings.warn(said, UserWarning, stacklevel=2)
+        return None
+    if "image" not in docker:
+        if wanted or docker:
+            raise ConfigError(
+                f"{file}: there is no `docker.image`: what the container is made of",
+                "name one, such as docker.io/library/python:3.12, or leave `containerize` out",
+            )
+        return None
+    if "mounts" in docker and "volumes" in docker:
+        raise ConfigError(f"{file}: `docker.volumes` says the same as `docker.mounts`")
+    registry, image = docker.get("registry", ""), docker["image"]
+    first = image.partition("/")[0]
+    if registry and not ("/" in image and (set(first) & set(".:") or first == "localhost")):
+        image = f"{registry.rstrip('/')}/{image}"
+    container = {
+        "image": image,
+        "registry": registry.partition("/")[0],
+        "username": docker.get("username", ""),
+        "password": _secret(file, docker.get("password", "")),
+        "mounts": docker.get("mounts") or docker.get("volumes", []),
+    }
+    return {key: value for key, value in container.items() if value}
+
+
+def _secret(file: Path, written: str) -> str:
+    """A password, or `$NAME`: the variable of whoever launches that holds it."""
+    named = re.fullmatch(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?", written)
+    if named is None:
+        return written
+    if not (value := os.environ.get(named[1], "")):
+        raise ConfigError(
+            f"{file}: `docker.password` is the variable {named[1]}, which is not set here",
+            f"export {named[1]}=…, then launch again",
+        )
+    return value
 
 
 def _section_variables(found: Mapping[str, Any]) -> dict[str, str]:

@@ -81,6 +81,7 @@ def status_of(daemon: "Daemon") -> dict[str, Any]:
         "refusing": daemon.intake.refusing,
         "alarms": daemon.intake.alarms,
         "sandbox_missing": sandbox.cannot(),
+        "sandbox": {name: can.by for name, can in sandbox.capabilities().items() if can.works},
         "tasks": [
             {"task": e.key[0], "epoch": e.key[1], "state": e.state.name, "gpus": list(e.gpus)}
             for e in daemon.journal.held()

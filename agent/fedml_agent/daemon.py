@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
-from fedml_agent import hardware, login, sandbox, systemd
+from fedml_agent import containers, hardware, login, processes, sandbox, systemd, trespass
 from fedml_agent.attic import Attic
 from fedml_agent.control import Control
 from fedml_agent.environments import Environments
@@ -26,7 +26,7 @@ from fedml_agent.home import Home
 from fedml_agent.https import Https, patiently
 from fedml_agent.intake import Intake, room_name
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Jobs
+from fedml_agent.launch import Jobs, container_name, full_disk
 from fedml_agent.link import Link, LinkDown
 from fedml_agent.outbox import Outbox
 from fedml_agent.packages import Packages
@@ -69,6 +69,8 @@ class Daemon:
         self.policy = load_or_refuse(home.policy)
         self.journal = Journal(home.private / "journal.db")
         self.inventory = hardware.inventory(nvml=nvml)
+        sandbox.cgroup_of_tasks()
+        containers.here(allowed=self.policy.containers)
         sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self.nvml = nvml
@@ -82,6 +84,8 @@ class Daemon:
         self._serving: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._runs: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._making_room = asyncio.Lock()
+        self._named: set[tuple[str, str]] = set()
         self._background: set[asyncio.Task[None]] = set()
 
         self.voice = Voice(self.membership.address, home.next_boot(), version)
@@ -126,6 +130,7 @@ class Daemon:
             refusing=lambda: self.intake.refusing,
             free_slots=lambda: self.room.slots - len(self.room.taken),
             draining=lambda: self.intake.draining,
+            seen=self._look_at_use,
             nvml=nvml,
         )
         self.link = Link(
@@ -215,6 +220,7 @@ class Daemon:
             if isinstance(entry.offer.spec, LaunchSpec):
                 self._spawn(self.jobs.ship_rest(entry), "agent.log")
         self._spawn(self.environments.take_up(), "agent.environments")
+        self._spawn(self._remove_containers(), "agent.containers")
         known = {e.folder for e in (*self.journal.held(), *self.journal.owed())}
         for folder in self.home.tasks.iterdir():
             if folder.name not in known:
@@ -223,11 +229,23 @@ class Daemon:
             if not self.journal.knows_session(folder.name):
                 self._spawn(self.stages.take_up(folder), "agent.session")
 
+    async def _remove_containers(self) -> None:
+        """What a dead shim has left running, and no task in the journal answers for."""
+        engine = containers.here(allowed=self.policy.containers)
+        if isinstance(engine, str):
+            return
+        device = self.membership.device
+        known = {container_name(device, entry) for entry in self.journal.held()}
+        for name in await asyncio.to_thread(containers.remove_unknown, engine, device, known):
+            log.warning("the container %s had no task any more: it was ended", name)
+
     async def _say_hello(self) -> None:
         """Tell the broker what the machine is like; until it hears, go on with what we know."""
         while True:
             try:
                 await self._renew_if_due()
+                # In a thread: an engine that was just let in is asked what it can do.
+                await asyncio.to_thread(containers.here, allowed=self.policy.containers)
                 told = report(self.inventory, self.policy, disk_free(self.home.root))
                 self.membership = await asyncio.to_thread(
                     login.hello, self.home, self.https(), told, self.version
@@ -320,6 +338,48 @@ class Daemon:
         for entry in self.journal.held():
             if entry.offer.on_lost is OnLost.STOP and silent_s > entry.offer.lease_s:
                 self.cancel(Cancel(task=entry.key[0], epoch=entry.key[1], reason="lease over"))
+
+    def _look_at_use(self, read: hardware.Readings) -> None:
+        """What tasks use that they must not."""
+        self._look_for_trespasses(read)
+        if read.disk.free < self.policy.disk_reserve // 2 and self.jobs.running():
+            self._spawn(self._make_room(read.disk.free), "agent.disk")
+
+    async def _make_room(self, free: int) -> None:
+        """The disk runs full while jobs run: the one that has taken most is ended."""
+        if self._making_room.locked():
+            return
+        async with self._making_room:
+            found = await asyncio.to_thread(self.jobs.filling, self.policy.disk_reserve // 2)
+            if found is not None:
+                cause = full_disk(found[1], free, self.policy)
+                log.warning("%s is ended: %s", found[0], cause.message)
+                self.jobs.oust(found[0], cause)
+
+    def _look_for_trespasses(self, read: hardware.Readings) -> None:
+        """Name tasks that compute on GPUs that they do not hold; each once for each GPU."""
+        running = self.jobs.running() | self.stages.running()
+        if not running or not any(True for _ in trespass.users(read.gpus)):
+            self._named.clear()
+            return
+        children = processes.children_of_all()
+        trees = {
+            name: processes.descendants(tended.facts["guard"]["pid"], children)
+            for name, tended in running.items()
+        }
+        leases = {name: gpus for name, (_, gpus) in self.room.taken.items()}
+        found = trespass.trespasses(read.gpus, leases, trees)
+        for name, gpu, pid in found:
+            if (name, gpu) in self._named:
+                continue
+            held = ", ".join(leases.get(name, ())) or "none"
+            text = f"it uses the GPU {gpu} (process {pid}), which it does not hold; its own: {held}"
+            log.warning("%s: %s", name, text)
+            running[name].say(text)
+            if self.policy.end_trespassers:
+                why = f"{text} (resources.end_trespassers)"
+                self.jobs.oust(name, Cause(fault=Fault.POLICY, message=why))
+        self._named = {(name, gpu) for name, gpu, _ in found}
 
     async def _greet(self) -> None:
         await self.voice.presence(online=True)

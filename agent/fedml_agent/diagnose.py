@@ -29,11 +29,11 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedml_agent import control, hardware, policy_file, room, sandbox
+from fedml_agent import containers, control, hardware, policy_file, room, sandbox
 from fedml_agent.control import NotRunning
 from fedml_agent.errors import AgentError, AlreadyRunning, HomeUnusable, NotLoggedIn
 from fedml_agent.home import Home, Membership
-from fedml_agent.namespaces import HIDE, NETWORK
+from fedml_agent.namespaces import CGROUPS, HIDE, NETWORK
 
 OK, NOTE, WRONG = "ok", "note", "not ok"
 # Beyond this, times in logs mislead and certificates start or end at the wrong moment.
@@ -82,6 +82,7 @@ class Diagnosis:
         yield self._look_at_journal()
         yield from self._look_at_gpus()
         yield from self._look_at_sandbox()
+        yield self._look_at_containers()
         yield self._look_at_worker()
 
     # ------------------------------------------------------------------ this machine
@@ -202,7 +203,7 @@ class Diagnosis:
         cut = not self._policy.federated_network
         said = ""
         for name in sandbox.PROMISED:
-            can = found[name]
+            can = self._as_the_agent_says(name) or found[name]
             if can.works:
                 yield Finding(name=f"sandbox {name}", state=OK, text=f"by {can.by}")
                 continue
@@ -213,10 +214,29 @@ class Diagnosis:
             elif name == NETWORK and cut:
                 state, text = WRONG, f"no federated task is taken: {can.why_not}"
             hint = unlock(name)
-            if said and state == NOTE:
+            if said and state == NOTE and name != CGROUPS:
                 hint = f"as for {said}"  # it is a long line
             said = said or f"sandbox {name}"
             yield Finding(name=f"sandbox {name}", state=state, text=text, next=hint)
+
+    def _as_the_agent_says(self, name: str) -> sandbox.Capability | None:
+        """Control groups are delegated to the agent's service, and not to the shell we are in."""
+        if self._agent is None:
+            return None
+        if why := self._agent["sandbox_missing"].get(name):
+            return sandbox.Capability(False, why)
+        return sandbox.Capability(True, by=self._agent["sandbox"].get(name, ""))
+
+    def _look_at_containers(self) -> Finding:
+        engine = containers.found()
+        if isinstance(engine, str):
+            hint = "only if jobs shall bring images: `apt-get install podman`, or start Docker"
+            return Finding(name="containers", state=NOTE, text=engine, next=hint)
+        if not self._policy.containers:
+            text = f"{engine} is here, and the policy lets no job bring an image"
+            hint = "to let them: `[containers] allow = true` in policy.toml"
+            return Finding(name="containers", state=NOTE, text=text, next=hint)
+        return Finding(name="containers", state=OK, text=f"jobs may bring images, for {engine}")
 
     def _look_at_worker(self) -> Finding:
         missing = [name for name in ("numpy", "fedml") if importlib.util.find_spec(name) is None]
@@ -527,6 +547,12 @@ def unlock(protection: str) -> str:
         "agent's user (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
         "kernel.apparmor_restrict_unprivileged_userns; in a container: its seccomp profile)"
     )
+    if protection == CGROUPS:
+        return (
+            "in the unit of the service: `Delegate=yes`, `DelegateSubgroup=agent` (systemd 254); "
+            "in a container: its own cgroup namespace and a /sys/fs/cgroup that can be written. "
+            "Without it memory is limited process by process"
+        )
     if protection == HIDE:
         return (
             f"{steps}, or use a kernel with Landlock (Linux 5.13). To run tasks all the same, "

@@ -199,6 +199,11 @@ class Stages:
                 log.info("the worker of %s was idle for %g s and is ended", name, _IDLE_S)
                 await self._rest(name)
 
+    def running(self) -> dict[str, Tended]:
+        """The workers, by the name under which they hold room."""
+        workers = ((name, one.tended) for name, one in self._sessions.items())
+        return {name: tended for name, tended in workers if tended is not None}
+
     def detach(self) -> None:
         """The agent stops; the workers go on without it."""
         for session in self._sessions.values():
@@ -403,6 +408,7 @@ class Stages:
             secrets=tuple(secrets_of(env, (), policy.log_hide)),
             cwd=work,
             limits=limits_of(entry, policy),
+            cgroup=sandbox.cgroup_of_tasks(),
             hide=(self._home.root,),
             show=(session.folder,),
             writable=(recorded,),

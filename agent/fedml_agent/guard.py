@@ -55,6 +55,8 @@ class Spec:
         self.network = self._flag("network", True)
         self.read_only = self._flag("read_only", True)
         self.say_missing = self._flag("say_missing", False)
+        self.enclosed = self._flag("enclosed", True)
+        self.after = self._strings("after", ())
         self.deadline_s = self._number("deadline_s", None)
         self.grace_s = self._number("grace_s", DEFAULT_GRACE_S) or 0.0
         self.log_cap = int(self._number("log_cap_bytes", DEFAULT_CAP) or 0)
@@ -62,6 +64,7 @@ class Spec:
         self.marker = self._text("marker", "")
         self.cgroup = None if said.get("cgroup") is None else self._text("cgroup")
         self.limits = self._whole_numbers()
+        self.user = self._ids()
         if not self.argv:
             raise SpecError("argv: names no program")
         for path in (self.cwd, *self.hide, *self.show, *self.writable):
@@ -114,6 +117,14 @@ class Spec:
             raise SpecError(f"limits: knows {_LIMITS}, got {sorted(unknown)}")
         return value
 
+    def _ids(self) -> list[int] | None:
+        value = self._said.get("user")
+        if value is None:
+            return None
+        if isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value):
+            return value
+        raise SpecError(f"user: must be the ids of a user and a group, got {value!r}")
+
     def _strings(self, name: str, absent: tuple[str, ...] | None = None) -> list[str]:
         value = self._said.get(name, absent)
         if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
@@ -136,12 +147,16 @@ class Spec:
 
     def protections(self) -> list[str]:
         """What to lock the task into; process numbers of its own always, where possible."""
+        if not self.enclosed:
+            return []
         asked = [namespaces.HIDE, namespaces.PIDS]
         if self.read_only:
             asked.append(namespaces.READ_ONLY)
         if not self.network:
             asked.append(namespaces.NETWORK)
-        if os.geteuid() == 0 and "processes" in self.limits and self.cgroup is None:
+        # The kernel counts the processes of every user but 0.
+        uncounted = os.geteuid() == 0 and self.user is None
+        if uncounted and "processes" in self.limits and self.cgroup is None:
             asked.append(namespaces.PROCESSES)
         return asked
 
@@ -275,7 +290,10 @@ def _become_task(
         if channels.theirs.recv(16) != b"go":
             os._exit(70)
         _limit(spec, namespaced=namespaced)
-        namespaces.seal_task()
+        if spec.user is not None:
+            _change_user(spec.user[0], spec.user[1], spec.cwd)
+        if spec.enclosed:
+            namespaces.seal_task()
         confine.enclose(
             walls,
             hidden=hidden,
@@ -290,6 +308,21 @@ def _become_task(
         os.write(channels.failed[1], f"{error}"[:4000].encode())
     finally:
         os._exit(71)
+
+
+def _change_user(user: int, group: int, cwd: str) -> None:
+    """Give up user 0 for good. The task's directory is theirs already."""
+    os.setgroups([])
+    os.setresgid(group, group, group)
+    os.setresuid(user, user, user)
+    try:
+        os.chdir(cwd)
+    except OSError as error:
+        raise SandboxError(
+            "",
+            f"user {user} cannot pass the directories above {cwd}: give the agent a home that "
+            f"others may pass, such as /var/lib/fedml ({error.strerror})",
+        ) from error
 
 
 def _limit(spec: Spec, *, namespaced: bool) -> None:

@@ -38,6 +38,7 @@ class Heart:
         refusing: Callable[[], str],
         free_slots: Callable[[], int],
         draining: Callable[[], bool],
+        seen: Callable[[hardware.Readings], None],
         nvml: Any = None,
     ) -> None:
         self.every_s = 10.0
@@ -48,6 +49,7 @@ class Heart:
         self._free_slots = free_slots
         self._draining = draining
         self._nvml = nvml
+        self._seen = seen
         self._last: hardware.Readings | None = None
         self._now = asyncio.Event()
         self._count = 0
@@ -82,6 +84,7 @@ class Heart:
             hardware.readings, disk=self._disk, since=self._last, nvml=self._nvml
         )
         self._last = read
+        self._seen(read)
         entries = {e.key: e for e in (*self._journal.held(), *self._journal.owed())}
         return Heartbeat(
             free_slots=max(self._free_slots(), 0),

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fedml_agent import sandbox
+from fedml_agent import containers, sandbox
 from fedml_agent.home import Home, Membership
 from fedml_agent.journal import Entry, Journal
 from fedml_agent.policy import Policy, Request, check
@@ -212,6 +212,10 @@ class Intake:
         refused = check(policy, self._request(offer))
         if refused is not None:
             return _REASONS.get(refused.rule, _PASSING)[refused.passing], str(refused)
+        if isinstance(offer.spec, LaunchSpec) and offer.spec.container is not None:
+            engine = containers.here(allowed=policy.containers)
+            if isinstance(engine, str):
+                return RejectReason.UNSUPPORTED, f"this machine runs no containers: {engine}"
         if room_name(offer) in self._room.taken:
             return None
         if len(self._room.taken) >= self._room.slots:
@@ -222,8 +226,9 @@ class Intake:
         return None
 
     def _request(self, offer: Offer) -> Request:
-        launched = isinstance(offer.spec, LaunchSpec)
-        needs = offer.needs
+        spec, needs = offer.spec, offer.needs
+        launched = isinstance(spec, LaunchSpec)
+        container = spec.container if isinstance(spec, LaunchSpec) else None
         return Request(
             kind="launch" if launched else "federate",
             publisher=offer.publisher.replace("/", "_"),
@@ -234,7 +239,9 @@ class Intake:
             disk_free=disk_free(self._home.root),
             epsilon_spent=0.0,
             devices=self._devices,
-            cannot=sandbox.cannot(),
+            cannot=sandbox.cannot()
+            if container is None
+            else containers.cannot(allowed=self._policy().containers),
             commands=launched,
             installs=isinstance(offer.spec, LaunchSpec) and bool(offer.spec.requirements.strip()),
             gpus=needs.gpus,
@@ -242,7 +249,11 @@ class Intake:
             memory=needs.memory_bytes,
             disk=needs.disk_bytes,
             deadline_s=offer.deadline_s or None,
-            network=launched,
+            network=isinstance(spec, LaunchSpec) and not spec.offline,
+            image="" if container is None else containers.full_name(container.image),
+            mounts=()
+            if container is None
+            else tuple((one.source, one.writable) for one in container.mounts),
         )
 
     def _give_up_older(self, offer: Offer) -> None:

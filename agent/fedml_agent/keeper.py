@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 
-from fedml_agent import confine, namespaces, processes, view
+from fedml_agent import cgroups, confine, namespaces, processes, view
 from fedml_agent.capped_log import EXIT_RECORD, ORDER, STREAMS, LogWriter, OrderWriter
 from fedml_agent.guard import VERSION, Channels, Spec, guard
 from fedml_agent.namespaces import SandboxError
@@ -36,6 +36,7 @@ REFUSED = "refused"  # its program never ran: `error` says why
 _RESERVED_FILE = "exit.reserved"
 _RESERVED_BYTES = 8192
 _LINE_LIMIT = 4096
+_AFTER_S = 30.0
 _UNSENT_LIMIT = 256 << 10
 _READ_BYTES = 256 << 10
 _DRAIN_READS = 4
@@ -83,6 +84,24 @@ def claim(record: object) -> bool:
     return True
 
 
+def run_after(words: list[str], env: dict[str, str]) -> None:
+    """Run what must be run when a task is over, wherever it was; at most for half a minute."""
+    if not words:
+        return
+    import subprocess  # 10 ms, and most tasks need nothing
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(
+            words,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_AFTER_S,
+            check=False,
+        )
+
+
 class _Connection:
     """One agent that listens. What it does not take yet is kept; log events are merged."""
 
@@ -122,7 +141,7 @@ class Keeper:
             "shim": self._identity(os.getpid()),
         }
         self._channels = Channels()
-        self._cgroup: processes.Cgroup | None = None
+        self._cgroup: cgroups.Cgroup | None = None
         self._guard = 0
         self._task = 0
         self._poll = select.poll()
@@ -213,8 +232,7 @@ class Keeper:
         """The first lines of the task's log: whoever reads it shall know what it ran without."""
         for name, why in missing.items():
             line = f"fedml: this machine gives tasks no protection '{name}': {why}\n"
-            self._logs["err"].append(memoryview(line.encode()))
-            self._order.note("err", self._logs["err"].size, time.time())
+            self._write("err", memoryview(line.encode()))
 
     def _start_within(self, protections: list[str], walls: list[str]) -> None:
         channels = self._channels
@@ -224,7 +242,9 @@ class Keeper:
             guard(self._spec, protections, walls, channels)
 
         if self._spec.cgroup is not None and self._cgroup is None:
-            self._cgroup = processes.Cgroup(self._spec.cgroup, self._spec.limits)
+            name = f"{os.getpid()}-{self._who['boot_id']}"
+            self._cgroup = cgroups.Cgroup(self._spec.cgroup, self._spec.limits, name[:24])
+            self._who["cgroup"] = self._cgroup.path
         try:
             self._guard = namespaces.fork_guard(protections, inside)
         finally:
@@ -399,6 +419,11 @@ class Keeper:
                 return
         self._watch(connection)
 
+    def _say_to_reader(self, text: str) -> None:
+        self._write("err", memoryview(f"fedml: {text}\n".encode()))
+        if self._log_event_at is None:
+            self._log_event_at = self._log_event_not_before
+
     def _obey(self, connection: _Connection, line: bytes) -> None:
         try:
             order = json.loads(line)
@@ -408,6 +433,8 @@ class Keeper:
                     self._stop(STOPPED, grace_s)
                 case "kill":
                     self._stop(KILLED, 0.0)
+                case "say":
+                    self._say_to_reader(str(order.get("text", "")))
                 case "ping":
                     connection.say({"event": "pong"})
                 case _:
@@ -419,6 +446,8 @@ class Keeper:
 
     def _kill_guard(self) -> None:
         """End what is left of the task, whatever state it is in, and reap all of it."""
+        if self._cgroup is not None:
+            self._cgroup.kill()
         if self._guard:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._guard, signal.SIGKILL)
@@ -429,6 +458,7 @@ class Keeper:
 
     def _finish(self) -> None:
         self._kill_guard()
+        run_after(self._spec.after, self._spec.env)
         for stream, pipe in (("out", self._channels.out), ("err", self._channels.err)):
             os.set_blocking(pipe[0], False)
             # All who could write are dead. The bound is for one who was handed the pipe and is not.
@@ -465,11 +495,12 @@ class Keeper:
             code, signalled = (code, None) if code >= 0 else (None, -code)
         elif reason != REFUSED:
             signalled = int(signal.SIGKILL)
-        oom = "no"
+        oom, forks_refused = "no", 0
         if signalled == signal.SIGKILL and reason in (EXITED, KILLED):
             oom = "likely" if _oom_kills() > self._oom_kills else "no"
         if self._cgroup is not None:
-            oom = "yes" if self._cgroup.oom_kills() else oom
+            oom = "yes" if self._cgroup.count("memory.events", "oom_kill") else oom
+            forks_refused = self._cgroup.count("pids.events", "max")
             self._cgroup.remove()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {
@@ -479,6 +510,8 @@ class Keeper:
             "signal": signalled,
             "error": self._error,
             "oom": oom,
+            "forks_refused": forks_refused,
+            "limits": self._spec.limits,
             "started": self._started,
             "ended": _now(),
             "rusage": {

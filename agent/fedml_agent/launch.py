@@ -14,11 +14,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from fedml_agent import records, sandbox, tending
+from fedml_agent import containers, records, sandbox, tending
 from fedml_agent.attic import Attic
+from fedml_agent.containers import NoImage
 from fedml_agent.environments import CannotBuild, Environments, Wanted
 from fedml_agent.errors import AgentError, BrokerUnreachable
 from fedml_agent.home import Home
@@ -27,12 +29,13 @@ from fedml_agent.journal import Entry, Journal
 from fedml_agent.observe import Finished, Logged, LogShipper
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
+from fedml_agent.room import disk_free, size_of
 from fedml_agent.secret_names import secrets_of
 from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
 from fedml_agent.traces import Traces
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
-from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.launch import Container, LaunchSpec
 from fedml_protocol.tasks import Result, TaskState
 
 log = logging.getLogger(__name__)
@@ -47,10 +50,14 @@ fi
 """
 
 
+GIB = 1 << 30
+_ASK_MEMORY = "say in the job file what it needs (`computing.memory`): it then goes where that is"
 # How long records may hold up the result of the job that made them.
 _RECORDS_S = 5.0
 # How long until a shim that does not answer is asked again.
 _SILENCE_S = 10.0
+_OUSTED_S = 5.0
+_LEAST = 1 << 20
 
 
 class Reporter(Protocol):
@@ -92,15 +99,24 @@ class Jobs:
         self._tended: dict[tuple[str, int], Tended] = {}
         self._shippers: dict[tuple[str, int], LogShipper] = {}
         self._stops: dict[tuple[str, int], float] = {}
+        self._ousted: dict[tuple[str, int], Cause] = {}
         self._kept: set[tuple[str, int]] = set()
+        # What comes before the start and takes long: an environment, an image.
         self._building: dict[tuple[str, int], asyncio.Task[Path]] = {}
+        self._pulls: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     async def run(self, entry: Entry) -> None:
         """One job from its offer, or from where a former agent left it, to its confirmed end."""
         try:
             tended = await self._begin(entry)
-        except (BadPackage, tending.TaskRefused) as error:
+        except (BadPackage, tending.TaskRefused, sandbox.SandboxError) as error:
             self._fail(entry, Cause(fault=Fault.MACHINE, message=str(error)))
+            return
+        except NoImage as error:
+            if error.passing:
+                self.lose(entry, str(error))
+            else:
+                self._fail(entry, Cause(fault=Fault.TASK, message=str(error)))
             return
         except CannotBuild as error:
             self._fail(entry, error.cause)
@@ -143,6 +159,34 @@ class Jobs:
             tended.stop(grace_s)
         elif building is not None:
             building.cancel()
+        elif entry.key in self._pulls:
+            self._pulls[entry.key].cancel()
+
+    def filling(self, over: int) -> tuple[str, int] | None:
+        """The job whose files are most above what it asked for, and their size; call in a thread.
+
+        Args:
+            over: Bytes; below this, ending it would not help.
+        """
+        sizes: list[tuple[int, str, int]] = []
+        for key in list(self._tended):
+            entry = self._journal.get(*key)
+            if entry is not None:
+                size = size_of(self._folder(entry) / "work")
+                sizes.append((size - entry.offer.needs.disk_bytes, key[0], size))
+        most, task, size = max(sizes, default=(0, "", 0))
+        return (task, size) if most > 0 and size >= over else None
+
+    def running(self) -> dict[str, Tended]:
+        """What runs, by the name under which it holds room."""
+        return {task: tended for (task, _), tended in self._tended.items()}
+
+    def oust(self, task: str, why: Cause) -> None:
+        """End a job that does what it must not do on this machine."""
+        for key, tended in self._tended.items():
+            if key[0] == task:
+                self._ousted.setdefault(key, why)
+                tended.stop(_OUSTED_S)
 
     def detach(self) -> None:
         """The agent stops; the jobs go on without it."""
@@ -187,6 +231,8 @@ class Jobs:
         records.made_in(folder)
         (folder / "bootstrap.sh").write_text(spec.bootstrap)
         (folder / "job.sh").write_text(spec.command)
+        if spec.container is not None:
+            await self._pull(entry, spec.container)
         if not spec.requirements.strip():
             return await self._start(entry, spec, work, None)
         task = "/".join(map(str, entry.key))
@@ -220,9 +266,26 @@ class Jobs:
         if entry.key in self._stops:
             self._reporter.ended(entry, _stopped(entry))
             return None
-        tended = await tending.start(work.parent, self._spec(entry, spec, work, venv))
+        told = self._spec(entry, spec, work, venv)
+        if told.user is not None:
+            await asyncio.to_thread(_give_to, told.user, work.parent)
+        tended = await tending.start(work.parent, told)
         self._reporter.started(entry)
         return tended
+
+    async def _pull(self, entry: Entry, container: Container) -> None:
+        """Fetch the image; a stop meanwhile ends that."""
+        fetching = containers.pull(_engine(), container, self._home.private)
+        pulling = asyncio.get_running_loop().create_task(fetching, name=f"image.{entry.key[0]}")
+        self._pulls[entry.key] = pulling
+        try:
+            await pulling
+        except asyncio.CancelledError:
+            if entry.key not in self._stops:
+                raise
+        finally:
+            pulling.cancel()
+            self._pulls.pop(entry.key, None)
 
     def _spec(
         self, entry: Entry, spec: LaunchSpec, work: Path, venv: Path | None = None
@@ -230,6 +293,7 @@ class Jobs:
         offer, policy = entry.offer, self._policy()
         membership = self._home.membership()
         recorded = self._folder(entry) / records.FOLDER
+        boxed = spec.container is not None
         extra = {
             # A job on one machine; the broker says otherwise where it is one of several.
             "FEDML_CLIENT_RANK": "0",
@@ -240,8 +304,8 @@ class Jobs:
             "SKYPILOT_NODE_IPS": "127.0.0.1",
             **spec.env,
             **self._traces.environment(entry),
-            records.ENV: str(recorded),
-            "FEDML_WORKSPACE": str(work),
+            records.ENV: containers.RECORDS if boxed else str(recorded),
+            "FEDML_WORKSPACE": containers.WORKSPACE if boxed else str(work),
             "FEDML_CURRENT_RUN_ID": offer.run,
             "FEDML_CURRENT_EDGE_ID": membership.device,
             "SKYPILOT_NUM_GPUS_PER_NODE": str(len(entry.gpus)),
@@ -251,11 +315,14 @@ class Jobs:
             "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),
             "NVIDIA_VISIBLE_DEVICES": ",".join(entry.gpus) or "void",
         }
+        now = datetime.datetime.now().astimezone().time()
+        deadline_s = time_limit_s(policy, now, offer.deadline_s or None)
+        if spec.container is not None:
+            return self._boxed(entry, spec, spec.container, extra, work, deadline_s)
         env = sandbox.clean_env(os.environ, extra, home=work)
         if venv is not None:
             env |= {"VIRTUAL_ENV": str(venv), "PATH": f"{venv / 'bin'}:{env['PATH']}"}
         shell = shutil.which("bash") or "/bin/sh"
-        now = datetime.datetime.now().astimezone().time()
         # Data sets are for federated runs: a job could carry them off.
         # What is not there, or not for the agent's user either, need not be hidden.
         data = tuple(Path(path) for path in policy.data.values() if os.access(path, os.F_OK))
@@ -264,14 +331,59 @@ class Jobs:
             env=env,
             secrets=tuple(secrets_of(env, spec.secrets, policy.log_hide)),
             cwd=work,
-            limits=limits_of(entry, policy),
+            limits=limits_of(entry, policy, disk_free=disk_free(self._home.tasks)),
+            cgroup=sandbox.cgroup_of_tasks(),
             hide=(self._home.root, *data),
             show=(self._folder(entry), *([] if venv is None else [venv])),
             writable=(recorded,),
-            optional=sandbox.optional(policy.require),
+            optional=sandbox.optional(policy.require, network=not spec.offline),
             say_missing=True,
-            deadline_s=time_limit_s(policy, now, offer.deadline_s or None),
+            network=not spec.offline,
+            user=_user(policy),
+            deadline_s=deadline_s,
             grace_s=offer.grace_s,
+            marker=entry.folder,
+        )
+
+    def _boxed(
+        self,
+        entry: Entry,
+        spec: LaunchSpec,
+        container: Container,
+        extra: dict[str, str],
+        work: Path,
+        deadline_s: float | None,
+    ) -> TaskSpec:
+        engine, device = _engine(), self._home.membership().device
+        env = {"HOME": containers.WORKSPACE, "TMPDIR": containers.SCRATCH, **extra}
+        name, limits = container_name(device, entry), limits_of(entry, self._policy())
+        user = _user(self._policy())
+        if user is not None and not engine.rootless:
+            _give_to(user, work.parent)
+        words = containers.command(
+            engine,
+            container,
+            name=name,
+            agent=device,
+            folder=self._folder(entry),
+            env=env,
+            gpus=entry.gpus,
+            limits=limits,
+            network=not spec.offline,
+            script=_SCRIPT,
+            user=user,
+        )
+        return TaskSpec(
+            argv=words,
+            env=containers.engine_env(),
+            secrets=tuple(secrets_of(env, spec.secrets, self._policy().log_hide)),
+            cwd=work,
+            # The rest is the engine's to enforce; what it cannot, `containers.cannot` tells of.
+            limits=sandbox.Limits(nice=limits.nice),
+            enclosed=False,
+            after=containers.remove(engine, name),
+            deadline_s=deadline_s,
+            grace_s=entry.offer.grace_s,
             marker=entry.folder,
         )
 
@@ -345,7 +457,11 @@ class Jobs:
     def _end(self, entry: Entry, end: Ended) -> None:
         began, ended = (end.record[when]["wall"] for when in ("started", "ended"))
         self._traces.ran(entry, began, ended, end.code)
-        self._reporter.ended(entry, result_of(entry, end))
+        begun = (self._folder(entry) / "work" / containers.STARTED).exists()
+        result = result_of(entry, end, begun=begun)
+        if (why := self._ousted.pop(entry.key, None)) is not None:
+            result = replace(result, state=TaskState.FAILED, cause=why)
+        self._reporter.ended(entry, result)
 
     def _fail(self, entry: Entry, cause: Cause) -> None:
         self._reporter.ended(
@@ -364,16 +480,42 @@ class Jobs:
         return self._home.tasks / entry.folder
 
 
-def limits_of(entry: Entry, policy: Policy) -> sandbox.Limits:
-    """What a task may use of the machine."""
+def limits_of(entry: Entry, policy: Policy, *, disk_free: int | None = None) -> sandbox.Limits:
+    """What a task may use of the machine; `disk_free`: bytes, where it writes."""
+    file_bytes = None if disk_free is None else max(disk_free - policy.disk_reserve // 2, _LEAST)
     return sandbox.Limits(
+        file_bytes=file_bytes,
         memory_bytes=entry.offer.needs.memory_bytes or policy.memory or None,
+        processes=policy.processes,
         cpus=None if policy.cpus is None else max(1, int(policy.cpus)),
     )
 
 
-def result_of(entry: Entry, end: Ended) -> Result:
-    """What the broker is told of a job's end."""
+def _user(policy: Policy) -> tuple[int, int] | None:
+    """As whom jobs run; None: as the agent itself."""
+    return None if policy.user is None else sandbox.ids_of(policy.user)
+
+
+def _give_to(user: tuple[int, int], folder: Path) -> None:
+    """Let another user's job work in its directory, record there, and read its scripts."""
+    own = (folder / "work", folder / records.FOLDER)
+    sandbox.give_to(user, *own, readable=(folder / "bootstrap.sh", folder / "job.sh"))
+
+
+def container_name(device: str, entry: Entry) -> str:
+    """The container of a task: one of this machine, whatever else its engine runs."""
+    return f"fedml-{device}-{entry.folder}"
+
+
+def _engine() -> containers.Engine:
+    engine = containers.found()
+    if isinstance(engine, str):  # it was there when the offer was taken
+        raise tending.TaskRefused(f"this machine runs no containers: {engine}")
+    return engine
+
+
+def result_of(entry: Entry, end: Ended, *, begun: bool = True) -> Result:
+    """What the broker is told of a job's end; `begun`: a container of its own began to run."""
     cause: Cause | None = None
     state = TaskState.FINISHED
     if end.reason == "stopped":
@@ -387,14 +529,32 @@ def result_of(entry: Entry, end: Ended) -> Result:
         # Nobody here asked for it: a third party killed what watches over the task.
         state = TaskState.LOST
         cause = Cause(fault=Fault.MACHINE, message="it was killed from outside")
+    elif end.oom == "yes":
+        state, cause = TaskState.FAILED, out_of_memory(entry, end)
     elif end.signal is not None or end.reason == "killed":
         name = signal.Signals(end.signal or signal.SIGKILL).name
-        memory = " (out of memory)" if end.oom != "no" else ""
+        memory = ", and the machine had run out of memory" if end.oom != "no" else ""
+        if end.signal == signal.SIGXFSZ:
+            memory = f": {_too_large(end)}"
         state = TaskState.FAILED
-        cause = Cause(fault=Fault.TASK, message=f"it was ended by {name}{memory}")
+        cause = Cause(
+            fault=Fault.TASK,
+            message=f"it was ended by {name}{memory}",
+            hint=_ASK_MEMORY if end.oom != "no" else "",
+        )
+    elif end.code and _container(entry) is not None:
+        state, cause = TaskState.FAILED, _of_container(entry, end, begun)
     elif end.code:
         state = TaskState.FAILED
-        cause = Cause(fault=Fault.TASK, message=f"its command ended with exit code {end.code}")
+        message = f"its command ended with exit code {end.code}"
+        if (number := end.code - 128) in signal.valid_signals():
+            message += f" (a program in it was ended by {signal.Signals(number).name})"
+        if number == signal.SIGXFSZ:
+            message += f"; {_too_large(end)}"
+        if refused := end.record.get("forks_refused", 0):
+            most = end.record["limits"]["processes"]
+            message += f"; {refused} times it wanted more than {most} processes at once"
+        cause = Cause(fault=Fault.TASK, message=message)
     return Result(
         task=entry.key[0],
         epoch=entry.key[1],
@@ -405,6 +565,53 @@ def result_of(entry: Entry, end: Ended) -> Result:
         stdout_bytes=end.logs.out.size,
         stderr_bytes=end.logs.err.size,
     )
+
+
+def _container(entry: Entry) -> Container | None:
+    spec = entry.offer.spec
+    return spec.container if isinstance(spec, LaunchSpec) else None
+
+
+def _of_container(entry: Entry, end: Ended, begun: bool) -> Cause:
+    """Why a job in a container failed: the engine's fault, or as a shell tells a signal."""
+    if not begun:
+        message = f"its container did not start ({end.code}); the engine's words are in its log"
+        return Cause(fault=Fault.MACHINE, message=message)
+    message = f"its command ended with exit code {end.code}"
+    memory = entry.offer.needs.memory_bytes
+    if (number := (end.code or 0) - 128) in signal.valid_signals():
+        message = f"it was ended by {signal.Signals(number).name} (exit code {end.code})"
+        if number == signal.SIGKILL and memory:
+            message += f"; perhaps it used more than its {memory / GIB:.3g} GiB of memory"
+    return Cause(fault=Fault.TASK, message=message)
+
+
+def _too_large(end: Ended) -> str:
+    size = end.record["limits"].get("file_bytes", 0)
+    return f"it wrote a file of more than the {size / 1e9:.2g} GB that the machine has for it"
+
+
+def full_disk(used: int, free: int, policy: Policy) -> Cause:
+    """Why a job was ended whose files filled the machine's disk."""
+    message = (
+        f"its files grew to {used / 1e9:.2g} GB, and the machine's disk ran low: "
+        f"{free / 1e9:.2g} GB are free, {policy.disk_reserve / 1e9:.2g} GB are to stay so"
+    )
+    hint = "say in the job file what it needs (`computing.disk`): it then goes where that is"
+    return Cause(fault=Fault.TASK, message=message, hint=hint)
+
+
+def out_of_memory(entry: Entry, end: Ended) -> Cause:
+    """Why the kernel ended a task that has a control group: its own limit, or its machine's."""
+    limit = end.record["limits"].get("memory_bytes", 0)
+    if not limit:
+        message = "the machine ran out of memory, and the kernel ended it"
+        return Cause(fault=Fault.TASK, message=message, hint=_ASK_MEMORY)
+    message = f"it used more than its {limit / GIB:.3g} GiB of memory and was ended by the kernel"
+    hint = "ask for more: `computing.memory` in the job file"
+    if not entry.offer.needs.memory_bytes:
+        hint += "; a job that names none gets what the machine's owner gives (resources.memory)"
+    return Cause(fault=Fault.TASK, message=message, hint=hint)
 
 
 def out_of_time(entry: Entry, ran_s: float) -> Cause:

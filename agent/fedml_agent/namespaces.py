@@ -27,6 +27,7 @@ READ_ONLY = "read_only"  # nothing but its own directories can be written
 NETWORK = "network"  # no network but loopback
 PIDS = "pids"  # its own process numbers: it sees no other process and none of it survives
 PROCESSES = "processes"  # user 0 only: a limit on their number, which the kernel gives others
+CGROUPS = "cgroups"  # limits of the task as a whole, see cgroups.py
 USER_NAMESPACES = "user_namespaces"  # without which there is none of the others
 PROTECTIONS = (HIDE, READ_ONLY, NETWORK, PIDS, PROCESSES)
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
-from fedml_agent.namespaces import HIDE, NETWORK, PIDS, READ_ONLY
+from fedml_agent.namespaces import CGROUPS, HIDE, NETWORK, PIDS, READ_ONLY
 
 KINDS = ("launch", "federate")
-REQUIRABLE = (HIDE, READ_ONLY, NETWORK, PIDS)
+REQUIRABLE = (HIDE, READ_ONLY, NETWORK, PIDS, CGROUPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +42,21 @@ class Policy:
     publishers_denied: tuple[str, ...] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     gpus: tuple[int | str, ...] | None = None
+    end_trespassers: bool = False
     cpus: float | None = None
     memory: int | None = None
     price_per_hour: float = 0.0
+    processes: int = 4096
     disk_reserve: int = 2_000_000_000
     secure_aggregation_only: bool = False
     max_epsilon: float | None = None
     federated_network: bool = False
+    jobs_network: bool = True
+    containers: bool = False
+    images: tuple[str, ...] = ("*",)
+    mounts: tuple[str, ...] = ()
     require: tuple[str, ...] = (HIDE,)
+    user: str | None = None
     log_days: float = 7.0
     log_disk: int = 1_000_000_000
     package_disk: int = 10_000_000_000
@@ -86,6 +93,9 @@ class Request:
         installs: Packages are installed for it, in an environment of its own.
         secure_aggregation: What leaves the machine is masked.
         epsilon: Privacy that it costs; None: it does not promise any.
+        network: It is to have the network.
+        image: The container image that it runs in, with its registry; empty: none.
+        mounts: What of the machine its container is to see, and whether it may write there.
 
     Raises:
         ValueError: A number is negative or not a number, or a name holds a slash.
@@ -110,6 +120,8 @@ class Request:
     secure_aggregation: bool = False
     epsilon: float | None = None
     network: bool = False
+    image: str = ""
+    mounts: tuple[tuple[str, bool], ...] = ()
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -202,6 +214,22 @@ def explain(policy: Policy, request: Request) -> Iterator[Ruling]:
         asked = f"none, but it cannot be cut off here: {r.cannot[NETWORK]}"
     allowed = "none" if cuts else "network"
     yield Ruling("network.federated", ok, asked, allowed, passing=cuts and not r.network)
+    ok = federated or p.jobs_network or not r.network
+    allowed = "network" if p.jobs_network else "none (`network: none` in the job file)"
+    yield Ruling("network.jobs", ok, asked if federated or ok else "network", allowed)
+
+    asked = f"a container of {r.image}" if r.image else "no container"
+    allowed = "containers" if p.containers else "no container"
+    yield Ruling("containers.allow", p.containers or not r.image, asked, allowed)
+    ok = not r.image or any(fnmatchcase(r.image, one) for one in p.images)
+    yield Ruling("containers.images", ok, asked, _list(p.images))
+    refused = [
+        f"{path} {'to write' if writes else 'to read'}"
+        for path, writes in r.mounts
+        if f"{path}:rw" not in p.mounts and (writes or path not in p.mounts)
+    ]
+    asked = f"a mount of {', '.join(refused)}" if refused else "no other mount"
+    yield Ruling("containers.mounts", not refused, asked, _list(p.mounts))
     lacks = [f"no '{name}' ({r.cannot[name]})" for name in p.require if name in r.cannot]
     asked = "a task without protection: " + "; ".join(lacks) if lacks else "a protected task"
     allowed = f"only with {_list(p.require)}" if p.require else "any"

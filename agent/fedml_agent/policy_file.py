@@ -167,6 +167,8 @@ heart = "/srv/data/heart.csv"
 # GPUs and MIG instances that tasks may use; not set: all. A number may change when the machine
 # boots, a UUID does not.
 gpus = [0, "GPU-0f4b7c1e-5a0d-4a9b-8f6e-2c5a3d1b7e90"]
+# End a launched job that computes on a GPU that it does not hold? It is named in any case.
+end_trespassers = false
 # Processors that all tasks together may ask for, and on which they run; not set: all.
 cpus = 4.0
 # Memory that all tasks together may ask for; not set: all. For one that names none, this is the
@@ -175,6 +177,8 @@ memory = "16GB"
 # What an hour of this machine costs, in whatever money you count: jobs may name the most that they
 # pay. Nothing is billed.
 price_per_hour = 0.5
+# Processes and threads of each task; a task that forks without end stops there.
+processes = 4096
 # With less disk space free than this, no task begins.
 disk_reserve = "2GB"
 
@@ -189,13 +193,26 @@ max_epsilon = 2.0
 [network]
 # May federated workers, which read local data, use the network?
 federated = false
+# May launched jobs use it? If not, only those that ask for none (`network: none`) run.
+jobs = true
+
+[containers]
+# May jobs bring a container image, which Podman or Docker runs here?
+allow = false
+# Which images: names with their registry; * stands for anything.
+images = ["docker.io/library/*"]
+# What of this machine containers may see when a job asks for it, exactly these paths: to read, or
+# with `:rw` behind to write too.
+mounts = ["/srv/scans", "/scratch:rw"]
 
 [sandbox]
 # Protections without which no task runs here: "hide" (the agent's keys, other tasks), "read_only"
-# (all other files), "network" (where it is cut off), "pids" (other processes). `fedml-agent
-# diagnose` says which of them this machine can give. Without "hide" in this list, tasks may be
-# able to read the agent's key, and to act as this machine.
+# (all other files), "network" (where it is cut off), "pids" (other processes), "cgroups" (limits
+# of the task as a whole). `fedml-agent diagnose` says which of them this machine can give. Without
+# "hide" in this list, tasks may be able to read the agent's key, and to act as this machine.
 require = ["hide"]
+# The user that launched jobs run as, where the agent is root; not set: as the agent.
+user = "fedml-task"
 
 [logs]
 # Days that logs of finished tasks stay here; the broker has them too.
@@ -276,8 +293,16 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0  # not isinstance: True is an int
 
 
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
 def _is_device(value: Any) -> bool:
     return _is_count(value) or (_is_text(value) and value.startswith(("GPU-", "MIG-")))
+
+
+def _is_mount(value: Any) -> bool:
+    return _is_text(value) and _path(value.removesuffix(":rw")) is not None
 
 
 def _is_number(value: Any) -> bool:
@@ -332,6 +357,7 @@ _SIZE = _Kind(
     functools.partial(_read_unit, _SIZES, 'a size like "16GB" or "512MiB"'),
     functools.partial(_write_unit, _SIZES),
 )
+_MOUNTS = 'a list of absolute paths, like ["/srv/scans", "/scratch:rw"]'
 _REQUIRABLE = f"a list of some of {', '.join(REQUIRABLE)}"
 _TEXTS = _Kind(_read_texts)
 _TIME = _Kind(
@@ -348,17 +374,24 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "publishers.allow": ("publishers", _TEXTS),
     "publishers.deny": ("publishers_denied", _TEXTS),
     "resources.gpus": ("gpus", _Kind(_must(_all(_is_device), _DEVICES, tuple))),
+    "resources.end_trespassers": ("end_trespassers", _BOOL),
     "resources.cpus": ("cpus", _NUMBER),
     "resources.memory": ("memory", _SIZE),
     "resources.price_per_hour": ("price_per_hour", _NUMBER),
+    "resources.processes": ("processes", _Kind(_must(_is_positive, "a whole number > 0"))),
     "resources.disk_reserve": ("disk_reserve", _SIZE),
     "privacy.secure_aggregation_only": ("secure_aggregation_only", _BOOL),
     "privacy.max_epsilon": ("max_epsilon", _NUMBER),
     "network.federated": ("federated_network", _BOOL),
+    "network.jobs": ("jobs_network", _BOOL),
+    "containers.allow": ("containers", _BOOL),
+    "containers.images": ("images", _TEXTS),
+    "containers.mounts": ("mounts", _Kind(_must(_all(_is_mount), _MOUNTS, tuple))),
     "sandbox.require": (
         "require",
         _Kind(_must(_all(REQUIRABLE.__contains__), _REQUIRABLE, tuple)),
     ),
+    "sandbox.user": ("user", _Kind(_must(_is_text, "the name of a user"))),
     "logs.keep_days": ("log_days", _NUMBER),
     "logs.keep_disk": ("log_disk", _SIZE),
     "cache.packages": ("package_disk", _SIZE),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes by what identifies them, and groups of them: descendants, control groups.
+"""Processes by what identifies them, and groups of them: descendants, all of a user.
 
 A pid alone names nobody for long: the kernel gives it again. With the start time, and with the
 boot that both belong to, it does.
@@ -8,9 +8,6 @@ boot that both belong to, it does.
 import contextlib
 import os
 import signal
-from collections.abc import Mapping
-
-from fedml_agent.namespaces import SandboxError, write_text
 
 
 def process_start(pid: int) -> int:
@@ -34,8 +31,8 @@ def boot_id() -> str:
         return file.read().strip()
 
 
-def descendants(ancestor: int) -> list[int]:
-    """Every process whose parents lead to `ancestor`, itself left out, in no order."""
+def children_of_all() -> dict[int, list[int]]:
+    """Every process of the machine, under its parent's number."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208
         if name.isdigit():
@@ -46,6 +43,15 @@ def descendants(ancestor: int) -> list[int]:
                 fields = file.read()
                 parent = int(fields[fields.rindex(b")") + 2 :].split()[1])
                 children.setdefault(parent, []).append(int(name))
+    return children
+
+
+def descendants(ancestor: int, children: dict[int, list[int]] | None = None) -> list[int]:
+    """Every process whose parents lead to `ancestor`, itself left out, in no order.
+
+    `children`: from `children_of_all`, for several questions about one moment.
+    """
+    children = children_of_all() if children is None else children
     found: list[int] = []
     ahead = [ancestor]
     while ahead:
@@ -82,49 +88,3 @@ def sweep() -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         options = 0
-
-
-class Cgroup:
-    """A control group for one task, below one that was delegated to us (cgroups v2).
-
-    Attributes:
-        path: Where it is, while it is there.
-    """
-
-    def __init__(self, parent: str, limits: Mapping[str, int]) -> None:
-        """Make it.
-
-        Raises:
-            SandboxError: `parent` is not ours, or does not have the controllers for the limits.
-        """
-        self.path = f"{parent.rstrip('/')}/task-{os.getpid()}"
-        try:
-            os.mkdir(self.path)  # noqa: PTH102
-            if (memory := limits.get("memory_bytes")) is not None:
-                write_text(f"{self.path}/memory.max", str(memory))
-                with contextlib.suppress(FileNotFoundError):  # a kernel without swap
-                    write_text(f"{self.path}/memory.swap.max", "0")
-                write_text(f"{self.path}/memory.oom.group", "1")
-            if (processes := limits.get("processes")) is not None:
-                write_text(f"{self.path}/pids.max", str(processes + 1))  # and the guard
-        except OSError as error:
-            self.remove()
-            raise SandboxError("", f"the control group cannot be used: {error}") from error
-
-    def take(self, pid: int) -> None:
-        """Move a process in; what it forks from now on is in it too."""
-        write_text(f"{self.path}/cgroup.procs", str(pid))
-
-    def oom_kills(self) -> int:
-        """How many of its processes the kernel has killed for want of memory."""
-        with (
-            contextlib.suppress(OSError),
-            open(f"{self.path}/memory.events", encoding="ascii") as file,  # noqa: PTH123
-        ):
-            return sum(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
-        return 0
-
-    def remove(self) -> None:
-        """Take it away. Call it when its processes are gone; one that still has some stays."""
-        with contextlib.suppress(OSError):
-            os.rmdir(self.path)  # noqa: PTH106

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this machine lets out, and what of it is taken. GPUs are leased by UUID, one task each."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedml_agent import sandbox
+from fedml_agent import containers, sandbox
 from fedml_agent.hardware import Gpu, Inventory
 from fedml_agent.policy import Held, Policy, may_use
 from fedml_protocol.gpus import is_model
@@ -116,16 +117,35 @@ def report(inventory: Inventory, policy: Policy, disk_free: int) -> dict[str, An
             ],
             "kinds": kinds(policy),
             "price": policy.price_per_hour,
+            "offline": sandbox.capabilities()[sandbox.NETWORK].works,
+            **_engine(policy),
         },
         "hardware": dataclasses.asdict(inventory)
         | {"sandbox": {n: c.by or c.why_not for n, c in sandbox.capabilities().items()}},
     }
 
 
+def _engine(policy: Policy) -> dict[str, str]:
+    engine = containers.here(allowed=policy.containers)
+    if isinstance(engine, str):
+        return {"engine": "", "no_engine": engine}
+    return {"engine": str(engine), "no_engine": ""}
+
+
 def disk_free(path: Path) -> int:
     """Bytes that a normal user may still write where `path` lies."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
+
+
+def size_of(folder: Path) -> int:
+    """Bytes on the disk below a directory, as far as they can be looked at."""
+    total = 0
+    for base, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):  # it went meanwhile
+                total += (Path(base) / name).lstat().st_blocks * 512
+    return total
 
 
 def _devices(gpu: Gpu) -> Iterator[Device]:

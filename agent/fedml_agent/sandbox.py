@@ -10,6 +10,7 @@ read_only   outside its own directory and /tmp the task changes nothing, so it c
             something behind that runs later without a sandbox
 network     off means loopback only (without namespaces: not even that)
 pids        the task sees and signals its own processes only, and none of them survives it
+cgroups     memory, processes and processors are limited for the task as a whole (cgroups.py)
 
 An agent that runs as root gives its tasks user 0 of the machine, without capabilities outside
 their namespaces. That is weaker than an ordinary user: whatever belongs to root can be read,
@@ -19,15 +20,18 @@ unless it is hidden.
 import dataclasses
 import functools
 import json
+import logging
 import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedml_agent import view
+from fedml_agent import cgroups, view
 from fedml_agent.namespaces import (
+    CGROUPS,
     HIDE,
     NETWORK,
     PIDS,
@@ -39,6 +43,7 @@ from fedml_agent.namespaces import (
 )
 
 __all__ = [
+    "CGROUPS",
     "HIDE",
     "NETWORK",
     "PIDS",
@@ -51,15 +56,16 @@ __all__ = [
     "SandboxError",
     "cannot",
     "capabilities",
+    "cgroup_of_tasks",
     "clean_env",
-    "delegated_cgroup",
     "harden_process",
     "optional",
 ]
 
+log = logging.getLogger(__name__)
+
 # What owners may require and people are told of. PROCESSES is asked for by no task.
-PROMISED = (HIDE, READ_ONLY, NETWORK, PIDS)
-_CONTROLLERS = frozenset({"memory", "pids"})
+PROMISED = (HIDE, READ_ONLY, NETWORK, PIDS, CGROUPS)
 _PASSED_ON = ("PATH", "LANG", "LANGUAGE", "TZ")
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -122,44 +128,6 @@ class Capability:
     by: str = ""
 
 
-def delegated_cgroup() -> str:
-    """Find the control group in which this agent may make one for each task.
-
-    That is its own one, or the one above where the agent sits in a leaf called `agent` (systemd:
-    `Delegate=yes` and `DelegateSubgroup=agent`): the kernel gives controllers only to groups
-    beside which no process lives.
-
-    Raises:
-        SandboxError: There is none; the text says what is missing.
-    """
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    roots = [mount[1] for mount in mounts if mount[2] == "cgroup2"]
-    if not roots:
-        raise SandboxError("", "control groups (version 2) are not mounted")
-    own = next(
-        (
-            line[3:]
-            for line in Path("/proc/self/cgroup").read_text().splitlines()
-            if line.startswith("0::")
-        ),
-        "/",
-    )
-    group = Path(roots[0] + own)
-    if group.name == "agent":
-        group = group.parent
-    if not os.access(group, os.W_OK):
-        raise SandboxError("", f"the control group {group} is not delegated to this user")
-    present = set((group / "cgroup.controllers").read_text().split())
-    if missing := _CONTROLLERS - present:
-        raise SandboxError("", f"the control group {group} lacks {', '.join(sorted(missing))}")
-    if not set((group / "cgroup.subtree_control").read_text().split()) >= _CONTROLLERS:
-        try:
-            (group / "cgroup.subtree_control").write_text("+memory +pids")
-        except OSError as error:
-            raise SandboxError("", f"{group} cannot pass controllers on: {error}") from error
-    return str(group)
-
-
 @functools.cache
 def capabilities() -> dict[str, Capability]:
     """Find out what this machine can do for tasks, by trying, in a process of its own.
@@ -177,11 +145,51 @@ def capabilities() -> dict[str, Capability]:
         said: dict[str, tuple[str, str]] = json.loads(tried.stdout)
         found = {name: Capability(not why, why, by) for name, (why, by) in said.items()}
     try:
-        delegated_cgroup()
-        found["cgroups"] = Capability(True)
+        cgroups.delegated()
+        found[CGROUPS] = Capability(True, by="control groups")
     except SandboxError as missing:
-        found["cgroups"] = Capability(False, str(missing))
+        found[CGROUPS] = Capability(False, str(missing))
     return found
+
+
+@functools.cache
+def cgroup_of_tasks() -> str | None:
+    """The control group in which tasks get their own, made ready once; None: limits by process."""
+    try:
+        return cgroups.prepare()
+    except SandboxError as missing:
+        log.info("limits hold for each process of a task, not for all together: %s", missing)
+        return None
+
+
+def ids_of(user: str) -> tuple[int, int]:
+    """User and group of a task whose owner gives tasks a user of their own.
+
+    Raises:
+        SandboxError: There is no such user, or this agent cannot become it.
+    """
+    try:
+        found = pwd.getpwnam(user)
+    except KeyError:
+        why = f"there is no user {user!r} (sandbox.user in policy.toml): `useradd --system {user}`"
+        raise SandboxError("", why) from None
+    if os.geteuid() not in (0, found.pw_uid):
+        why = f"an agent that is not root cannot run tasks as {user!r} (sandbox.user)"
+        raise SandboxError("", why)
+    if found.pw_uid == 0:
+        raise SandboxError("", "sandbox.user in policy.toml: root is no user for tasks")
+    return found.pw_uid, found.pw_gid
+
+
+def give_to(user: tuple[int, int], *folders: Path, readable: Sequence[Path]) -> None:
+    """Let a task of another user work in its directories, and read what lies beside them for it."""
+    for path in readable:
+        path.chmod(0o644)
+    for folder in folders:
+        folder.parent.chmod(0o711)  # the agent's home, above, is closed to everybody
+        for base, _, files in os.walk(folder):
+            for path in (Path(base), *(Path(base) / name for name in files)):
+                os.chown(path, *user, follow_symlinks=False)
 
 
 def optional(require: Sequence[str], *, network: bool = True) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from fedml_agent import capped_log, guard, keeper, namespaces, processes, shim
+from fedml_agent import capped_log, cgroups, guard, keeper, namespaces, processes, shim
 from fedml_agent.capped_log import LogReader
 from fedml_agent.sandbox import Limits
 from fedml_agent.sockets import address_of
@@ -65,6 +65,8 @@ class TaskSpec:
         network: False leaves it nothing but loopback.
         optional: Protections (see sandbox.py) without which the task may run where the machine
             cannot give them. Process numbers of its own are always optional.
+        enclosed: False: the program itself locks in what it runs, as a container engine does.
+        after: A command that is run when the task is over, also by the agent when its shim is dead.
         say_missing: Its log begins with a line for each protection that it runs without.
         deadline_s: It is stopped after so many seconds; None means never.
         grace_s: How long it gets between TERM and KILL when its deadline is over.
@@ -72,7 +74,8 @@ class TaskSpec:
         log_segment_bytes: Size of one log file.
         secrets: Names of variables in `env` whose values its logs do not show.
         marker: Handed back in every record, for the agent to know whose task this is.
-        cgroup: From `delegated_cgroup`, or None for limits that hold for each process.
+        user: User and group that it runs as, where the agent is root; None: as the agent.
+        cgroup: From `cgroups.prepare`, or None for limits that hold for each process.
     """
 
     argv: Sequence[str]
@@ -86,12 +89,15 @@ class TaskSpec:
     network: bool = True
     optional: Sequence[str] = ()
     say_missing: bool = False
+    enclosed: bool = True
+    after: Sequence[str] = ()
     deadline_s: float | None = None
     grace_s: float = guard.DEFAULT_GRACE_S
     log_cap_bytes: int = capped_log.DEFAULT_CAP
     log_segment_bytes: int = capped_log.DEFAULT_SEGMENT
     secrets: Sequence[str] = ()
     marker: str = ""
+    user: tuple[int, int] | None = None
     cgroup: str | None = None
 
     def to_json(self) -> str:
@@ -110,12 +116,15 @@ class TaskSpec:
                 "network": self.network,
                 "optional": list(self.optional),
                 "say_missing": self.say_missing,
+                "enclosed": self.enclosed,
+                "after": list(self.after),
                 "deadline_s": self.deadline_s,
                 "grace_s": self.grace_s,
                 "log_cap_bytes": self.log_cap_bytes,
                 "log_segment_bytes": self.log_segment_bytes,
                 "secrets": list(self.secrets),
                 "marker": self.marker,
+                "user": self.user,
                 "cgroup": self.cgroup,
             }
         )
@@ -227,6 +236,10 @@ class Tended(asyncio.Protocol):
         Once more with a shorter period shortens it. Await `ended()` to see it done.
         """
         self._say({"do": "stop", "grace_s": grace_s})
+
+    def say(self, text: str) -> None:
+        """Put a line of ours into its log, for whoever reads that."""
+        self._say({"do": "say", "text": text[:2000]})
 
     def kill(self) -> None:
         """End it at once."""
@@ -491,8 +504,13 @@ async def _look_for_end(taskdir: Path, facts: _Facts) -> End:
     own_pids = namespaces.PIDS in facts.get("protections", ())
     await _kill("guard", facts, signal.SIGKILL if own_pids else signal.SIGTERM)
     await _kill("task", facts, signal.SIGKILL)
+    if "cgroup" in facts:
+        cgroups.kill(facts["cgroup"])
     if (end := _read_end(taskdir)) is not None:
         return end
+    with contextlib.suppress(OSError, guard.SpecError, ValueError):
+        spec = guard.Spec(json.loads((taskdir / guard.SPEC_FILE).read_text()))
+        await asyncio.to_thread(keeper.run_after, spec.after, spec.env)
     why = "its shim was killed"
     with contextlib.suppress(FileNotFoundError):
         last = (taskdir / shim.TRACEBACK_FILE).read_text().strip().rpartition("\n")[2]

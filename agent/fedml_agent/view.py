@@ -242,10 +242,12 @@ class Arrangement:
                 mount("hidden", path, "tmpfs", _MS_PLAIN, "size=256k,mode=0755")
             else:
                 mount("/dev/null", path, "none", _MS_BIND)
+        before = os.umask(0o022)  # a task of another user must pass what leads to its own
         for path, number in sorted(back, key=lambda pair: len(pair[0])):
             os.makedirs(path, exist_ok=True)  # noqa: PTH103
             mount(f"/proc/self/fd/{number}", path, "none", _MS_BIND | _MS_REC)
             os.close(number)
+        os.umask(before)
         for path in covered:
             # After its directory: a shown path may itself be the covered one.
             if os.path.isdir(path) and path not in (pair[0] for pair in back):  # noqa: PTH112

@@ -57,6 +57,9 @@ class CapacityReport(msgspec.Struct, frozen=True):
     gpus: list[GpuSize] = []
     kinds: list[str] = msgspec.field(default_factory=lambda: ["launch", "federate"])
     price: float = 0.0
+    engine: str = ""
+    no_engine: str = ""
+    offline: bool = False
 
 
 class Inventory(msgspec.Struct, frozen=True):

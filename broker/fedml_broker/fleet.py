@@ -218,4 +218,8 @@ def read_capacity(inventory: Mapping[str, Any]) -> Capacity:
         gpus=tuple(Gpu(**gpu) for gpu in told["gpus"]),
         kinds=frozenset(told["kinds"]),
         price=told.get("price", 0.0),
+        # What an older agent does not tell of, it cannot do either.
+        engine=told.get("engine", ""),
+        no_engine=told.get("no_engine", ""),
+        offline=told.get("offline", False),
     )

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import Connection
@@ -24,7 +24,7 @@ from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_broker.traces import Traces
 from fedml_protocol.errors import MalformedMessage
-from fedml_protocol.launch import LaunchSpec, looks_secret
+from fedml_protocol.launch import Container, LaunchSpec, Mount, looks_secret
 from fedml_protocol.tasks import (
     FINAL,
     TRACEPARENT,
@@ -59,6 +59,29 @@ class NeedsBody(msgspec.Struct, frozen=True):
         return Needs(**msgspec.to_builtins(self))
 
 
+class MountBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a container sees of the machine, if the machine's owner lets it."""
+
+    source: str
+    target: str
+    writable: bool = False
+
+
+class ContainerBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a job runs in. The password goes to the machine that pulls the image."""
+
+    image: str
+    registry: str = ""
+    username: str = ""
+    password: str = ""
+    mounts: list[MountBody] = []
+
+    def container(self) -> Container:
+        """The same, as an offer carries it."""
+        told = msgspec.to_builtins(self)
+        return Container(**told | {"mounts": tuple(Mount(**one) for one in told["mounts"])})
+
+
 class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job, as `fedml launch` sends it.
 
@@ -66,7 +89,7 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     No log shows the values of variables that are named in `secrets`. With `gpus_optional`, it goes
     without GPUs where no machine has those that it needs. `restarts`: how often it is started again
     when its command fails; `retries` is for machines. `preemptible`: None leaves it to the
-    priority: below 0 it is.
+    priority: below 0 it is. `network` is `full` or `none`.
     """
 
     command: str
@@ -77,6 +100,8 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secrets: list[str] = []
     package: PackageRef | None = None
     needs: NeedsBody = NeedsBody()
+    network: Literal["full", "none"] = "full"
+    container: ContainerBody | None = None
     gpus_optional: bool = False
     labels: dict[str, str] = {}
     nodes: int = 1
@@ -142,13 +167,7 @@ class Launcher:
                 task=ids[0],
                 epoch=1,
                 run=run,
-                spec=LaunchSpec(
-                    command=request.command,
-                    bootstrap=request.bootstrap,
-                    env=request.env,
-                    requirements=request.requirements,
-                    secrets=tuple(request.secrets),
-                ),
+                spec=_spec(request),
                 publisher=user.name,
                 lease_s=self._dispatcher.timing.lease_s,
                 on_lost=OnLost.FINISH_AND_HOLD,
@@ -223,6 +242,10 @@ class Launcher:
 
     def look(self, user: User, request: LaunchRequest) -> dict[str, Any]:
         """Where a job would run at this moment, machine by machine; nothing is started."""
+        try:
+            _spec(request)
+        except MalformedMessage as error:
+            raise Problem(422, "this job cannot be", str(error)) from error
         needs = self._needs(user, request)
         wanted = _wanted(request, needs)
         candidates = self._fleet.candidates(user.tenant)
@@ -296,12 +319,36 @@ class Launcher:
         self._observer.ring(task.run)
 
 
+def _spec(request: LaunchRequest) -> LaunchSpec:
+    """What its machine is told to do.
+
+    Raises:
+        MalformedMessage: It cannot be.
+    """
+    if request.container is not None and request.requirements.strip():
+        raise MalformedMessage(
+            "`requirements` are for the machine's own Python, which a container does not see: have "
+            "`bootstrap` install them, or take an image that has them"
+        )
+    return LaunchSpec(
+        command=request.command,
+        bootstrap=request.bootstrap,
+        env=request.env,
+        requirements=request.requirements,
+        secrets=tuple(request.secrets),
+        offline=request.network == "none",
+        container=None if request.container is None else request.container.container(),
+    )
+
+
 def _shown(request: LaunchRequest) -> dict[str, Any]:
     """The request as people may see it afterwards."""
     spec: dict[str, Any] = msgspec.to_builtins(request)
     for name in spec["env"]:
         if name in request.secrets or looks_secret(name):
             spec["env"][name] = f"***{name}***"
+    if request.container is not None and request.container.password:
+        spec["container"]["password"] = "***"  # noqa: S105 - of it there is nothing else to see
     return spec
 
 
@@ -387,6 +434,8 @@ def _wanted(request: LaunchRequest, needs: Needs) -> match.Wanted:
         labels=request.labels,
         cluster=request.cluster,
         max_price=request.max_price_per_hour,
+        container=request.container is not None,
+        offline=request.network == "none",
     )
 
 

@@ -6,7 +6,7 @@ first says so at once, before anybody waits.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -33,6 +33,9 @@ class Capacity:
         slots: Tasks at the same time.
         kinds: Kinds of task that the owner's policy takes at all.
         price: What its owner asks for an hour of it.
+        engine: What runs containers there; empty: nothing does.
+        no_engine: Why not, where the agent says so.
+        offline: Whether a job can be cut off from the network there.
     """
 
     slots: int
@@ -42,6 +45,9 @@ class Capacity:
     gpus: tuple[Gpu, ...] = ()
     kinds: frozenset[str] = frozenset({"launch", "federate"})
     price: float = 0.0
+    engine: str = ""
+    no_engine: str = ""
+    offline: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,8 @@ class Wanted:
     Attributes:
         cluster: It goes to the machines of this cluster only.
         max_price: What its machine may cost an hour at most; None: any price.
+        container: It runs in a container.
+        offline: It is to have no network.
     """
 
     kind: str
@@ -77,6 +85,14 @@ class Wanted:
     labels: Mapping[str, str] = field(default_factory=dict)
     cluster: str = ""
     max_price: float | None = None
+    container: bool = False
+    offline: bool = False
+
+    def key(self) -> Hashable:
+        """Equal for those that ask for the same."""
+        labels = tuple(sorted(self.labels.items()))
+        rest = self.cluster, self.max_price, self.container, self.offline
+        return (self.kind, self.needs, labels, *rest)
 
 
 def never(wanted: Wanted, candidate: Candidate) -> str:
@@ -90,6 +106,10 @@ def never(wanted: Wanted, candidate: Candidate) -> str:
     capacity, needs = candidate.capacity, wanted.needs
     if wanted.kind not in capacity.kinds:
         return f"its owner takes no {wanted.kind} tasks"
+    if wanted.container and not capacity.engine:
+        return f"runs no containers: {capacity.no_engine or 'it has no container engine'}"
+    if wanted.offline and not capacity.offline:
+        return "cannot run a job without a network (`network: none`)"
     if needs.gpus > len(_fitting(capacity.gpus, needs)):
         return _too_few_gpus(capacity.gpus, needs)
     if needs.cpus > capacity.cpus:

@@ -8,8 +8,7 @@ looked at.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Set
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Set
 
 from fedml_broker.match import Candidate, Wanted, never
 
@@ -27,7 +26,7 @@ class Places:
         self._devices: set[str] = set()
         self._roomy: list[_Rank] = []
         self._rank: dict[str, _Rank] = {}
-        self._could: dict[Any, tuple[Wanted, set[str]]] = {}
+        self._could: dict[Hashable, tuple[Wanted, set[str]]] = {}
 
     def put(self, device: str) -> None:
         """A machine is new, or what it has was changed."""
@@ -57,8 +56,7 @@ class Places:
 
     def could(self, wanted: Wanted) -> Set[str]:
         """Every machine that could do it, now or later."""
-        labels = frozenset(wanted.labels.items())
-        key = wanted.kind, wanted.needs, labels, wanted.cluster, wanted.max_price
+        key = wanted.key()
         known = self._could.get(key)
         if known is None:
             if len(self._could) >= _KEPT:

@@ -64,10 +64,7 @@ class Waiting:
 
     def kind(self) -> tuple[Any, ...]:
         """Equal for runs of which one finds no room where the other found none."""
-        wanted = self.wanted
-        labels = tuple(sorted(wanted.labels.items()))
-        rest = (wanted.cluster, wanted.max_price, self.nodes, self.lasts_s)
-        return (wanted.kind, wanted.needs, labels, *rest, frozenset(self.elsewhere))
+        return self.wanted.key(), self.nodes, self.lasts_s, frozenset(self.elsewhere)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from fedml_broker.match import Wanted
 from fedml_broker.queue import Terms
 from fedml_broker.tables import runs, tasks
 from fedml_protocol.cause import Cause, Fault
@@ -95,6 +96,20 @@ class Task:
         """Under which name it takes room on a device: its own, or its session's."""
         spec = self.offer.spec
         return self.id if isinstance(spec, LaunchSpec) else spec.session
+
+    def wanted(self) -> Wanted:
+        """What it asks of a machine, for `match`."""
+        spec = self.offer.spec
+        job = spec if isinstance(spec, LaunchSpec) else None
+        return Wanted(
+            kind=self.kind,
+            needs=self.offer.needs,
+            labels=self.labels,
+            cluster=self.terms.cluster,
+            max_price=self.terms.max_price,
+            container=job is not None and job.container is not None,
+            offline=job is not None and job.offline,
+        )
 
     def current_offer(self) -> Offer:
         """The offer with the current epoch."""

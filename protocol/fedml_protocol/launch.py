@@ -20,6 +20,62 @@ def looks_secret(name: str) -> bool:
     return _SECRET.fullmatch(name) is not None
 
 
+# What a registry takes (the OCI distribution specification). No reference begins with a dash: it
+# becomes a word of the engine's command line.
+_REFERENCE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,500}")
+_REGISTRY = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.:/_-]{0,250}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """A directory or file of the machine that a container sees, if the machine's owner lets it.
+
+    Attributes:
+        source: On the machine, absolute.
+        target: In the container, absolute.
+        writable: Whether the job may change it.
+    """
+
+    source: str
+    target: str
+    writable: bool = False
+
+    def __post_init__(self) -> None:
+        for path in (self.source, self.target):
+            if not path.startswith("/") or ".." in path.split("/"):
+                raise MalformedMessage(f"a mount needs absolute paths without `..`: {path[:200]!r}")
+            if any(sign in path for sign in "\0\n:,"):
+                raise MalformedMessage(f"a mount cannot have {path[:200]!r}: no colon, no comma")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """The container in which a job runs.
+
+    Attributes:
+        image: As Docker and Podman name it.
+        registry: Where user and password are good for; empty: where the image comes from.
+        username, password: For a registry that asks for them; both or none.
+        mounts: What of the machine it sees beside its workspace.
+    """
+
+    image: str
+    registry: str = ""
+    username: str = ""
+    password: str = field(default="", repr=False)
+    mounts: tuple[Mount, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _REFERENCE.fullmatch(self.image):
+            raise MalformedMessage(f"not the name of an image: {self.image[:200]!r}")
+        if self.registry and not _REGISTRY.fullmatch(self.registry):
+            raise MalformedMessage(f"not a registry: {self.registry[:200]!r}")
+        if bool(self.username) != bool(self.password):
+            raise MalformedMessage("a registry wants a user and a password, not one of them")
+        if any(sign in self.username + self.password for sign in "\0\n"):
+            raise MalformedMessage("a registry's user and password are one line each")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
     """Shell lines to run in the unpacked workspace.
@@ -31,6 +87,8 @@ class LaunchSpec:
         requirements: What a virtual environment of the job has, as lines of a requirements file;
             relative paths are those of the workspace. Empty: it has none.
         secrets: Names of variables in `env` whose values no log may show.
+        offline: It has no network.
+        container: What it runs in; None: the machine itself.
     """
 
     command: str
@@ -38,6 +96,8 @@ class LaunchSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     requirements: str = ""
     secrets: tuple[str, ...] = ()
+    offline: bool = False
+    container: Container | None = None
 
     def __post_init__(self) -> None:
         if not self.command.strip():

@@ -406,7 +406,7 @@ class ResultAck(_message.Message):
     def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class LaunchSpec(_message.Message):
-    __slots__ = ("bootstrap", "command", "env", "requirements", "secrets")
+    __slots__ = ("bootstrap", "command", "env", "requirements", "secrets", "offline", "container")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -419,12 +419,40 @@ class LaunchSpec(_message.Message):
     ENV_FIELD_NUMBER: _ClassVar[int]
     REQUIREMENTS_FIELD_NUMBER: _ClassVar[int]
     SECRETS_FIELD_NUMBER: _ClassVar[int]
+    OFFLINE_FIELD_NUMBER: _ClassVar[int]
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
     bootstrap: str
     command: str
     env: _containers.ScalarMap[str, str]
     requirements: str
     secrets: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., requirements: _Optional[str] = ..., secrets: _Optional[_Iterable[str]] = ...) -> None: ...
+    offline: bool
+    container: Container
+    def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., requirements: _Optional[str] = ..., secrets: _Optional[_Iterable[str]] = ..., offline: _Optional[bool] = ..., container: _Optional[_Union[Container, _Mapping]] = ...) -> None: ...
+
+class Container(_message.Message):
+    __slots__ = ("image", "registry", "username", "password", "mounts")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    REGISTRY_FIELD_NUMBER: _ClassVar[int]
+    USERNAME_FIELD_NUMBER: _ClassVar[int]
+    PASSWORD_FIELD_NUMBER: _ClassVar[int]
+    MOUNTS_FIELD_NUMBER: _ClassVar[int]
+    image: str
+    registry: str
+    username: str
+    password: str
+    mounts: _containers.RepeatedCompositeFieldContainer[Mount]
+    def __init__(self, image: _Optional[str] = ..., registry: _Optional[str] = ..., username: _Optional[str] = ..., password: _Optional[str] = ..., mounts: _Optional[_Iterable[_Union[Mount, _Mapping]]] = ...) -> None: ...
+
+class Mount(_message.Message):
+    __slots__ = ("source", "target", "writable")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    target: str
+    writable: bool
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., writable: _Optional[bool] = ...) -> None: ...
 
 class StageSpec(_message.Message):
     __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "treatment", "evaluate", "labels", "group", "turns")

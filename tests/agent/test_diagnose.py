@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedml_agent import sandbox
+from fedml_agent import containers, sandbox
+from fedml_agent.containers import Engine
 from fedml_agent.diagnose import NOTE, OK, WRONG, Diagnosis, Finding
 from fedml_agent.home import Home
 from fedml_agent.journal import Journal
@@ -120,17 +121,32 @@ def test_gpus_are_shown_one_by_one_and_none_is_no_fault(home: Home) -> None:
 def test_protections_that_are_missing_weigh_as_the_policy_says(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = {name: Capability(False, "no namespaces") for name in sandbox.PROTECTIONS}
+    names = (*sandbox.PROTECTIONS, *sandbox.PROMISED)
+    nothing = {name: Capability(False, "no namespaces") for name in names}
     monkeypatch.setattr(sandbox, "capabilities", lambda: nothing)
     found = look(home)
     states = {name: found[f"sandbox {name}"].state for name in sandbox.PROMISED}
-    assert states == {"hide": WRONG, "read_only": NOTE, "network": WRONG, "pids": NOTE}
+    assert states == dict.fromkeys(sandbox.PROMISED, NOTE) | {"hide": WRONG, "network": WRONG}
+    assert "Delegate=yes" in found["sandbox cgroups"].next
     assert "`[sandbox] require = []`" in found["sandbox hide"].next
     assert "`[network] federated = true`" in found["sandbox network"].next
 
     home.policy.write_text("sandbox.require = []\nnetwork.federated = true\n")
     found = look(home)
     assert {found[f"sandbox {name}"].state for name in sandbox.PROMISED} == {NOTE}
+
+
+def test_a_machine_says_whether_jobs_may_bring_images(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(name="podman", program="podman", version="4.3.1", rootless=True, limits=True)
+    monkeypatch.setattr(containers, "found", lambda: "it has no container engine")
+    assert "apt-get install podman" in look(home)["containers"].next
+    monkeypatch.setattr(containers, "found", lambda: engine)
+    assert "allow = true" in look(home)["containers"].next
+    home.policy.write_text("containers.allow = true\n")
+    found = look(home)["containers"]
+    assert (found.state, "podman 4.3.1 (rootless)" in found.text) == (OK, True)
 
 
 def test_the_command_gives_json_and_an_exit_code(tmp_path: Path) -> None:

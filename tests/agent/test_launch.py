@@ -105,9 +105,14 @@ async def test_a_job_gets_the_shortest_of_all_times(yard: Yard) -> None:
 
 
 def test_limits_are_the_jobs_own_or_the_owners() -> None:
-    assert limits_of(entry(), Policy()).to_dict() == {"nice": 0}
-    policy = Policy(memory=4 * GB, cpus=2.5)
-    assert limits_of(entry(), policy).to_dict() == {"nice": 0, "memory_bytes": 4 * GB, "cpus": 2}
+    assert limits_of(entry(), Policy()).to_dict() == {"nice": 0, "processes": 4096}
+    policy = Policy(memory=4 * GB, cpus=2.5, processes=9)
+    assert limits_of(entry(), policy).to_dict() == {
+        "nice": 0,
+        "memory_bytes": 4 * GB,
+        "cpus": 2,
+        "processes": 9,
+    }
     own = entry(needs=Needs(memory_bytes=GB))
     assert limits_of(own, policy).memory_bytes == GB
     assert limits_of(own, Policy(cpus=0.5)).cpus == 1

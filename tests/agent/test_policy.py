@@ -139,6 +139,31 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
         {"kind": "launch", "cannot": {"network": "no"}},
         {"kind": "federate", "cannot": {"network": "no"}},
     ),
+    (
+        "network.jobs",
+        {"jobs_network": False},
+        {"network": False},
+        {"network": True},
+    ),
+    ("containers.allow", {}, {}, {"image": "docker.io/library/python:3"}),
+    (
+        "containers.images",
+        {"containers": True, "images": ("docker.io/library/*", "localhost/*")},
+        {"image": "docker.io/library/python:3"},
+        {"image": "docker.io/mallory/python:3"},
+    ),
+    (
+        "containers.mounts",
+        {"containers": True, "mounts": ("/srv/scans", "/scratch:rw")},
+        {"image": "a", "mounts": (("/srv/scans", False), ("/scratch", True), ("/scratch", False))},
+        {"image": "a", "mounts": (("/srv/scans", True),)},
+    ),
+    (
+        "containers.mounts",
+        {"containers": True, "mounts": ("/srv/scans",)},
+        {"image": "a"},
+        {"image": "a", "mounts": (("/srv/scans/x", False),)},  # it may be a link by then
+    ),
     ("sandbox.require", {}, {"cannot": {"pids": "no"}}, {"cannot": {"hide": "no"}}),
     ("sandbox.require", {"require": ("pids",)}, {}, {"cannot": {"pids": "no"}}),
 ]
@@ -254,7 +279,7 @@ def test_what_closes_the_whole_machine_is_said_before_anybody_asks(
 def test_explain_lists_every_rule_with_its_verdict() -> None:
     policy = Policy(commands=False, gpus=())
     rulings = {one.rule: one.ok for one in explain(policy, asked(commands=True, gpus=1))}
-    assert len(rulings) == 16
+    assert len(rulings) == 20
     assert {rule for rule, ok in rulings.items() if not ok} == {"tasks.commands", "resources.gpus"}
 
 
@@ -362,13 +387,20 @@ policies = st.builds(
     publishers_denied=some(patterns),
     data=st.dictionaries(names, st.just("/x")),
     gpus=st.none() | some(gpu_names),
+    end_trespassers=st.booleans(),
     cpus=st.none() | st.floats(0, 4),
     memory=st.none() | st.integers(0, 100),
+    processes=st.integers(1, 100),
     disk_reserve=st.integers(0, 100),
     secure_aggregation_only=st.booleans(),
     max_epsilon=st.none() | st.floats(0, 2),
     federated_network=st.booleans(),
+    jobs_network=st.booleans(),
+    containers=st.booleans(),
+    images=some(st.sampled_from(["*", "a*", "b"])),
+    mounts=some(st.sampled_from(["/a", "/a:rw", "/b"])),
     require=some(st.sampled_from(REQUIRABLE)),
+    user=st.none() | st.just("tasks"),
     log_days=st.floats(0, 100),
     log_disk=st.integers(0, 100),
     package_disk=st.integers(0, 100),
@@ -402,6 +434,8 @@ requests = st.builds(
     secure_aggregation=st.booleans(),
     epsilon=st.none() | st.floats(0, 2),
     network=st.booleans(),
+    image=st.sampled_from(["", "a", "b"]),
+    mounts=some(st.tuples(st.sampled_from(["/a", "/b"]), st.booleans())),
 )
 
 
@@ -442,13 +476,20 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     # More data sets: more that is to be kept from tasks.
     "data": lambda draw, value: {**value, **draw(st.dictionaries(names, st.just("/y")))},
     "gpus": lambda draw, value: draw(some(gpu_names)) if value is None else fewer(draw, value),
+    "end_trespassers": lambda _, value: True,
     "cpus": lower,
     "memory": lower,
+    "processes": lambda draw, value: draw(st.integers(1, value)),
     "disk_reserve": lambda draw, value: value + draw(st.integers(0, 50)),
     "secure_aggregation_only": lambda _, value: True,
     "max_epsilon": lower,
     "federated_network": lambda _, value: False,
+    "jobs_network": lambda _, value: False,
+    "containers": lambda _, value: False,
+    "images": fewer,
+    "mounts": fewer,
     "require": lambda draw, value: (*value, *draw(some(st.sampled_from(REQUIRABLE)))),
+    "user": lambda _, value: "tasks",
     "log_days": lower,
     "log_disk": lower,
     "package_disk": lower,
@@ -516,6 +557,9 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         price_per_hour=0.5,
         max_epsilon=2.0,
         log_hide=("SITE_LOGIN", "CORP_*"),
+        user="fedml-task",
+        images=("docker.io/library/*",),
+        mounts=("/srv/scans", "/scratch:rw"),
     )
 
 
@@ -525,7 +569,8 @@ def test_the_example_of_the_documentation_is_a_policy() -> None:
     shown = {section: set(table) for section, table in tomllib.loads(example).items()}
     known = {section: set(table) for section, table in tomllib.loads(EXPLAINED).items()}
     assert parse(example).kinds == ("federate",)
-    known["privacy"].discard("max_epsilon")  # it stands there as a comment
+    known["privacy"].discard("max_epsilon")  # these stand there as comments
+    known["sandbox"].discard("user")
     assert shown == known
 
 
@@ -533,7 +578,16 @@ def test_the_explained_file_shows_the_true_defaults() -> None:
     shown, example = describe(Policy()), parse(EXPLAINED)
     assert parse(shown) == Policy()
     # What is not in force stands there as a comment, so that removing `# ` puts it in force.
-    for setting in ("at_once", "run_time", "hours", "gpus", "cpus", "memory", "max_epsilon"):
+    for setting in (
+        "at_once",
+        "run_time",
+        "hours",
+        "gpus",
+        "cpus",
+        "memory",
+        "max_epsilon",
+        "user",
+    ):
         line = next(one for one in EXPLAINED.splitlines() if one.startswith(f"{setting} = "))
         assert f"# {line}" in shown.splitlines()
     assert example.disk_reserve == Policy().disk_reserve
@@ -565,6 +619,7 @@ def test_what_describe_writes_reads_back_as_the_same_policy(
     ("line", "field", "value"),
     [
         ('resources.memory = "512MiB"', "memory", 512 << 20),
+        ("resources.processes = 9", "processes", 9),
         ('resources.memory = "1.5 GB"', "memory", 1_500_000_000),
         ('resources.disk_reserve = "0B"', "disk_reserve", 0),
         ('tasks.run_time = "90m"', "run_time_s", 5400),
@@ -605,6 +660,8 @@ def test_values_are_read_as_people_write_them(line: str, field: str, value: obje
         ('x = """\n[tasks]\nat_once = "a"\n"""\n[tasks]\nat_once = "a"\n', 6, "tasks.at_once must"),
         ('tasks.run_time = "-1h"\n', 1, 'must be a time like "90m"'),
         ("tasks.run_time = 60\n", 1, 'must be a time like "90m"'),
+        ('containers.mounts = ["scans"]\n', 1, "a list of absolute paths"),
+        ("resources.processes = 0\n", 1, "a whole number > 0"),
         ('tasks.hours = "22-6"\n', 1, "must be times of day"),
         ('tasks.hours = "24:00-06:00"\n', 1, "must be times of day"),
         ('tasks.hours = "08:00-08:00"\n', 1, "must be times of day"),

@@ -148,7 +148,11 @@ def test_the_broker_is_told_of_what_is_let_out_and_of_no_more() -> None:
         "gpus": [{"uuid": "GPU-1", "name": "H100", "memory_bytes": 80 * GB}],
         "kinds": ["launch"],
         "price": 0.25,
+        "offline": True,
+        "engine": "",
+        "no_engine": told["capacity"]["no_engine"],
     }
+    assert told["capacity"]["no_engine"]
     assert report(inventory, Policy(memory=100 * GB), 0)["capacity"]["memory_bytes"] == 64 * GB
     assert report(inventory, policy, disk_free=GB)["capacity"]["disk_bytes"] == 0
 

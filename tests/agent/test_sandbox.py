@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -461,51 +461,3 @@ def test_a_hardened_process_keeps_others_of_its_user_out(hardened: str, readable
                 seen.append(what)
         assert bool(seen) == readable
         process.stdin.close() if process.stdin else None
-
-
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """A control group of ours, without limits of its own."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    roots = [Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"]
-    if not roots or not os.access(roots[0], os.W_OK):
-        pytest.skip("needs a control group (version 2) that we may write to")
-    folder = roots[0] / f"fedml-agent-test-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    folder.rmdir()
-
-
-async def test_a_task_lives_in_a_control_group_that_goes_with_it(
-    tasks: Tasks, cgroup: Path
-) -> None:
-    task = await tasks.start("sleep", "infinity", cgroup=str(cgroup))
-    [own] = [path for path in cgroup.iterdir() if path.is_dir()]
-    inside = {int(pid) for pid in (own / "cgroup.procs").read_text().split()}
-    assert inside == {task.facts["guard"]["pid"], task.facts["task"]["pid"]}
-    task.kill()
-    await task.ended()
-    assert not own.exists()
-
-
-async def test_a_control_group_without_the_controller_for_a_limit_refuses_the_task(
-    tasks: Tasks, cgroup: Path
-) -> None:
-    if (cgroup / "memory.max").exists():
-        pytest.skip("this machine gives its control groups the memory controller")
-    with pytest.raises(TaskRefused, match=r"control group cannot be used: .*memory\.max"):
-        await tasks.start("true", cgroup=str(cgroup), limits=Limits(memory_bytes=MIB))
-    assert [path for path in cgroup.iterdir() if path.is_dir()] == []
-
-
-async def test_a_control_group_limits_the_memory_of_the_whole_task(
-    tasks: Tasks, cgroup: Path
-) -> None:
-    if not (cgroup / "memory.max").exists():
-        pytest.skip("this machine gives its control groups no memory controller")
-    script = "block = bytearray(512 << 20); print(len(block))"
-    limits = Limits(memory_bytes=128 * MIB)
-    task = await tasks.start(sys.executable, "-c", script, cgroup=str(cgroup), limits=limits)
-    end = await task.ended()
-    assert isinstance(end, Ended)
-    assert (end.signal, end.oom) == (9, "yes")

@@ -42,6 +42,11 @@ JOB = Wanted(kind="launch")
         (Wanted(kind="launch", labels={"site": "lab", "owner": "ann"}), ""),
         (Wanted(kind="launch", labels={"rack": "7"}), "no label rack"),
         (Wanted(kind="launch", labels={"site": "home"}), "label site is 'lab', not 'home'"),
+        (Wanted(kind="launch", container=True), "runs no containers: it has no container engine"),
+        (
+            Wanted(kind="launch", offline=True),
+            "cannot run a job without a network (`network: none`)",
+        ),
         (Wanted(kind="launch", needs=Needs(gpus=2)), ""),
         (Wanted(kind="launch", needs=Needs(gpus=3)), "has 2 GPUs, 3 are asked for"),
         (Wanted(kind="launch", needs=Needs(gpus=1, gpu_memory_bytes=80 * GIB)), ""),

@@ -85,7 +85,6 @@ def test_sections_reach_the_program_and_what_is_of_the_hosted_service_is_named(
         "fedml_env",
         "framework_type",
         "job_args",
-        "containerize",
         "docker",
     ]
 

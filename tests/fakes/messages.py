@@ -45,7 +45,7 @@ from fedml_protocol import wire_pb2
 from fedml_protocol.devices import Presence
 from fedml_protocol.envelope import Envelope
 from fedml_protocol.federate import StageKind, StageSpec
-from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.launch import Container, LaunchSpec, Mount
 from fedml_protocol.tasks import FINAL, TRACEPARENT, Progress, Result, TaskState
 
 T = TypeVar("T")
@@ -61,6 +61,9 @@ _SECONDS = st.floats(min_value=0, allow_infinity=False)
 _SOME_SECONDS = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 _NO_NUL = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 _ENV_NAME = st.text(st.characters(codec="utf-8", exclude_characters="\0="), min_size=1, max_size=9)
+
+_WORD = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=9)
+_PATH = st.lists(_WORD, max_size=3).map(lambda words: "/" + "/".join(words))
 
 _INTEGERS: Mapping[int, st.SearchStrategy[int]] = {
     FieldDescriptor.TYPE_INT32: st.integers(-(2**31), 2**31 - 1),
@@ -89,10 +92,14 @@ BY_NAME: Mapping[str, st.SearchStrategy[Any]] = {
 }
 
 BY_FIELD: Mapping[tuple[type, str], st.SearchStrategy[Any]] = {
+    (Container, "image"): st.builds("{}/{}:{}".format, _WORD, _WORD, _WORD),
+    (Container, "registry"): st.just("") | _WORD,
     (Envelope, "schema"): st.integers(1, 2**32 - 1),
     (LaunchSpec, "bootstrap"): _NO_NUL,
     (LaunchSpec, "command"): _NO_NUL.filter(str.strip),
     (LaunchSpec, "requirements"): _NO_NUL,
+    (Mount, "source"): _PATH,
+    (Mount, "target"): _PATH,
     (Progress, "state"): st.just(TaskState.RUNNING),
     (Result, "state"): st.sampled_from(sorted(FINAL)),
 }
@@ -100,6 +107,9 @@ BY_FIELD: Mapping[tuple[type, str], st.SearchStrategy[Any]] = {
 TOGETHER: Mapping[type, st.SearchStrategy[Mapping[str, Any]]] = {
     LaunchSpec: st.tuples(st.dictionaries(_ENV_NAME, _NO_NUL, max_size=3), st.integers(0, 3)).map(
         lambda two: {"env": two[0], "secrets": tuple(sorted(two[0])[: two[1]])}
+    ),
+    Container: st.sampled_from([("", ""), ("ana", "open sesame")]).map(
+        lambda two: {"username": two[0], "password": two[1]}
     ),
     Presence: st.tuples(st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1)).map(
         lambda two: {"oldest_schema": min(two), "newest_schema": max(two)}

@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -300,7 +301,8 @@ expert_mode:
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("job: echo\ncontainerize: true\n", "containerize"),
+        ("job: echo\ncontainerize: false\ndocker: {image: a}\n", "docker"),
+        ("run: echo\nresources: {image_id: ami-1}\n", "resources.image_id"),
         ("job: echo\njob_subtype: cross_silo\n", "job_subtype"),
         ("run: echo\nresources: {use_spot: true}\n", "resources.use_spot"),
         ("run: echo\nresources: {cloud: aws}\n", "resources.cloud"),
@@ -352,3 +354,54 @@ def test_requirements_that_cannot_be_are_refused_with_a_way_out(
     (tmp_path / "w").mkdir()
     with pytest.raises(ConfigError, match=said):
         read_job(_job(tmp_path, f"job: echo\n{text}"))
+
+
+def container(folder: Path, text: str) -> Any:
+    return read_job(_job(folder, f"job: echo\n{text}"))[0].get("container")
+
+
+def test_a_container_is_asked_for_by_its_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert container(tmp_path, "docker: {image: 'python:3.12'}\n") == {"image": "python:3.12"}
+    assert container(tmp_path, "resources: {image_id: 'docker:a/b'}\n") == {"image": "a/b"}
+    assert container(tmp_path, "docker: {image: '', registry: ''}\ncontainerize: false\n") is None
+    monkeypatch.setenv("LAB", "open sesame")
+    text = """containerize: true
+docker:
+  image: torch:2
+  registry: registry.example.org/lab
+  username: ana
+  password: $LAB
+  volumes: [/srv/scans:/data:ro, "/scratch:/scratch"]
+"""
+    assert container(tmp_path, text) == {
+        "image": "registry.example.org/lab/torch:2",
+        "registry": "registry.example.org",
+        "username": "ana",
+        "password": "open sesame",
+        "mounts": [
+            {"source": "/srv/scans", "target": "/data", "writable": False},
+            {"source": "/scratch", "target": "/scratch", "writable": True},
+        ],
+    }
+    assert read_job(_job(tmp_path, "job: a\nnetwork: None\n"))[0]["network"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("containerize: true\n", "there is no `docker.image`"),
+        ("docker: {mounts: [/a:/b]}\n", "there is no `docker.image`"),
+        ("docker: {image: a, mounts: ['data:/b']}\n", "absolute paths such as /srv/data:/data:ro"),
+        ("docker: {image: a, mounts: ['/a:/b:z']}\n", "absolute paths such as"),
+        ("docker: {image: a, mounts: ['/a:/b'], volumes: ['/a:/b']}\n", "says the same as"),
+        ("docker: {image: a}\nresources: {image_id: 'docker:b'}\n", "says the same as"),
+        ("docker: {image: a, username: u, password: $NOT_SET_HERE}\n", "export NOT_SET_HERE="),
+        ("network: lan\n", "must be one of full, none"),
+    ],
+)
+def test_a_container_that_cannot_be_says_why(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        container(tmp_path, text)
+    assert says in f"{refusal.value} {refusal.value.hint}"

@@ -24,12 +24,12 @@ def status(home: Home, as_json: bool) -> None:
     """
     membership = home.membership()
     rules = load_or_refuse(home.policy)
-    lacks = sandbox.cannot()
     free = room.disk_free(home.root)
     try:
         found = control.ask(home.control)
+        lacks: dict[str, str] = found["sandbox_missing"]
     except NotRunning:
-        found = None
+        found, lacks = None, sandbox.cannot()
     if as_json:
         click.echo(
             json.dumps(
@@ -46,7 +46,7 @@ def status(home: Home, as_json: bool) -> None:
         )
     else:
         _show(home, membership.device, membership.url, found, free, rules)
-        _show_sandbox(rules, lacks)
+        _show_sandbox(rules, lacks, found)
     if found is None:
         raise SystemExit(NotRunning.exit_code)
     if found["link"] != "up":
@@ -92,13 +92,17 @@ def _show(
     row("policy", rules.broken or where, "red" if rules.broken else None)
 
 
-def _show_sandbox(rules: Policy, lacks: dict[str, str]) -> None:
+def _show_sandbox(rules: Policy, lacks: dict[str, str], found: "dict[str, object] | None") -> None:
     for name, why in lacks.items():
         if name in rules.require:
             _row("sandbox", f"no '{name}', so no task is taken: {why}", "red")
         else:
             _row("sandbox", f"tasks run without '{name}': {why}", "yellow")
-    if not lacks:
+    can = found["sandbox"] if found is not None else None
+    if isinstance(can, dict):
+        given = (f"{name} ({can[name]})" for name in sandbox.PROMISED if name in can)
+        _row("in force", ", ".join(given))
+    elif not lacks:
         _row("sandbox", "every protection is in force")
 
 

@@ -49,7 +49,7 @@ from fedml_protocol.federate import (
 )
 from fedml_protocol.ids import uuid7
 from fedml_protocol.keys import sign
-from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.launch import Container, LaunchSpec, Mount
 from fedml_protocol.tasks import (
     Accept,
     Cancel,
@@ -163,6 +163,22 @@ _ORDERS: Mapping[str, _What] = {
         epoch=1,
         run="r-42",
         spec=replace(_STAGE, kind=StageKind.TRAIN_IN_GROUP, group=3, turns=4),
+    ),
+    "offer-container": Offer(
+        task=TASK,
+        epoch=1,
+        run="r-42",
+        spec=LaunchSpec(
+            command="python train.py",
+            offline=True,
+            container=Container(
+                image="registry.example.org/lab/torch:2",
+                registry="registry.example.org",
+                username="ana",
+                password="open sesame",
+                mounts=(Mount(source="/srv/scans", target="/data", writable=True),),
+            ),
+        ),
     ),
 }
 

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs in containers, run by the Podman of this machine on an image made from Debian's busybox.
+
+Skipped where Podman, `busybox-static` or the right to make containers is missing; CONTRIBUTING.md
+says what to install.
+"""
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socketserver
+import subprocess
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fedml.errors import BrokerRefused
+from tests.end_to_end.test_owner import ends, machine, waiting
+from tests.place import Place
+
+IMAGE = "localhost/busybox:1"
+BUSYBOX = Path("/bin/busybox")
+PODMAN = shutil.which("podman")
+TOOLS = (
+    "sh",
+    "cat",
+    "echo",
+    "env",
+    "id",
+    "kill",
+    "ls",
+    "nc",
+    "ps",
+    "setsid",
+    "sleep",
+    "touch",
+    "true",
+)
+POLICY = """
+[containers]
+allow = true
+images = ["localhost/*"]
+mounts = ["/usr/share/zoneinfo"]
+"""
+
+pytestmark = [
+    pytest.mark.skipif(PODMAN is None, reason="Podman is not installed"),
+    pytest.mark.skipif(not BUSYBOX.exists(), reason="busybox-static is not installed"),
+]
+
+
+def podman(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["podman", *words], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A store of images of our own, in variables that Podman reads; the image is in it."""
+    folder = tmp_path_factory.mktemp("podman")
+    (folder / "root" / "bin").mkdir(parents=True)
+    (folder / "root" / "tmp").mkdir()
+    shutil.copy(BUSYBOX, folder / "root" / "bin" / "busybox")
+    for tool in TOOLS:
+        (folder / "root" / "bin" / tool).symlink_to("busybox")
+    with tarfile.open(folder / "root.tar", "w") as tar:
+        tar.add(folder / "root", ".")
+    (folder / "storage.conf").write_text(
+        f'[storage]\ndriver = "vfs"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n'
+    )
+    # crun before 1.9 works with no mixture of control groups; runc does.
+    runtime = 'runtime = "runc"\n' if shutil.which("runc") else ""
+    (folder / "containers.conf").write_text(
+        f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\n{runtime}'
+    )
+    env = {
+        "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+        "CONTAINERS_CONF": str(folder / "containers.conf"),
+    }
+    made = podman("import", str(folder / "root.tar"), IMAGE, env=env)
+    if made.returncode:
+        pytest.skip(f"Podman cannot make an image here: {made.stderr[-300:]}")
+    limits = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
+    ran = podman("run", "--rm", "--network=none", *limits, IMAGE, "true", env=env)
+    if ran.returncode:
+        pytest.skip(f"Podman cannot run a container here: {ran.stderr[-300:]}")
+    yield env
+    podman("rm", "--force", "--all", "--time=0", env=env)
+    podman("rmi", "--force", "--all", env=env)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, store: dict[str, str]) -> Iterator[Place]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in store.items():
+            patch.setenv(name, value)
+        with Place(tmp_path_factory.mktemp("place")) as place:
+            machine(place, "boxes", POLICY)
+            yield place
+
+
+def job(place: Place, command: str, image: str = IMAGE, **more: Any) -> str:
+    box = {"image": image, **more.pop("box", {})}
+    return place.launch(command, container=box, labels={"who": "boxes"}, **more)
+
+
+def running(store: dict[str, str]) -> list[str]:
+    return podman("ps", "--all", "--format={{.Names}}", env=store).stdout.split()
+
+
+def printed(place: Place, run: str, text: str) -> None:
+    place.until(run, lambda item: text in item.get("log", {}).get("text", ""), logs=True)
+
+
+def test_a_job_runs_in_its_image_with_its_files_and_sees_nothing_of_the_agent(
+    place: Place, store: dict[str, str]
+) -> None:
+    home = place.agents["boxes"].home
+    command = f"""
+pwd; echo "$FROM_BOOTSTRAP $GREETING $FEDML_WORKSPACE"; ls /bin/busybox; ls /etc/ssl
+ls {home}; ls /usr/share/zoneinfo/UTC; touch /usr/share/zoneinfo/x; touch here && echo wrote
+exit 5
+"""
+    box = {"mounts": [{"source": "/usr/share/zoneinfo", "target": "/usr/share/zoneinfo"}]}
+    run = job(
+        place, command, bootstrap="FROM_BOOTSTRAP=yes", env={"GREETING": "hello you"}, box=box
+    )
+    end, text = ends(place, run)
+    assert end["exit_code"] == 5, (end, text)
+    assert end["cause"]["message"] == "its command ended with exit code 5"
+    out, err = text["stdout"].splitlines(), text["stderr"]
+    assert out == [
+        "/workspace",
+        "yes hello you /workspace",
+        "/bin/busybox",
+        "/usr/share/zoneinfo/UTC",
+        "wrote",
+    ]
+    for denied in ("/etc/ssl: No such", f"{home}: No such", "zoneinfo/x: Read-only"):
+        assert denied in err
+    assert running(store) == []
+
+
+def test_a_bootstrap_that_fails_keeps_the_job_from_running(place: Place) -> None:
+    end, text = ends(place, job(place, "echo never", bootstrap="return 3"))
+    assert (end["exit_code"], text["stdout"]) == (3, "")
+
+
+def test_a_job_in_a_container_has_the_network_of_the_machine_or_none(place: Place) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ask = f"nc 127.0.0.1 {server.server_address[1]} < /dev/null && echo through || echo cut off"
+        for network, says in (("full", "through"), ("none", "cut off")):
+            _, text = ends(place, job(place, ask, network=network))
+            assert text["stdout"] == f"{says}\n"
+        server.shutdown()
+
+
+def test_a_stop_is_a_term_to_all_of_it_and_a_signal_is_told_as_one(
+    place: Place, store: dict[str, str]
+) -> None:
+    tidy = "trap 'echo tidied; exit 0' TERM; echo up; while true; do sleep 0.1; done"
+    run = job(place, tidy)
+    printed(place, run, "up")
+    place.client.call("POST", f"/v1/runs/{run}/stop")
+    end, text = ends(place, run)
+    assert (end["state"], text["stdout"]) == ("STOPPED", "up\ntidied\n")
+    deaf = job(place, "trap '' TERM; echo up; while true; do sleep 0.1; done", grace_s=0.3)
+    printed(place, deaf, "up")
+    place.client.call("POST", f"/v1/runs/{deaf}/stop")
+    assert place.end(deaf)["state"] == "STOPPED"
+    end = place.end(job(place, "kill -SEGV $$"))
+    assert "it was ended by SIGSEGV" in end["cause"]["message"]
+    assert running(store) == []
+
+
+def test_a_fork_bomb_in_a_container_ends_with_its_time(place: Place, store: dict[str, str]) -> None:
+    bomb = "b() { b | b & }; b; sleep 100"
+    end = place.end(job(place, bomb, deadline_s=1.0, grace_s=0.1))
+    assert "it ran longer than its 1 s" in end["cause"]["message"]
+    assert running(store) == []
+    those = psutil.process_iter(["cmdline"])
+    assert not [one for one in those if bomb in (one.info["cmdline"] or ())]
+
+
+def test_a_container_outlives_its_agent_and_dies_with_its_shim(
+    place: Place, store: dict[str, str]
+) -> None:
+    agent = place.agents["boxes"]
+    run = job(place, "echo up; while [ ! -e go ]; do sleep 0.1; done; echo went; exit 4")
+    printed(place, run, "up")
+    agent.kill()
+    [work] = (agent.home / "agent" / "tasks").glob("*/work")
+    (work / "go").touch()
+    agent.start()
+    end, text = ends(place, run)
+    assert (end["exit_code"], text["stdout"]) == (4, "up\nwent\n")
+
+    run = job(place, "echo up; sleep 1000", retries=0)
+    printed(place, run, "up")
+    [shim] = (agent.home / "agent" / "tasks").glob("*/shim.json")
+    os.kill(json.loads(shim.read_text())["shim"]["pid"], signal.SIGKILL)
+    end = place.end(run)
+    assert (end["state"], end["cause"]["fault"]) == ("LOST", "machine")
+    assert running(store) == []
+
+
+def test_what_nobody_knows_any_more_is_ended_when_the_agent_starts(
+    place: Place, store: dict[str, str]
+) -> None:
+    agent = place.agents["boxes"]
+    label = f"--label=org.fedml.agent={agent.device}"
+    limits = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", "--network=none"]
+    for name, mine in (("stray", [label]), ("anothers", [])):
+        words = ["run", "--detach", f"--name={name}", *mine, *limits, IMAGE, "sleep", "1000"]
+        assert podman(*words, env=store).returncode == 0
+    agent.kill()
+    agent.start()
+    for _ in range(100):
+        if "stray" not in running(store):
+            break
+        place.wait(0.1)
+    assert running(store) == ["anothers"]
+    podman("rm", "--force", "--time=0", "anothers", env=store)
+
+
+def test_an_image_that_nobody_has_is_told_in_the_engines_words(place: Place) -> None:
+    end = place.end(job(place, "true", "localhost/no-such-image:1", retries=0))
+    assert "the image localhost/no-such-image:1 cannot be had: " in end["cause"]["message"]
+
+
+def test_what_the_owner_does_not_let_in_is_refused_with_the_setting(place: Place) -> None:
+    other = job(place, "true", "python:3.12")
+    assert "containers.images" in waiting(place, other, "docker.io/library/python:3.12")
+    box = {"mounts": [{"source": "/etc", "target": "/data"}]}
+    assert "/etc to read" in waiting(place, job(place, "true", box=box), "containers.mounts")
+
+
+def test_a_machine_without_containers_says_so_to_who_launches(place: Place) -> None:
+    machine(place, "bare")
+    with pytest.raises(BrokerRefused, match=r"bare: runs no containers: its owner lets none run"):
+        place.launch("true", container={"image": IMAGE}, labels={"who": "bare"})
+    found = place.client.call("GET", f"/v1/devices/{place.agents['boxes'].device}")
+    assert found["capacity"]["engine"].startswith("podman ")
+
+
+def test_a_password_is_not_shown_again(place: Place) -> None:
+    box = {"username": "ana", "password": "open sesame"}
+    run = job(place, "true", box=box)
+    place.finishes(run)
+    assert "open sesame" not in json.dumps(place.client.call("GET", f"/v1/runs/{run}"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only an agent of root gives jobs another user")
+def test_the_user_that_an_owner_gives_to_jobs_is_the_one_in_the_container(place: Place) -> None:
+    machine(place, "modest", POLICY + '[sandbox]\nuser = "nobody"\n')
+    run = place.launch(
+        "id -u; touch mine && echo wrote", container={"image": IMAGE}, labels={"who": "modest"}
+    )
+    end, text = ends(place, run)
+    assert end["state"] == "FINISHED", (end["cause"], text)
+    assert text["stdout"] == f"{pwd.getpwnam('nobody').pw_uid}\nwrote\n"
