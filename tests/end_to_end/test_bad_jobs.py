@@ -141,8 +141,7 @@ def test_a_job_that_fills_the_disk_is_ended_and_its_neighbour_goes_on(
         assert (cause["fault"], "computing.disk" in cause["hint"]) == ("task", True)
         assert "its files grew to 0.0" in cause["message"]
         assert "the machine's disk ran low" in cause["message"]
-        [work] = (agent.home / "agent" / "tasks").glob("*/work/..")
-        (work / "work" / "go").touch()
+        (agent.home / "agent" / "tasks" / f"{neighbour}-t.1" / "work" / "go").touch()
         place.finishes(neighbour)
         place.finishes(place.launch("echo room again", labels={"who": "small"}))
     finally:
