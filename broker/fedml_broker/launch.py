@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import Connection
 
 from fedml_broker import match, packages, runs, tasks
-from fedml_broker.accounts import User
+from fedml_broker.accounts import RUN_KEY, Accounts, User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet, Machine
@@ -93,12 +93,14 @@ class Launcher:
         dispatcher: Dispatcher,
         observer: Observer,
         blobs: Blobs,
+        accounts: Accounts,
     ) -> None:
         self._store = store
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._observer = observer
         self._blobs = blobs
+        self._accounts = accounts
 
     async def submit(self, user: User, request: LaunchRequest) -> str:
         """Queue a job; the run's id.
@@ -124,6 +126,8 @@ class Launcher:
         ids = [f"{run}-t"]
         if terms.nodes > 1:
             ids = [f"{run}-t{rank}" for rank in range(terms.nodes)]
+        key, keep_key = self._accounts.run_key(user, run)
+        own = {RUN_KEY: key, **request.env}
         try:
             offer = Offer(
                 task=ids[0],
@@ -132,9 +136,9 @@ class Launcher:
                 spec=LaunchSpec(
                     command=request.command,
                     bootstrap=request.bootstrap,
-                    env=request.env,
+                    env=own,
                     requirements=request.requirements,
-                    secrets=tuple(request.secrets),
+                    secrets=tuple(dict.fromkeys((*request.secrets, RUN_KEY))),
                 ),
                 publisher=user.name,
                 lease_s=self._dispatcher.timing.lease_s,
@@ -174,6 +178,7 @@ class Launcher:
                 package=package,
             )
             tasks.insert(tx, new)
+            keep_key(tx)
             if needs.gpus < request.needs.gpus:
                 wished = {"gpus": request.needs.gpus, "model": request.needs.gpu_model}
                 add_event(tx, run, "without_gpus", wished)

@@ -33,9 +33,10 @@ class Handlers:
         )
 
     async def whoami(self, call: Call) -> Any:
-        """The user behind the token."""
+        """The user behind the token; of a job's own key, also its `run`."""
         user = call.user
-        return {"name": user.name, "tenant": user.tenant, "role": user.role}
+        whose = {"name": user.name, "tenant": user.tenant, "role": user.role}
+        return whose if user.run is None else {**whose, "run": user.run}
 
     async def status(self, call: Call) -> Any:
         """The broker at a glance."""
