@@ -32,7 +32,9 @@ _VERBS = {
     "storage": "storage",
     "data": "data",
     "completion": "completion",
-    "version": "version",
+    "env": "env",
+    "diagnosis": "diagnosis",
+    "version": "env",
 }
 
 
@@ -59,7 +61,7 @@ class _Verbs(click.Group):
 
 def _tell_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from fedml.cli.version import ours
+        from fedml.environment import ours
 
         click.echo(f"fedml {ours()}")
         context.exit()
