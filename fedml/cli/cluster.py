@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from fedml import clusters
 from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import print_facts, print_json, print_table, when
 from fedml.clusters import Cluster
@@ -63,12 +62,12 @@ def create(
     if wrong := [label for label, (_, sign, _) in zip(labels, pairs, strict=True) if not sign]:
         raise click.UsageError(f"not NAME=VALUE: {wrong[0]}")
     made = Cluster.create(
-        connect(home),
         name,
         devices,
         count=count or 0,
         labels={label: value for label, _, value in pairs},
         autostop_minutes=autostop,
+        at=connect(home),
         gpus=gpus,
         gpu_model=gpu_model,
     )
@@ -80,7 +79,7 @@ def create(
 @json_option
 def list_clusters(home: Path, as_json: bool) -> None:
     """List the clusters."""
-    found = clusters.everything(connect(home))
+    found = Cluster.list(at=connect(home))
     if as_json:
         print_json([c.details for c in found])
         return
@@ -98,7 +97,7 @@ def list_clusters(home: Path, as_json: bool) -> None:
 @json_option
 def status(name: str, home: Path, as_json: bool) -> None:
     """Show one cluster: its machines, and its runs that have not ended."""
-    found = Cluster.find(connect(home), name)
+    found = Cluster.find(name, at=connect(home))
     if as_json:
         print_json(found.details)
         return
@@ -125,7 +124,7 @@ def status(name: str, home: Path, as_json: bool) -> None:
 @json_option
 def start(name: str, home: Path, as_json: bool) -> None:
     """Reserve the machines of a stopped cluster again."""
-    _tell(Cluster.find(connect(home), name).start(), as_json, f"{name} is up")
+    _tell(Cluster.find(name, at=connect(home)).start(), as_json, f"{name} is up")
 
 
 @cluster.command()
@@ -133,7 +132,7 @@ def start(name: str, home: Path, as_json: bool) -> None:
 @json_option
 def startall(home: Path, as_json: bool) -> None:
     """Reserve the machines of all stopped clusters again."""
-    found = [c.start() for c in clusters.everything(connect(home)) if c.status == "stopped"]
+    found = [c.start() for c in Cluster.list(at=connect(home)) if c.status == "stopped"]
     _tell_all(found, as_json, "is up")
 
 
@@ -144,7 +143,7 @@ def startall(home: Path, as_json: bool) -> None:
 def stop(name: str, home: Path, as_json: bool) -> None:
     """Give the machines back and keep the name; what runs on them goes on."""
     told = f"{name} has given its machines back"
-    _tell(Cluster.find(connect(home), name).stop(), as_json, told)
+    _tell(Cluster.find(name, at=connect(home)).stop(), as_json, told)
 
 
 @cluster.command()
@@ -152,7 +151,7 @@ def stop(name: str, home: Path, as_json: bool) -> None:
 @json_option
 def stopall(home: Path, as_json: bool) -> None:
     """Give the machines of all clusters back and keep the names."""
-    found = [c.stop() for c in clusters.everything(connect(home)) if c.status == "up"]
+    found = [c.stop() for c in Cluster.list(at=connect(home)) if c.status == "up"]
     _tell_all(found, as_json, "has given its machines back")
 
 
@@ -172,7 +171,7 @@ def autostop(name: str, minutes: float | None, never: bool, home: Path, as_json:
     """
     if never == (minutes is not None):
         raise click.UsageError("say after how many MINUTES, or --never")
-    made = Cluster.find(connect(home), name).autostop(minutes)
+    made = Cluster.find(name, at=connect(home)).autostop(minutes)
     _tell(made, as_json, f"{name} stops by itself: {_autostop(made)}")
 
 
@@ -183,7 +182,7 @@ def autostop(name: str, minutes: float | None, never: bool, home: Path, as_json:
 @json_option
 def kill(name: str, yes: bool, home: Path, as_json: bool) -> None:
     """Forget a cluster and stop its runs."""
-    _kill([Cluster.find(connect(home), name)], yes, as_json)
+    _kill([Cluster.find(name, at=connect(home))], yes, as_json)
 
 
 @cluster.command()
@@ -192,7 +191,7 @@ def kill(name: str, yes: bool, home: Path, as_json: bool) -> None:
 @json_option
 def killall(yes: bool, home: Path, as_json: bool) -> None:
     """Forget all clusters and stop their runs."""
-    _kill(clusters.everything(connect(home)), yes, as_json)
+    _kill(Cluster.list(at=connect(home)), yes, as_json)
 
 
 def _kill(found: list[Cluster], yes: bool, as_json: bool) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 
-from fedml import devices
 from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import print_facts, print_json, print_table, size, when, words
 from fedml.devices import Device
@@ -21,7 +20,7 @@ def device() -> None:
 @json_option
 def list_devices(home: Path, as_json: bool) -> None:
     """List the machines with what they have and what they do."""
-    found = devices.everything(connect(home))
+    found = Device.list(at=connect(home))
     if as_json:
         print_json([d.details for d in found])
         return
@@ -47,7 +46,7 @@ def list_devices(home: Path, as_json: bool) -> None:
 @json_option
 def show(name: str, home: Path, as_json: bool) -> None:
     """Show one machine, by name or id."""
-    found = devices.find(connect(home), name)
+    found = Device.find(name, at=connect(home))
     if as_json:
         print_json(found.details)
         return

@@ -167,7 +167,7 @@ def status(run_id: str, home: Path, as_json: bool) -> None:
 @json_option
 def stop(run_id: str, stay: bool, home: Path, as_json: bool) -> None:
     """Stop a run; again is harmless."""
-    found = Run.find(connect(home), run_id)
+    found = Run.find(run_id, at=connect(home))
     said = f"{run_id} has ended already: {found.state}"
     if not found.ended:
         found.stop()
@@ -218,7 +218,7 @@ def download(
     into = file or Path(f"{run_id}.safetensors")
     if into.exists() and not force:
         raise click.UsageError(f"{into} exists already; --force replaces it")
-    found = Run.find(connect(home), run_id)
+    found = Run.find(run_id, at=connect(home))
     with transfer("model") as told:
         number = found.download(into, of_round=of_round, told=told)
     if as_json:
