@@ -11,7 +11,7 @@ import json
 import os
 import ssl
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import urllib3
@@ -73,6 +73,11 @@ def of_key(key_text: str, scope: Scope = Scope.USER) -> Session:
         key = parse_login_key(key_text, scope)
     except BadKey as error:
         raise ConfigError(str(error)) from error
+    return replace(pinned(key.url, key.ca_sha256.hex()), token=key.secret.hex())
+
+
+def pinned(url: str, ca_sha256: str) -> Session:
+    """A session of nobody, at the broker whose CA certificate has this hash. Raises as `of_key`."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -81,21 +86,21 @@ def of_key(key_text: str, scope: Scope = Scope.USER) -> Session:
             # That this connection proves nothing is the point; the hash below decides.
             warnings.simplefilter("ignore", InsecureRequestWarning)
             pool = urllib3.PoolManager(ssl_context=context, retries=False, timeout=10)
-            pem = pool.request("GET", f"{key.url}/v1/ca").data.decode(errors="replace")
+            pem = pool.request("GET", f"{url}/v1/ca").data.decode(errors="replace")
     except (HTTPError, OSError) as error:
         raise BrokerUnreachable(
-            f"nobody answers at {key.url}", "is `fedml-broker up` running there?"
+            f"nobody answers at {url}", "is `fedml-broker up` running there?"
         ) from error
     try:
         der = ssl.PEM_cert_to_DER_cert(pem)
     except ValueError as error:
-        raise BrokerRefused(f"{key.url} does not answer as a broker does") from error
-    if hashlib.sha256(der).digest() != key.ca_sha256:
+        raise BrokerRefused(f"{url} does not answer as a broker does") from error
+    if hashlib.sha256(der).hexdigest() != ca_sha256:
         raise BrokerRefused(
-            f"the broker at {key.url} is not the one that made this key",
+            f"the broker at {url} is not the one that made this key",
             "somebody may be in between, or it was set up anew: ask its admin for a new key",
         )
-    return Session(key.url, key.secret.hex(), pem)
+    return Session(url, "", pem)
 
 
 def logout(home: Path) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -43,12 +43,14 @@ class User:
 
     Attributes:
         run: It is not he himself, but a job of his, of this run. Its role is `OWN_RUN`.
+        expires_at: When the token ends that he came with; None: never.
     """
 
     name: str
     tenant: str
     role: str
     run: str | None = None
+    expires_at: float | None = field(default=None, compare=False)
 
     def may(self, role: str) -> bool:
         """Whether his role is at least this one."""
@@ -177,16 +179,30 @@ class Accounts:
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
 
     async def authenticate(self, secret: bytes) -> User | None:
-        """The user behind a token, or his job; None when it is unknown or has expired."""
+        """The user behind a token, or his job; None when it is unknown.
+
+        Raises:
+            SignInRefused: 401, it has expired.
+        """
         query = (
             sa.select(users.c.name, users.c.tenant, users.c.role, tokens.c.expires_at, tokens.c.run)
             .join(tokens, tokens.c.user == users.c.name)
             .where(tokens.c.secret_sha256 == _hash(secret))
         )
         row = await self._store.read(lambda tx: tx.execute(query).first())
-        if row is None or (row.expires_at is not None and row.expires_at < time.time()):
+        if row is None:
             return None
-        return User(row.name, row.tenant, OWN_RUN if row.run else row.role, row.run)
+        if row.expires_at is not None and row.expires_at < time.time():
+            raise SignInRefused(
+                401,
+                "this token has expired",
+                f"it was {row.name}'s and good until {_moment(row.expires_at)}",
+                "`fedml login` with a new key (`fedml-broker users token NAME`, or --oidc)",
+                tenant=row.tenant,
+                thing=row.name,
+            )
+        role = OWN_RUN if row.run else row.role
+        return User(row.name, row.tenant, role, row.run, row.expires_at)
 
     def run_key(self, user: User, run: str) -> tuple[str, Callable[[Connection], None]]:
         """A key for the job of a run, and what keeps its hash, in the transaction of that run.

@@ -102,6 +102,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/ca", ANYBODY, itself.ca),
         Route("GET", "/v1/oidc/start", ANYBODY, provider.start),
         Route("GET", "/v1/oidc/callback", ANYBODY, provider.callback),
+        Route("POST", "/v1/oidc/key", ANYBODY, provider.key, oidc.KeyBody),
         Route("POST", "/v1/enrol", ANYBODY, agent.enrol, EnrolRequest),
         Route("POST", "/v1/agent/challenge", ANYBODY, agent.challenge),
         Route("POST", "/v1/agent/recover", ANYBODY, agent.recover, RecoverRequest),

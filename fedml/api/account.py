@@ -26,8 +26,15 @@ def home_of(home: Home) -> Path:
 
 
 def login(api_key: str, *, home: Home = None) -> str:
-    """Keep a user's key (from `fedml-broker users token NAME`); the broker's address."""
-    return session.login(home_of(home), api_key).url
+    """Keep a user's key (from `fedml-broker users token NAME`); the broker's address.
+
+    Raises:
+        BrokerRefused: It is not good any more, or another broker's; nothing is kept.
+    """
+    found = session.of_key(api_key)
+    Client(found).call("GET", "/v1/whoami")
+    session.keep(home_of(home), found)
+    return found.url
 
 
 def logout(*, home: Home = None) -> None:

@@ -34,6 +34,7 @@ LEAST = {
     "GET /v1/ca": ("anybody", True),
     "GET /v1/oidc/start": ("anybody", True),
     "GET /v1/oidc/callback": ("anybody", True),
+    "POST /v1/oidc/key": ("anybody", True),
     "POST /v1/enrol": ("anybody", True),
     "POST /v1/agent/challenge": ("anybody", True),
     "POST /v1/agent/recover": ("anybody", True),
