@@ -16,10 +16,11 @@ from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.log_order import LogFile
+from fedml_broker.match import Fits
 from fedml_broker.observe import Observer, add_event
 from fedml_broker.packages import PackageRef, Uploaded
 from fedml_broker.problems import Problem
-from fedml_broker.queue import HIGHEST, LOWEST, Terms
+from fedml_broker.queue import HIGHEST, LOWEST, Terms, Waiting
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_protocol.errors import MalformedMessage
@@ -212,16 +213,48 @@ class Launcher:
         )
 
     def look(self, user: User, request: LaunchRequest) -> dict[str, Any]:
-        """Where a job would run at this moment, machine by machine; nothing is started."""
-        needs = self._needs(user, request)
+        """Where a job would run at this moment, machine by machine; nothing is started.
+
+        Raises:
+            Problem: As `submit`, of what the job itself says.
+        """
+        needs, terms = self._needs(user, request), self._terms(user, request)
         wanted = _wanted(request, needs)
-        candidates = self._fleet.candidates(user.tenant)
-        taken, _ = match.choose(wanted, candidates)
+        run = Waiting(
+            key="",
+            run="this one",
+            user=user.name,
+            since=time.time(),
+            wanted=wanted,
+            priority=terms.priority,
+            nodes=terms.nodes,
+            lasts_s=request.deadline_s,
+        )
+        places, reasons = self._dispatcher.would(user.tenant, run)
+        machines = []
+        for verdict in match.verdicts(wanted, self._fleet.candidates(user.tenant)):
+            rank = places.index(verdict.device) if verdict.device in places else None
+            fits, why = verdict.fits, verdict.why
+            if fits is Fits.NOW and rank is not None:
+                why = self._busy(verdict.device)
+            elif fits is Fits.NOW and verdict.name in reasons:
+                fits, why = Fits.LATER, reasons[verdict.name]
+            elif fits is Fits.NOW:
+                why = f"would do, too: {self._busy(verdict.device)}"
+            told = {"device": verdict.device, "name": verdict.name, "fits": fits, "why": why}
+            machines.append({**told, "rank": rank})
         return {
             "needs": msgspec.to_builtins(needs),
-            "taken": taken,
-            "machines": [msgspec.to_builtins(v) for v in match.verdicts(wanted, candidates)],
+            "nodes": terms.nodes,
+            "taken": places[0] if places else None,
+            "machines": machines,
         }
+
+    def _busy(self, device: str) -> str:
+        machine = self._fleet.get(device)
+        if machine is None:
+            return "it has left"
+        return f"{len(machine.holds)} of its {machine.capacity.slots} places are taken"
 
     async def _package(self, user: User, request: LaunchRequest) -> Uploaded | None:
         if request.package is None:
