@@ -84,13 +84,13 @@ class Severed(Exception):
 class Client:
     """One person's connection to one broker; threads may share it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, connect_s: float = 10.0, read_s: float = 60.0) -> None:
         self.url = session.url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {session.token}"}
         self._pool = urllib3.PoolManager(
             ssl_context=session.context(),
             retries=False,
-            timeout=urllib3.Timeout(connect=10, read=60),
+            timeout=urllib3.Timeout(connect=connect_s, read=read_s),
             socket_options=_KEEP_ALIVE,
             maxsize=_IDLE_CONNECTIONS,
         )

@@ -77,7 +77,13 @@ build = build_command(None, "a job or run FILE", "fedml")
 
 @click.group()
 def train() -> None:
-    """Packages of training jobs, as FedML spells it. `fedml launch` runs them."""
+    """Packages of training jobs, as FedML spells it. `fedml launch` runs them.
+
+    \b
+    Examples:
+      fedml train build job.yaml
+      fedml launch job.yaml --package job.tar.gz
+    """
 
 
 train.add_command(build_command("launch", "a job FILE", "fedml train"))

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from fedml import launch as submit
+from fedml.cli import remembered
 from fedml.cli.file_or_verb import FileOrVerb, complete
 from fedml.cli.following import follow
 from fedml.cli.options import connect, home_option, json_lines_option, package_option
@@ -26,7 +27,12 @@ from fedml.errors import BrokerRefused
     "--any-resource", is_flag=True, help="GPUs of any model, or none where no machine has them."
 )
 @click.option(
-    "-c", "--cluster", default="", metavar="NAME", help="On the machines of this cluster."
+    "-c",
+    "--cluster",
+    default="",
+    metavar="NAME",
+    shell_complete=remembered.clusters,
+    help="On the machines of this cluster.",
 )
 @package_option
 @json_lines_option

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from fedml.cli import remembered
 from fedml.cli.following import follow
 from fedml.cli.log_lines import lines_view, task_of
 from fedml.cli.options import connect, home_option, json_lines_option
@@ -62,7 +63,7 @@ def _options(function: Any) -> Any:
 
 
 @click.command()
-@click.argument("run_id", metavar="RUN")
+@click.argument("run_id", metavar="RUN", shell_complete=remembered.runs)
 @_options
 def run_logs(run_id: str, home: Path, **how: Any) -> None:
     """Show what a run has printed: all so far, or the lines asked for.
@@ -84,7 +85,7 @@ def run_logs(run_id: str, home: Path, **how: Any) -> None:
 
 
 @click.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=remembered.runs)
 @_options
 def logs(run_id: str | None, home: Path, **how: Any) -> None:
     """Show what the newest run, or RUN, has printed: `fedml run logs`.

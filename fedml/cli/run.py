@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fedml.cli import remembered
 from fedml.cli.following import SilentView, users_part, watch
 from fedml.cli.logs import run_logs
 from fedml.cli.options import connect, home_option, json_option
@@ -14,12 +15,19 @@ from fedml.cli.tables import duration, print_facts, print_json, print_table, tra
 from fedml.client import Client
 from fedml.runs import Run
 
-run_argument = click.argument("run_id", metavar="RUN")
+run_argument = click.argument("run_id", metavar="RUN", shell_complete=remembered.runs)
 
 
 @click.group()
 def run() -> None:
-    """Look at runs, stop them, get what they made."""
+    """Look at runs, stop them, get what they made.
+
+    \b
+    Examples:
+      fedml run list
+      fedml run logs -f r-1c0ffee123
+      fedml run stop r-1c0ffee123 --wait
+    """
 
 
 run.add_command(run_logs, "logs")
@@ -30,7 +38,13 @@ run.add_command(run_logs, "logs")
 @home_option
 @json_option
 def list_runs(limit: int, home: Path, as_json: bool) -> None:
-    """List the newest runs."""
+    """List the newest runs.
+
+    \b
+    Examples:
+      fedml run list --limit 100
+      fedml run list --json | jq -r '.[] | select(.state == "FAILED") | .id'
+    """
     found = connect(home).call("GET", f"/v1/runs?limit={limit}")["runs"]
     if as_json:
         print_json(found)
@@ -48,7 +62,13 @@ def list_runs(limit: int, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def queue(limit: int, home: Path, as_json: bool) -> None:
-    """List the runs that wait for machines, in the order in which they go, and why they wait."""
+    """List the runs that wait for machines, in the order in which they go, and why they wait.
+
+    \b
+    Examples:
+      fedml run queue
+      fedml run queue --json | jq '.[0].reasons'
+    """
     found = connect(home).call("GET", f"/v1/queue?limit={limit}")["queue"]
     if as_json:
         print_json(found)
@@ -103,7 +123,13 @@ def priority(run_id: str, number: str, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def show(run_id: str, home: Path, as_json: bool) -> None:
-    """Show one run: its state and cause, where it runs, its rounds."""
+    """Show one run: its state and cause, where it runs, its rounds.
+
+    \b
+    Examples:
+      fedml run show r-1c0ffee123
+      fedml run show r-1c0ffee123 --json | jq .cause
+    """
     client = connect(home)
     found = client.call("GET", f"/v1/runs/{run_id}")
     if as_json:
@@ -150,6 +176,11 @@ def status(run_id: str, home: Path, as_json: bool) -> None:
     """Print the state of a run: QUEUED, RUNNING, FINISHED, FAILED, STOPPED or LOST.
 
     What it waits for goes to stderr.
+
+    \b
+    Examples:
+      fedml run status r-1c0ffee123
+      test $(fedml run status r-1c0ffee123) = FINISHED && echo done
     """
     found = connect(home).call("GET", f"/v1/runs/{run_id}")
     if as_json:
@@ -166,7 +197,13 @@ def status(run_id: str, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def stop(run_id: str, stay: bool, home: Path, as_json: bool) -> None:
-    """Stop a run; again is harmless."""
+    """Stop a run; again is harmless.
+
+    \b
+    Examples:
+      fedml run stop r-1c0ffee123
+      fedml run stop r-1c0ffee123 --wait   # until it has ended
+    """
     found = Run.find(run_id, at=connect(home))
     said = f"{run_id} has ended already: {found.state}"
     if not found.ended:
@@ -183,7 +220,13 @@ def stop(run_id: str, stay: bool, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def wait(run_id: str, home: Path, as_json: bool) -> None:
-    """Wait until a run has ended; exit with its exit code."""
+    """Wait until a run has ended; exit with its exit code.
+
+    \b
+    Examples:
+      fedml run wait r-1c0ffee123 && echo it finished
+      fedml run wait r-1c0ffee123 --json | jq -r .cause.message
+    """
     client = connect(home)
     code = watch(client, run_id, SilentView(), logs=False)
     if as_json:
