@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report of a problem should say: versions, this machine, and who is signed in where."""
+"""What a report of a problem should say: versions, this machine, and who is signed in where.
+
+`fedml --version` asks here too: whatever is more than that imports what it needs by itself.
+"""
 
 import importlib.metadata
 import os
@@ -8,10 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from fedml import session
-from fedml.client import Client
 from fedml.errors import FedMLError, NotLoggedIn
 
 _LIBRARIES = (
@@ -32,6 +31,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """This machine's hardware. Of GPUs what NVML knows; None, if it is not there."""
+    import psutil
+
     return {
         "os": f"{_distribution()}, {platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -45,6 +46,9 @@ def machine() -> dict[str, Any]:
 
 def account(home: Path) -> dict[str, str]:
     """Who is signed in at which broker; `error`, where that cannot be said, and `hint`."""
+    from fedml import session
+    from fedml.client import Client
+
     try:
         client = Client(session.load(home))
     except NotLoggedIn as error:

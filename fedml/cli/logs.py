@@ -13,7 +13,7 @@ import click
 from fedml.cli import remembered
 from fedml.cli.following import follow
 from fedml.cli.log_lines import lines_view, task_of
-from fedml.cli.options import connect, home_option, json_lines_option
+from fedml.cli.options import connect, home_option, json_lines_option, run_argument
 from fedml.cli.tables import print_json
 from fedml.client import Client
 from fedml.errors import BrokerRefused
@@ -63,7 +63,7 @@ def _options(function: Any) -> Any:
 
 
 @click.command()
-@click.argument("run_id", metavar="RUN", shell_complete=remembered.runs)
+@run_argument
 @_options
 def run_logs(run_id: str, home: Path, **how: Any) -> None:
     """Show what a run has printed: all so far, or the lines asked for.

@@ -7,15 +7,12 @@ from typing import Any
 
 import click
 
-from fedml.cli import remembered
 from fedml.cli.following import SilentView, users_part, watch
 from fedml.cli.logs import run_logs
-from fedml.cli.options import connect, home_option, json_option
+from fedml.cli.options import connect, home_option, json_option, run_argument
 from fedml.cli.tables import duration, print_facts, print_json, print_table, transfer, when
 from fedml.client import Client
 from fedml.runs import Run
-
-run_argument = click.argument("run_id", metavar="RUN", shell_complete=remembered.runs)
 
 
 @click.group()

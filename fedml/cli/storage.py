@@ -9,7 +9,7 @@ import click
 
 from fedml import storage as stored
 from fedml.cli import remembered
-from fedml.cli.options import AS_FEDML_SPELLS, connect, home_option, json_option
+from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import print_facts, print_json, print_table, size, transfer, when
 
 
@@ -44,7 +44,7 @@ def _object(_: click.Context, __: click.Parameter, given: str | None) -> dict[st
     return found
 
 
-@storage.command(context_settings=AS_FEDML_SPELLS)
+@storage.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.argument("name", default="")
 @click.option("-n", "--name", "name_option", default="", hidden=True, help="NAME, as FedML has it.")
