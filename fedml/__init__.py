@@ -10,9 +10,11 @@ from typing import Any
 
 # Name -> where it comes from: a module, or `module:name`.
 _LAZY = {
+    "Cluster": "fedml.clusters:Cluster",
     "Device": "fedml.devices:Device",
     "FedMLRunner": "fedml.runner:FedMLRunner",
     "Run": "fedml.runs:Run",
+    "aio": "fedml.aio",
     "api": "fedml.api",
     "arguments": "fedml.arguments",
     "core": "fedml.core",

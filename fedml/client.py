@@ -2,19 +2,21 @@
 """HTTP to the broker: JSON calls, blobs by hash, and the stream of a run."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import secrets
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlencode
 
 import urllib3
 from urllib3.exceptions import HTTPError, NewConnectionError, SSLError
 
+from fedml import session
 from fedml.errors import BrokerRefused, BrokerUnreachable
 from fedml.session import Session
 from fedml.traces import traced
@@ -22,9 +24,15 @@ from fedml.traces import traced
 # Called with how many bytes have been moved so far, and how many there are.
 Told = Callable[[int, int], None]
 
+
+def silent(done: int, total: int) -> None:
+    """Nobody watches."""
+
+
 _CHUNK = 1024 * 1024
 _RESUMPTIONS = 20
 _ASKED_TOGETHER = 10_000
+_IDLE_CONNECTIONS = 8
 # A followed run may be silent for hours; a peer that is gone is noticed in a minute all the same.
 _KEEP_ALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -70,18 +78,38 @@ class Seen:
         return True
 
 
-class Client:
-    """One person's connection to one broker."""
+class Severed(Exception):
+    """Whoever waited for this has gone: `Client.sever`."""
 
-    def __init__(self, session: Session) -> None:
+
+class Client:
+    """One person's connection to one broker; threads may share it."""
+
+    def __init__(self, session: Session, *, connect_s: float = 10.0, read_s: float = 60.0) -> None:
         self.url = session.url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {session.token}"}
         self._pool = urllib3.PoolManager(
             ssl_context=session.context(),
             retries=False,
-            timeout=urllib3.Timeout(connect=10, read=60),
+            timeout=urllib3.Timeout(connect=connect_s, read=read_s),
             socket_options=_KEEP_ALIVE,
+            maxsize=_IDLE_CONNECTIONS,
         )
+        self._severed = threading.Event()
+        self._streams: set[urllib3.BaseHTTPResponse] = set()
+
+    def severable(self) -> Self:
+        """The same connection for one call, which `sever` ends from another thread."""
+        other = copy.copy(self)
+        other._severed, other._streams = threading.Event(), set()
+        return other
+
+    def sever(self) -> None:
+        """Nobody waits any more: what goes on through this client ends with `Severed`."""
+        self._severed.set()
+        for response in tuple(self._streams):
+            with contextlib.suppress(OSError, ValueError):  # it has just ended by itself
+                response.shutdown()
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One question and its answer.
@@ -116,12 +144,12 @@ class Client:
                 never_heard = isinstance(error.__cause__, NewConnectionError)
                 if attempt == _RESUMPTIONS - 1 or (never_heard and not attempt):
                     raise
-                time.sleep(min(0.2 * (attempt + 1), 3.0))
+                self._pause(min(0.2 * (attempt + 1), 3.0))
         raise AssertionError("unreachable")
 
     def follow(
         self, run: str, *, logs: bool = True, stay: bool = True, seen: Seen | None = None
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """Everything of a run as it happens; a cut stream goes on where it stopped.
 
         Args:
@@ -152,7 +180,7 @@ class Client:
                         f"{self.url} does not answer any more: {error}",
                         f"what runs goes on without it; later: `fedml run logs -f {run}`",
                     ) from error
-                time.sleep(min(0.2 * failures, 3.0))
+                self._pause(min(0.2 * failures, 3.0))
 
     def _stream(self, run: str, seen: Seen, logs: bool, stay: bool) -> Iterator[dict[str, Any]]:
         path = f"/v1/runs/{run}/follow?after={seen.event}&logs={int(logs)}&stay={int(stay)}"
@@ -162,13 +190,11 @@ class Client:
         timeout = urllib3.Timeout(connect=10, read=None)
         response = self._ask("GET", path, None, {}, preload=False, timeout=timeout)
         rest = b""
-        try:
+        with self._reading(response):
             while data := response.read1():
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     yield json.loads(line)
-        finally:
-            response.close()
         raise BrokerUnreachable("the stream ended early")
 
     def logs(self, run: str, **query: str | float) -> dict[str, Any]:
@@ -194,7 +220,7 @@ class Client:
             found |= self.call("POST", "/v1/blobs/missing", asked)["missing"]
         return found
 
-    def upload(self, file: Path, told: Told = lambda done, total: None) -> dict[str, Any]:
+    def upload(self, file: Path, told: Told = silent) -> dict[str, Any]:
         """Put a file; what the broker has of it is not sent again. Gives ``{"sha256", "size"}``."""
         with file.open("rb") as data:
             sha256 = hashlib.file_digest(data, "sha256").hexdigest()
@@ -211,7 +237,7 @@ class Client:
         sha256: str,
         size: int,
         read: Callable[[int], Iterator[bytes]],
-        told: Told = lambda done, total: None,
+        told: Told = silent,
         *,
         start: int = 0,
     ) -> None:
@@ -231,7 +257,7 @@ class Client:
             if start:
                 headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
             try:
-                body = _counted(read(start), start, size, told)
+                body = self._counted(read(start), start, size, told)
                 self._ask("PUT", f"/v1/blobs/{sha256}", body, headers)
                 return
             except BrokerUnreachable as error:
@@ -250,7 +276,7 @@ class Client:
         for attempt in range(_RESUMPTIONS):
             with contextlib.suppress(BrokerUnreachable):
                 return self._head(sha256)
-            time.sleep(min(0.1 * attempt, 3.0))
+            self._pause(min(0.1 * attempt, 3.0))
         return None
 
     def read(self, sha256: str) -> bytes:
@@ -265,7 +291,7 @@ class Client:
             raise BrokerRefused(f"the bytes that came as {sha256} are others")
         return data
 
-    def download(self, sha256: str, into: Path, told: Told = lambda done, total: None) -> None:
+    def download(self, sha256: str, into: Path, told: Told = silent) -> None:
         """Get a blob into a file; a cut transfer goes on where it stopped, also the next time.
 
         Raises:
@@ -298,16 +324,16 @@ class Client:
             try:
                 response = self._ask("GET", f"/v1/blobs/{sha256}", None, headers, preload=False)
                 total = size + int(response.headers.get("Content-Length", 0))
-                # In the pieces that come, not in full ones: a cut loses none of what was there.
-                while chunk := response.read1(_CHUNK):
-                    digest.update(chunk)
-                    file.write(chunk)
-                    size, failures = size + len(chunk), 0
-                    told(size, total)
-                if size >= total:
-                    response.release_conn()
-                    return
-                response.close()
+                with self._reading(response):
+                    # In the pieces that come, not in full ones: a cut loses none of them.
+                    while chunk := response.read1(_CHUNK):
+                        digest.update(chunk)
+                        file.write(chunk)
+                        size, failures = size + len(chunk), 0
+                        told(size, total)
+                    if size >= total:
+                        response.release_conn()
+                        return
             except (HTTPError, BrokerUnreachable) as error:
                 if failures >= _RESUMPTIONS:
                     raise BrokerUnreachable(
@@ -315,7 +341,31 @@ class Client:
                         "what has come is kept: the same command goes on from there",
                     ) from error
             failures += 1
-            time.sleep(min(0.1 * (failures - 1), 3.0))
+            self._pause(min(0.1 * (failures - 1), 3.0))
+
+    def _counted(
+        self, pieces: Iterator[bytes], done: int, size: int, told: Told
+    ) -> Iterator[bytes]:
+        for piece in pieces:
+            self._pause(0)
+            yield piece
+            done += len(piece)
+            told(done, size)
+
+    def _pause(self, seconds: float) -> None:
+        """Let time pass, unless nobody waits any more."""
+        if self._severed.wait(seconds):
+            raise Severed
+
+    @contextlib.contextmanager
+    def _reading(self, response: urllib3.BaseHTTPResponse) -> Iterator[None]:
+        self._streams.add(response)
+        try:
+            self._pause(0)
+            yield
+        finally:
+            self._streams.discard(response)
+            response.close()
 
     def _head(self, sha256: str) -> urllib3.BaseHTTPResponse:
         """Whether a blob is there, or how much of an upload."""
@@ -336,6 +386,7 @@ class Client:
         preload: bool = True,
         timeout: urllib3.Timeout | None = None,
     ) -> urllib3.BaseHTTPResponse:
+        self._pause(0)
         more: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         try:
             response = self._pool.request(
@@ -377,8 +428,18 @@ def _read(file: Path, start: int) -> Iterator[bytes]:
             yield chunk
 
 
-def _counted(pieces: Iterator[bytes], done: int, size: int, told: Told) -> Iterator[bytes]:
-    for piece in pieces:
-        yield piece
-        done += len(piece)
-        told(done, size)
+# A broker: a client of it, a session at it, the home of a login (None: `~/.fedml`).
+At = Client | Session | Path | str | None
+
+
+def at(where: At) -> Client:
+    """The broker that is meant: a client of it, a session, or the home of a login.
+
+    Raises:
+        NotLoggedIn: That home has none.
+    """
+    if isinstance(where, Client):
+        return where
+    if not isinstance(where, Session):
+        where = session.load(session.find_home(None if where is None else str(where)))
+    return Client(where)

@@ -3,69 +3,26 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedml.client import Client
+from fedml.client import At, Client
+from fedml.client import at as _at
 
 
-class Cluster:
-    """One cluster of one broker, as it was when it was last looked at.
+class ClusterFacts:
+    """What is known of a cluster: what `Cluster` and `fedml.aio.Cluster` have in common.
 
     Attributes:
         name: Unique in its tenant.
-        details: Everything that the broker says of it; `refresh` looks again.
+        details: Everything that the broker said of it when it was last looked at.
     """
 
     def __init__(self, client: Client, details: Mapping[str, Any]) -> None:
         self.name = str(details["name"])
         self.details = dict(details)
         self._client = client
-
-    @classmethod
-    def find(cls, client: Client, name: str) -> Cluster:
-        """The cluster with this name.
-
-        Raises:
-            BrokerRefused: There is none.
-        """
-        return cls(client, client.call("GET", f"/v1/clusters/{name}"))
-
-    @classmethod
-    def create(
-        cls,
-        client: Client,
-        name: str,
-        devices: Sequence[str] = (),
-        *,
-        count: int = 0,
-        labels: Mapping[str, str] | None = None,
-        autostop_minutes: float | None = None,
-        **needs: Any,
-    ) -> Cluster:
-        """Reserve the machines named, or `count` that wear the labels and have what is needed.
-
-        Args:
-            client: The broker.
-            name: Its name.
-            devices: Names or ids of machines.
-            count: How many, where none is named.
-            labels: What these must wear.
-            autostop_minutes: It stops by itself when it has been idle for so long.
-            needs: `gpus`, `gpu_model`, `gpu_memory_bytes`, `cpus`, `memory_bytes`, `disk_bytes`.
-
-        Raises:
-            BrokerRefused: The name or a machine is taken, or too few fit.
-        """
-        request = {
-            "name": name,
-            "devices": list(devices),
-            "count": count,
-            "labels": dict(labels or {}),
-            "needs": needs,
-            "autostop_minutes": autostop_minutes,
-        }
-        return cls(client, client.call("POST", "/v1/clusters", request))
 
     def __repr__(self) -> str:
         return f"<Cluster {self.name} {self.status}>"
@@ -76,14 +33,71 @@ class Cluster:
         return str(self.details["status"])
 
     @property
-    def devices(self) -> list[str]:
+    def devices(self) -> builtins.list[str]:
         """The names of its machines."""
         return [device["name"] for device in self.details["devices"]]
 
     @property
-    def runs(self) -> list[str]:
+    def runs(self) -> builtins.list[str]:
         """The runs on it, or waiting for it."""
-        return list(self.details["runs"])
+        return [*self.details["runs"]]
+
+
+class Cluster(ClusterFacts):
+    """One cluster of one broker, as it was when it was last looked at; `refresh` looks again."""
+
+    @classmethod
+    def list(cls, *, at: At = None) -> builtins.list[Cluster]:
+        """Every cluster, by name."""
+        client = _at(at)
+        return [cls(client, told) for told in client.call("GET", "/v1/clusters")["clusters"]]
+
+    @classmethod
+    def find(cls, name: str, *, at: At = None) -> Cluster:
+        """The cluster with this name.
+
+        Raises:
+            BrokerRefused: There is none.
+        """
+        client = _at(at)
+        return cls(client, client.call("GET", f"/v1/clusters/{name}"))
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        devices: Sequence[str] = (),
+        *,
+        count: int = 0,
+        labels: Mapping[str, str] | None = None,
+        autostop_minutes: float | None = None,
+        at: At = None,
+        **needs: Any,
+    ) -> Cluster:
+        """Reserve the machines named, or `count` that wear the labels and have what is needed.
+
+        Args:
+            name: Its name.
+            devices: Names or ids of machines.
+            count: How many, where none is named.
+            labels: What these must wear.
+            autostop_minutes: It stops by itself when it has been idle for so long.
+            at: The home of a login (`~/.fedml`), or a client.
+            needs: `gpus`, `gpu_model`, `gpu_memory_bytes`, `cpus`, `memory_bytes`, `disk_bytes`.
+
+        Raises:
+            BrokerRefused: The name or a machine is taken, or too few fit.
+        """
+        client = _at(at)
+        request = {
+            "name": name,
+            "devices": [*devices],
+            "count": count,
+            "labels": dict(labels or {}),
+            "needs": needs,
+            "autostop_minutes": autostop_minutes,
+        }
+        return cls(client, client.call("POST", "/v1/clusters", request))
 
     def refresh(self) -> Cluster:
         """Look again; itself."""
@@ -101,16 +115,11 @@ class Cluster:
         """Stop by itself when it has been idle for so long; None: never."""
         return self._ask("PUT", "/autostop", {"minutes": minutes})
 
-    def kill(self) -> list[str]:
+    def kill(self) -> builtins.list[str]:
         """Forget it and stop its runs; which these are."""
         told = self._client.call("DELETE", f"/v1/clusters/{self.name}")
-        return list(told["stopped"])
+        return [*told["stopped"]]
 
     def _ask(self, method: str, what: str, body: Mapping[str, Any] | None = None) -> Cluster:
         self.details = dict(self._client.call(method, f"/v1/clusters/{self.name}{what}", body))
         return self
-
-
-def everything(client: Client) -> list[Cluster]:
-    """Every cluster, by name."""
-    return [Cluster(client, told) for told in client.call("GET", "/v1/clusters")["clusters"]]

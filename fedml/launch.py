@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedml import jobfile, package, runfile, storage
-from fedml.client import Client, Told
+from fedml.client import Client, Told, silent
 from fedml.errors import ConfigError
 from fedml.parts import send
 from fedml_protocol.errors import MalformedMessage
@@ -20,10 +20,6 @@ from fedml_protocol.package import File, Package, Part, parse
 
 Kind = Literal["launch", "federate"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def _silent(done: int, total: int) -> None:
-    """Nobody watches the upload."""
 
 
 def launch(
@@ -34,7 +30,7 @@ def launch(
     any_resource: bool = False,
     cluster: str = "",
     package: str = "",
-    told: Told = _silent,
+    told: Told = silent,
 ) -> str:
     """Submit a job file; the run's id.
 
@@ -89,7 +85,7 @@ def look(
 
 
 def federate(
-    client: Client, file: Path, *, strict: bool = False, package: str = "", told: Told = _silent
+    client: Client, file: Path, *, strict: bool = False, package: str = "", told: Told = silent
 ) -> str:
     """Submit a federated run (docs/federate.md); the run's id. Raises what `launch` does.
 
@@ -119,7 +115,7 @@ def build(file: Path, into: Path, *, kind: Kind | None = None) -> int:
 
 
 def store(
-    client: Client, file: Path, name: str = "", *, kind: Kind | None = None, told: Told = _silent
+    client: Client, file: Path, name: str = "", *, kind: Kind | None = None, told: Told = silent
 ) -> dict[str, Any]:
     """Store the workspace of a job or run file at the broker, as `packages/NAME`.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedml.client import Client, Told
+from fedml.client import Client, Told, silent
 from fedml.errors import BrokerRefused, ConfigError
 from fedml.package import files
 from fedml_protocol.package import File, Link, Package, Part
@@ -126,7 +126,7 @@ def index(workspace: Path, cache: Path | None = None) -> Indexed:
 def send(
     client: Client,
     workspace: Path,
-    told: Told = lambda done, total: None,
+    told: Told = silent,
     *,
     cache: Path | None = None,
 ) -> dict[str, Any]:

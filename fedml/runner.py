@@ -205,11 +205,8 @@ def _refuse_client(args: Any) -> None:
 
 def _deployed(args: Any, *, own: bool = False, named: bool = False) -> Run:
     """Submit the run, show its rounds, and wait for its end."""
-    from fedml import api
-    from fedml import launch as submit
     from fedml.runs import Run
 
-    client = api.connect()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         if named:
@@ -219,7 +216,7 @@ def _deployed(args: Any, *, own: bool = False, named: bool = False) -> Run:
             _pack(Path(folder) / "package", args)
             run |= {"workspace": "package", "app": _APP}
             file.write_text(json.dumps(run))
-        found = Run.find(client, submit.federate(client, file))
+        found = Run.submit(file)
     _say(f"{found.id} is submitted; `fedml run logs -f {found.id}` shows it from elsewhere")
     return found.wait(check=True)
 

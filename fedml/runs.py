@@ -1,57 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as an object: what it is doing, what it says, and what came out of it."""
+"""A run as an object: what it is doing, what it says, and what came out of it.
+
+    run = Run.submit("job.yaml")
+    print(*run.logs(follow=True), sep="", end="")
+    run.wait(check=True)
+
+`fedml.aio` has the same for asyncio.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import builtins
+import os
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedml.client import Client, Told
-from fedml.errors import BrokerRefused, RunFailed
+from fedml import launch, runfile
+from fedml.client import At, Client, Told, silent
+from fedml.client import at as _at
+from fedml.errors import BrokerRefused, ConfigError, RunFailed
 
 # The states in which nothing happens any more.
 FINAL = frozenset({"FINISHED", "FAILED", "STOPPED", "LOST"})
 
 
-@dataclass(frozen=True, slots=True)
-class RunLogResult:
-    """A page of a run's log, as FedML's `run_logs` gives it.
-
-    Attributes:
-        run_status: In FedML's words: STOPPED is KILLED there, LOST is FAILED.
-        log_line_list: The lines of the page, or all.
-    """
-
-    run_status: str
-    total_log_lines: int
-    total_log_pages: int
-    log_line_list: list[str]
-
-
-class Run:
-    """One run of one broker, as it was when it was last looked at.
+class RunFacts:
+    """What is known of a run: what `Run` and `fedml.aio.Run` have in common.
 
     Attributes:
         id: Unique for ever.
-        details: Everything that the broker says of it; `refresh` looks again.
+        details: Everything that the broker said of it when it was last looked at.
     """
 
     def __init__(self, client: Client, details: Mapping[str, Any]) -> None:
         self.id = str(details["id"])
         self.details = dict(details)
         self._client = client
-
-    @classmethod
-    def find(cls, client: Client, run: str) -> Run:
-        """The run with this id.
-
-        Raises:
-            BrokerRefused: There is none.
-        """
-        return cls(client, client.call("GET", f"/v1/runs/{run}"))
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.state}>"
@@ -60,6 +46,11 @@ class Run:
     def name(self) -> str:
         """As its file calls it."""
         return str(self.details["name"])
+
+    @property
+    def url(self) -> str:
+        """Where the broker tells of it."""
+        return f"{self._client.url}/v1/runs/{self.id}"
 
     @property
     def kind(self) -> str:
@@ -89,23 +80,93 @@ class Run:
         return "" if cause is None else str(cause["message"])
 
     @property
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> builtins.list[dict[str, float]]:
         """Of a federated run: the metrics of each round's model, from round 0 (the first model)."""
-        rounds = self.details.get("rounds")
-        if rounds is None:
-            rounds = self.refresh().details.get("rounds", [])
-        return [dict(r["metrics"]) for r in rounds if r["model"]]
+        return [dict(r["metrics"]) for r in self.details.get("rounds", ()) if r["model"]]
+
+
+class Run(RunFacts):
+    """One run of one broker, as it was when it was last looked at; `refresh` looks again."""
+
+    @classmethod
+    def submit(
+        cls,
+        file: Path | str,
+        *,
+        cluster: str = "",
+        any_resource: bool = False,
+        package: str = "",
+        at: At = None,
+    ) -> Run:
+        """Send a job or run file; the run, which has only been queued.
+
+        Args:
+            file: A job file (docs/launch.md), a run file (docs/federate.md), or one of FedML's.
+            cluster: Of a job: on the machines that are reserved under this name.
+            any_resource: Of a job: on GPUs of any model, or none where no machine has them.
+            package: In place of the workspace: a file that `fedml build` made, the name of a
+                stored folder, or a hash.
+            at: The home of a login (`~/.fedml`), or a client.
+
+        Raises:
+            ConfigError: The file or its workspace is wrong.
+            BrokerRefused: No machine can ever run it, or the broker says no for another reason.
+            BrokerUnreachable: No answer.
+        """
+        client, path = _at(at), Path(file)
+        if runfile.is_federated(path):
+            run = launch.federate(client, path, package=package)
+        else:
+            run = launch.launch(
+                client, path, any_resource=any_resource, cluster=cluster, package=package
+            )
+        return cls.find(run, at=client)
+
+    @classmethod
+    def find(cls, run: str, *, at: At = None) -> Run:
+        """The run with this id.
+
+        Raises:
+            BrokerRefused: There is none.
+        """
+        client = _at(at)
+        return cls(client, client.call("GET", f"/v1/runs/{run}"))
+
+    @classmethod
+    def current(cls, *, at: At = None) -> Run:
+        """The run that this very process is a part of.
+
+        Raises:
+            ConfigError: It is not part of any.
+        """
+        run = os.environ.get("FEDML_CURRENT_RUN_ID")
+        if not run:
+            raise ConfigError("this is not a job: FEDML_CURRENT_RUN_ID is not set")
+        return cls.find(run, at=at)
+
+    @classmethod
+    def list(cls, *, limit: int = 50, at: At = None) -> builtins.list[Run]:
+        """The newest runs, newest first."""
+        client = _at(at)
+        return [cls(client, row) for row in client.call("GET", f"/v1/runs?limit={limit}")["runs"]]
+
+    @property
+    def metrics(self) -> builtins.list[dict[str, float]]:
+        """Of a federated run: the metrics of each round's model, from round 0 (the first model)."""
+        if "rounds" not in self.details:
+            self.refresh()
+        return super().metrics
 
     def refresh(self) -> Run:
         """Look again; itself."""
         self.details = dict(self._client.call("GET", f"/v1/runs/{self.id}"))
         return self
 
-    def follow(self) -> Iterator[dict[str, Any]]:
+    def follow(self) -> Generator[dict[str, Any], None, None]:
         """Events and logs as they happen, until the run has ended; see `Client.follow`."""
         return self._client.follow(self.id)
 
-    def logs(self, *, follow: bool = False) -> Iterator[str]:
+    def logs(self, *, follow: bool = False) -> Generator[str, None, None]:
         """What its tasks have printed, in pieces; with `follow` until the run has ended."""
         for item in self._client.follow(self.id, stay=follow):
             if "log" in item:
@@ -120,7 +181,9 @@ class Run:
         """
         return self._client.logs(self.id, search=search, **query)
 
-    def series(self, name: str | None = None, *, points: int = 1000) -> list[dict[str, Any]]:
+    def series(
+        self, name: str | None = None, *, points: int = 1000
+    ) -> builtins.list[dict[str, Any]]:
         """What its tasks have logged: `name`, `source` and `points` ([step, value, at]) each."""
         query = f"points={points}" + ("" if name is None else f"&name={quote(name, safe='')}")
         return list(self._client.call("GET", f"/v1/runs/{self.id}/metrics?{query}")["series"])
@@ -130,7 +193,7 @@ class Run:
         found = self._client.call("GET", f"/v1/runs/{self.id}/params")["params"]
         return {p["name"]: p["value"] for p in found}
 
-    def artifacts(self) -> list[dict[str, Any]]:
+    def artifacts(self) -> builtins.list[dict[str, Any]]:
         """The files that its tasks have logged: `name`, `sha256`, `size`, `at`, `type`, `here`."""
         return list(self._client.call("GET", f"/v1/runs/{self.id}/artifacts")["artifacts"])
 
@@ -139,7 +202,7 @@ class Run:
         artifact: Mapping[str, Any],
         into: Path | str,
         *,
-        told: Told = lambda done, total: None,
+        told: Told = silent,
     ) -> Path:
         """Write one of `artifacts` below a directory, by its name; what is there is replaced.
 
@@ -182,7 +245,7 @@ class Run:
         into: Path | str,
         *,
         of_round: int | None = None,
-        told: Told = lambda done, total: None,
+        told: Told = silent,
     ) -> int:
         """Write the model of a federated run (safetensors) into a file; of which round it is.
 
@@ -197,23 +260,6 @@ class Run:
         number, blob = _model(self.refresh(), of_round)
         self._client.download(blob["sha256"], Path(into), told)
         return number
-
-
-def log_page(run: Run, number: int, size: int, *, everything: bool) -> RunLogResult:
-    """A page of the lines of a run, counted from 1; or all of them.
-
-    Raises:
-        ValueError: There is no such page in any run.
-    """
-    if number < 1 or size < 1:
-        raise ValueError(f"pages and their size count from 1, got {number} and {size}")
-    status = {"STOPPED": "KILLED", "LOST": "FAILED"}.get(run.state, run.state)
-    if everything:
-        lines = "".join(run.logs()).splitlines()
-        return RunLogResult(status, len(lines), -(-len(lines) // size), lines)
-    found = run.log_lines(skip=(number - 1) * size, limit=size)
-    total = found["total"]
-    return RunLogResult(status, total, -(-total // size), [line["text"] for line in found["lines"]])
 
 
 def _model(run: Run, wanted: int | None) -> tuple[int, Mapping[str, Any]]:

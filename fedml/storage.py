@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from fedml.client import Client, Told
+from fedml.client import Client, Told, silent
 from fedml.errors import BrokerRefused, ConfigError
 from fedml.parts import send
 from fedml_protocol.errors import MalformedMessage
@@ -24,17 +24,13 @@ _PAGE = 1000
 _CHUNK = 1024 * 1024
 
 
-def _silent(done: int, total: int) -> None:
-    """Nobody watches."""
-
-
 def upload(
     client: Client,
     path: Path,
     name: str = "",
     *,
     metadata: Mapping[str, Any] | None = None,
-    told: Told = _silent,
+    told: Told = silent,
 ) -> dict[str, Any]:
     """Store a file or a folder; what the broker knows of it (see `show`).
 
@@ -56,7 +52,7 @@ def upload(
     else:
         raise ConfigError(f"there is no file or folder {path}")
     asked = {"sha256": blob["sha256"], "folder": path.is_dir(), "metadata": dict(metadata or {})}
-    found: dict[str, Any] = client.call("PUT", _url(name or path.resolve().name), asked)
+    found: dict[str, Any] = client.call("PUT", url(name or path.resolve().name), asked)
     return found
 
 
@@ -66,7 +62,7 @@ def show(client: Client, name: str) -> dict[str, Any]:
     Raises:
         BrokerRefused: There is none.
     """
-    found: dict[str, Any] = client.call("GET", _url(name))
+    found: dict[str, Any] = client.call("GET", url(name))
     return found
 
 
@@ -88,10 +84,10 @@ def delete(client: Client, name: str) -> int:
     Raises:
         BrokerRefused: There is none, or it is another user's.
     """
-    return int(client.call("DELETE", _url(name))["freed_bytes"])
+    return int(client.call("DELETE", url(name))["freed_bytes"])
 
 
-def download(client: Client, name: str, into: Path, told: Told = _silent) -> dict[str, Any]:
+def download(client: Client, name: str, into: Path, told: Told = silent) -> dict[str, Any]:
     """Write an object to `into`; what the broker knows of it.
 
     A file there is replaced when everything has come. A folder must not be there.
@@ -158,5 +154,6 @@ def _lay_out(package: Package, parts: Path, into: Path) -> None:
         target.symlink_to(link.target)
 
 
-def _url(name: str) -> str:
+def url(name: str) -> str:
+    """The path of an object at the broker."""
     return f"/v1/storage/{quote(name, safe='')}"

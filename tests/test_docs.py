@@ -4,7 +4,10 @@
 What README and pages show as commands or files is run by `tests/end_to_end/test_docs.py`.
 """
 
+import contextlib
+import inspect
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +66,37 @@ def test_every_command_and_option_has_help(name: str) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"`{name} {parameter.opts[0]}` has no help"
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.hidden])
+def test_every_command_has_examples_that_it_understands(name: str) -> None:
+    text = inspect.cleandoc(COMMANDS[name].help or "")
+    found = re.split(r"\n\x08\n[A-Z][^\n]*:\n", text + "\n")
+    assert len(found) > 1, f"`{name}` has no examples"
+    shown = [words for block in found[1:] for words in _commands(block.partition("\n\n")[0])]
+    assert any(" ".join(words).startswith(name) for words in shown), (
+        f"`{name}` does not show itself"
+    )
+    for words in shown:
+        known = words.pop(0)
+        while words and f"{known} {words[0]}" in COMMANDS:
+            known = f"{known} {words.pop(0)}"
+        command = COMMANDS[known]
+        taken = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
+        options = [word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)]
+        assert {*options} <= taken, f"`{name} --help` shows `{known} {' '.join(words)}`"
+        is_group = isinstance(command, click.Group) and not _takes_words(command)
+        assert not (is_group and words and words[0] not in taken), f"{known} has no {words[0]}"
+
+
+def _commands(block: str) -> Iterator[list[str]]:
+    """Ours, in lines of shell: without comments, and one for each part of a pipe."""
+    for line in block.replace("\\\n", " ").splitlines():
+        for part in re.split(r"\$\(|\||&&|;|\)|<", line.partition("  #")[0]):
+            with contextlib.suppress(ValueError):  # half of a quoted text
+                words = shlex.split(part)
+                if words and words[0] in ("fedml", "fedml-agent", "fedml-broker"):
+                    yield words
 
 
 @pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if not isinstance(c, click.Group)])

@@ -8,8 +8,8 @@ is made.
 import hashlib
 import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,18 +30,31 @@ from fedml_protocol.keys import SECRET_BYTES, LoginKey, Scope, parse_login_key
 #   admin    manages users, keys and machines, and deletes
 ROLES = ("viewer", "member", "admin")
 
+# Of a job that asks with the key of its run: it sees and stops this run, and nothing else.
+OWN_RUN = "run"
+
+# Where the job finds it.
+RUN_KEY = "FEDML_RUN_API_KEY"
+
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who asks."""
+    """Who asks.
+
+    Attributes:
+        run: It is not he himself, but a job of his, of this run. Its role is `OWN_RUN`.
+        expires_at: When the token ends that he came with; None: never.
+    """
 
     name: str
     tenant: str
     role: str
+    run: str | None = None
+    expires_at: float | None = field(default=None, compare=False)
 
     def may(self, role: str) -> bool:
         """Whether his role is at least this one."""
-        return ROLES.index(self.role) >= ROLES.index(role)
+        return self.role in ROLES and ROLES.index(self.role) >= ROLES.index(role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +171,7 @@ class Accounts:
         """The users of a tenant with the number of their tokens."""
         query = (
             sa.select(users, sa.func.count(tokens.c.secret_sha256).label("tokens"))
-            .outerjoin(tokens, tokens.c.user == users.c.name)
+            .outerjoin(tokens, sa.and_(tokens.c.user == users.c.name, tokens.c.run.is_(None)))
             .where(users.c.tenant == tenant)
             .group_by(users.c.name)
             .order_by(users.c.name)
@@ -166,16 +179,48 @@ class Accounts:
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
 
     async def authenticate(self, secret: bytes) -> User | None:
-        """The user behind a token; None when it is unknown or has expired."""
+        """The user behind a token, or his job; None when it is unknown.
+
+        Raises:
+            SignInRefused: 401, it has expired.
+        """
         query = (
-            sa.select(users.c.name, users.c.tenant, users.c.role, tokens.c.expires_at)
+            sa.select(users.c.name, users.c.tenant, users.c.role, tokens.c.expires_at, tokens.c.run)
             .join(tokens, tokens.c.user == users.c.name)
             .where(tokens.c.secret_sha256 == _hash(secret))
         )
         row = await self._store.read(lambda tx: tx.execute(query).first())
-        if row is None or (row.expires_at is not None and row.expires_at < time.time()):
+        if row is None:
             return None
-        return User(row.name, row.tenant, row.role)
+        if row.expires_at is not None and row.expires_at < time.time():
+            raise SignInRefused(
+                401,
+                "this token has expired",
+                f"it was {row.name}'s and good until {_moment(row.expires_at)}",
+                "`fedml login` with a new key (`fedml-broker users token NAME`, or --oidc)",
+                tenant=row.tenant,
+                thing=row.name,
+            )
+        role = OWN_RUN if row.run else row.role
+        return User(row.name, row.tenant, role, row.run, row.expires_at)
+
+    def run_key(self, user: User, run: str) -> tuple[str, Callable[[Connection], None]]:
+        """A key for the job of a run, and what keeps its hash, in the transaction of that run.
+
+        It is good until `forget_run_key`.
+        """
+        secret = secrets.token_bytes(SECRET_BYTES)
+        row = {
+            "secret_sha256": _hash(secret),
+            "user": user.name,
+            "created_at": time.time(),
+            "run": run,
+        }
+
+        def keep(tx: Connection) -> None:
+            tx.execute(tokens.insert().values(row))
+
+        return self._key(Scope.RUN, secret), keep
 
     def still_fits(self, key: str) -> bool:
         """Whether a user's key names this broker as it can be reached now."""
@@ -274,6 +319,11 @@ class Accounts:
     def _key(self, scope: Scope, secret: bytes) -> str:
         key = LoginKey(scope=scope, url=self._url, ca_sha256=self._ca_sha256, secret=secret)
         return str(key)
+
+
+def forget_run_key(tx: Connection, run: str) -> None:
+    """The key of a run is good no more; again is harmless."""
+    tx.execute(tokens.delete().where(tokens.c.run == run))
 
 
 def use_key(tx: Connection, secret: bytes, *, again: bool) -> Enrolment:

@@ -224,7 +224,13 @@ class Broker:
         self.dispatcher.on_result = self.traces.ended
         self.clusters = Clusters(self.store, self.fleet, self.dispatcher)
         self.launcher = Launcher(
-            self.store, self.fleet, self.dispatcher, self.observer, self.blobs, self.traces
+            self.store,
+            self.fleet,
+            self.dispatcher,
+            self.observer,
+            self.blobs,
+            self.traces,
+            self.accounts,
         )
         self.federation = Federation(
             self.store,
@@ -275,9 +281,9 @@ class Broker:
             if run in rows
         ]
 
-    async def stop_run(self, run: dict[str, Any], by: str) -> None:
-        """End a run. Asking again is harmless."""
-        if not await self.store.write(lambda tx: runs.stop_asked(tx, run["id"], by)):
+    async def stop_run(self, run: dict[str, Any], by: str, *, itself: bool = False) -> None:
+        """End a run; `itself`: a job of it asks. Asking again is harmless."""
+        if not await self.store.write(lambda tx: runs.stop_asked(tx, run["id"], by, itself=itself)):
             return
         if run["kind"] == "federate":
             self.federation.stop(run["id"], by)

@@ -96,6 +96,11 @@ def device(name: str) -> str:
     return f"device/{name}"
 
 
+def run(name: str) -> str:
+    """A job of a run as an actor."""
+    return f"run/{name}"
+
+
 def note(
     tx: Connection, tenant: str, actor: str, action: str, thing: str, /, **details: Detail
 ) -> None:

@@ -78,6 +78,18 @@ class Backlog:
         candidates = self._fleet.candidates(task.tenant)
         return queue.why(self._waiting(queued), candidates, kept, now)
 
+    def would(self, tenant: str, run: Waiting) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The machine of each of its tasks, were a run submitted now; nothing is changed.
+
+        Returns:
+            The machines, empty where it would wait; and by a machine's name, why it is not one.
+        """
+        now = self._fleet.clock()
+        others = [self._waiting(members) for members in self._whole_runs().get(tenant, [])]
+        plan = queue.plan([*others, run], self._view(tenant), now)
+        candidates = self._fleet.candidates(tenant)
+        return plan.places.get(run.key, ()), queue.why(run, candidates, plan.reserved, now)
+
     def order(self, tenant: str) -> list[str]:
         """The runs of a tenant that wait, in the order in which they are looked at."""
         waiting = map(self._waiting, self._whole_runs().get(tenant, []))

@@ -24,6 +24,7 @@ from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.mqtt import PostError
 from fedml_broker.observe import add_event
 from fedml_broker.orders import Orders
+from fedml_broker.queue import Waiting
 from fedml_broker.store import Store, StoreUnavailable
 from fedml_broker.tasks import Task
 from fedml_protocol.cause import Cause, Fault
@@ -175,6 +176,10 @@ class Dispatcher:
     def queued(self, tenant: str) -> list[str]:
         """The runs of a tenant that wait for machines, in the order in which they are looked at."""
         return self._backlog.order(tenant)
+
+    def would(self, tenant: str, run: Waiting) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Where a run would go that was submitted now; see `Backlog.would`."""
+        return self._backlog.would(tenant, run)
 
     def priority(self, run: str) -> int:
         """That of a run's open tasks."""

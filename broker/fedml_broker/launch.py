@@ -11,15 +11,16 @@ import msgspec
 from sqlalchemy import Connection
 
 from fedml_broker import match, packages, runs, tasks
-from fedml_broker.accounts import User
+from fedml_broker.accounts import RUN_KEY, Accounts, User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.log_order import LogFile
+from fedml_broker.match import Fits
 from fedml_broker.observe import Observer, add_event
 from fedml_broker.packages import PackageRef, Uploaded
 from fedml_broker.problems import Problem
-from fedml_broker.queue import HIGHEST, LOWEST, Terms
+from fedml_broker.queue import HIGHEST, LOWEST, Terms, Waiting
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_broker.traces import Traces
@@ -128,6 +129,7 @@ class Launcher:
         observer: Observer,
         blobs: Blobs,
         traces: Traces,
+        accounts: Accounts,
     ) -> None:
         self._store = store
         self._fleet = fleet
@@ -135,6 +137,7 @@ class Launcher:
         self._observer = observer
         self._blobs = blobs
         self._traces = traces
+        self._accounts = accounts
 
     async def submit(self, user: User, request: LaunchRequest, traceparent: str = "") -> str:
         """Queue a job; the run's id. `traceparent`: of whoever traces that he asks.
@@ -162,12 +165,14 @@ class Launcher:
         ids = [f"{run}-t"]
         if terms.nodes > 1:
             ids = [f"{run}-t{rank}" for rank in range(terms.nodes)]
+        key, keep_key = self._accounts.run_key(user, run)
+        own = {RUN_KEY: key, **request.env}
         try:
             offer = Offer(
                 task=ids[0],
                 epoch=1,
                 run=run,
-                spec=_spec(request),
+                spec=_spec(request, own),
                 publisher=user.name,
                 lease_s=self._dispatcher.timing.lease_s,
                 on_lost=OnLost.FINISH_AND_HOLD,
@@ -207,6 +212,7 @@ class Launcher:
                 package=package,
             )
             tasks.insert(tx, new)
+            keep_key(tx)
             if needs.gpus < request.needs.gpus:
                 wished = {"gpus": request.needs.gpus, "model": request.needs.gpu_model}
                 add_event(tx, run, "without_gpus", wished)
@@ -241,20 +247,52 @@ class Launcher:
         )
 
     def look(self, user: User, request: LaunchRequest) -> dict[str, Any]:
-        """Where a job would run at this moment, machine by machine; nothing is started."""
+        """Where a job would run at this moment, machine by machine; nothing is started.
+
+        Raises:
+            Problem: As `submit`, of what the job itself says.
+        """
         try:
-            _spec(request)
+            _spec(request, request.env)
         except MalformedMessage as error:
             raise Problem(422, "this job cannot be", str(error)) from error
-        needs = self._needs(user, request)
+        needs, terms = self._needs(user, request), self._terms(user, request)
         wanted = _wanted(request, needs)
-        candidates = self._fleet.candidates(user.tenant)
-        taken, _ = match.choose(wanted, candidates)
+        run = Waiting(
+            key="",
+            run="this one",
+            user=user.name,
+            since=time.time(),
+            wanted=wanted,
+            priority=terms.priority,
+            nodes=terms.nodes,
+            lasts_s=request.deadline_s,
+        )
+        places, reasons = self._dispatcher.would(user.tenant, run)
+        machines = []
+        for verdict in match.verdicts(wanted, self._fleet.candidates(user.tenant)):
+            rank = places.index(verdict.device) if verdict.device in places else None
+            fits, why = verdict.fits, verdict.why
+            if fits is Fits.NOW and rank is not None:
+                why = self._busy(verdict.device)
+            elif fits is Fits.NOW and verdict.name in reasons:
+                fits, why = Fits.LATER, reasons[verdict.name]
+            elif fits is Fits.NOW:
+                why = f"would do, too: {self._busy(verdict.device)}"
+            told = {"device": verdict.device, "name": verdict.name, "fits": fits, "why": why}
+            machines.append({**told, "rank": rank})
         return {
             "needs": msgspec.to_builtins(needs),
-            "taken": taken,
-            "machines": [msgspec.to_builtins(v) for v in match.verdicts(wanted, candidates)],
+            "nodes": terms.nodes,
+            "taken": places[0] if places else None,
+            "machines": machines,
         }
+
+    def _busy(self, device: str) -> str:
+        machine = self._fleet.get(device)
+        if machine is None:
+            return "it has left"
+        return f"{len(machine.holds)} of its {machine.capacity.slots} places are taken"
 
     async def _package(self, user: User, request: LaunchRequest) -> Uploaded | None:
         if request.package is None:
@@ -319,8 +357,8 @@ class Launcher:
         self._observer.ring(task.run)
 
 
-def _spec(request: LaunchRequest) -> LaunchSpec:
-    """What its machine is told to do.
+def _spec(request: LaunchRequest, env: dict[str, str]) -> LaunchSpec:
+    """What its machine is told to do, with these variables.
 
     Raises:
         MalformedMessage: It cannot be.
@@ -333,9 +371,9 @@ def _spec(request: LaunchRequest) -> LaunchSpec:
     return LaunchSpec(
         command=request.command,
         bootstrap=request.bootstrap,
-        env=request.env,
+        env=env,
         requirements=request.requirements,
-        secrets=tuple(request.secrets),
+        secrets=tuple(dict.fromkeys((*request.secrets, *(n for n in (RUN_KEY,) if n in env)))),
         offline=request.network == "none",
         container=None if request.container is None else request.container.container(),
     )

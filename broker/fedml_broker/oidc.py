@@ -32,6 +32,7 @@ from sqlalchemy import Connection
 from fedml_broker import audit
 from fedml_broker.accounts import ROLES, Accounts, User
 from fedml_broker.audit import SignInRefused
+from fedml_broker.handover import Terminal
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, sign_ins, users
@@ -107,6 +108,7 @@ class _Pending:
     verifier: str
     browser: bytes
     ends_at: float
+    terminal: Terminal | None
 
 
 class SignIns:
@@ -134,8 +136,11 @@ class SignIns:
         self._keys_at = 0.0
         self._fetching = asyncio.Lock()
 
-    async def start(self) -> tuple[str, str]:
+    async def start(self, terminal: Terminal | None = None) -> tuple[str, str]:
         """Where the browser goes, and what its cookie holds meanwhile.
+
+        Args:
+            terminal: Where the person has begun, if it was not in the browser.
 
         Raises:
             Problem: 502 the provider does not answer, 503 too many sign-ins.
@@ -147,7 +152,7 @@ class SignIns:
         if len(self._pending) >= _MAX_PENDING:
             raise Problem(503, "too many sign-ins at once", "try again in some minutes")
         state, nonce, verifier, browser = (secrets.token_urlsafe(32) for _ in range(4))
-        self._pending[state] = _Pending(nonce, verifier, _sha256(browser), now + _STATE_S)
+        self._pending[state] = _Pending(nonce, verifier, _sha256(browser), now + _STATE_S, terminal)
         challenge = base64.urlsafe_b64encode(_sha256(verifier)).decode().rstrip("=")
         query = {
             "response_type": "code",
@@ -162,8 +167,18 @@ class SignIns:
         endpoint = str(found["authorization_endpoint"])
         return endpoint + ("&" if "?" in endpoint else "?") + urlencode(query), browser
 
-    async def finish(self, query: Mapping[str, str], browser: str) -> tuple[User, str]:
-        """Who has come back from the provider, and a key of his.
+    def terminal(self, query: Mapping[str, str]) -> Terminal | None:
+        """Where the person has begun who comes back from the provider."""
+        pending = self._pending.get(query.get("state", ""))
+        return None if pending is None else pending.terminal
+
+    async def key(self, user: User) -> str:
+        """A key of somebody who has signed in."""
+        by = audit.user(user.name)
+        return await self._accounts.create_token(user.name, self.provider.token_days, by=by)
+
+    async def finish(self, query: Mapping[str, str], browser: str) -> User:
+        """Who has come back from the provider.
 
         Raises:
             SignInRefused: 400 not a sign-in of this browser, 401 what the provider says does not
@@ -181,9 +196,7 @@ class SignIns:
             said = query.get("error_description") or query.get("error", "without a reason")
             raise _refused(401, "the provider has refused", said[:200])
         claims = await self._claims(query["code"], pending)
-        user = await self._store.write(lambda tx: self._enter(tx, claims))
-        by = audit.user(user.name)
-        return user, await self._accounts.create_token(user.name, self.provider.token_days, by=by)
+        return await self._store.write(lambda tx: self._enter(tx, claims))
 
     # ------------------------------------------------------------------ the ID token
 

@@ -48,13 +48,15 @@ if TYPE_CHECKING:
 class Access:
     """Who may ask a URL: users from a role upwards, devices, both, or anybody.
 
-    `loopback`: also who asks from this very machine, without saying who he is.
+    `loopback`: also who asks from this very machine, without saying who he is. `own_run`: also a
+    job with the key of its run; of a run in the path, of that one alone.
     """
 
     role: str | None = None
     device: bool = False
     anybody: bool = False
     loopback: bool = False
+    own_run: bool = False
 
 
 ANYBODY = Access(anybody=True)
@@ -64,6 +66,8 @@ MEMBER = Access(role="member")
 ADMIN = Access(role="admin")
 SCRAPER = Access(role="viewer", loopback=True)
 VIEWER_OR_DEVICE = Access(role="viewer", device=True)
+VIEWER_OR_OWN = Access(role="viewer", own_run=True)
+MEMBER_OR_OWN = Access(role="member", own_run=True)
 MEMBER_OR_DEVICE = Access(role="member", device=True)
 
 # What clients of MLflow ask, under the address that they are given.
@@ -114,6 +118,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/ca", ANYBODY, itself.ca),
         Route("GET", "/v1/oidc/start", ANYBODY, provider.start),
         Route("GET", "/v1/oidc/callback", ANYBODY, provider.callback),
+        Route("POST", "/v1/oidc/key", ANYBODY, provider.key, oidc.KeyBody),
         Route("POST", "/v1/enrol", ANYBODY, agent.enrol, EnrolRequest),
         Route("POST", "/v1/agent/challenge", ANYBODY, agent.challenge),
         Route("POST", "/v1/agent/recover", ANYBODY, agent.recover, RecoverRequest),
@@ -132,12 +137,12 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("POST", "/v1/federate", MEMBER, run.federate, FederateRequest),
         Route("GET", "/v1/runs", VIEWER, run.list_runs),
         Route("GET", "/v1/queue", VIEWER, run.list_queue),
-        Route("GET", "/v1/runs/{run}", VIEWER, run.show_run),
+        Route("GET", "/v1/runs/{run}", VIEWER_OR_OWN, run.show_run),
         Route("DELETE", "/v1/runs/{run}", ADMIN, run.remove_run),
-        Route("GET", "/v1/runs/{run}/follow", VIEWER, run.follow_run),
-        Route("GET", "/v1/runs/{run}/logs", VIEWER, log.search_logs),
+        Route("GET", "/v1/runs/{run}/follow", VIEWER_OR_OWN, run.follow_run),
+        Route("GET", "/v1/runs/{run}/logs", VIEWER_OR_OWN, log.search_logs),
         Route("GET", "/v1/runs/{run}/clients", VIEWER, run.show_clients),
-        Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
+        Route("POST", "/v1/runs/{run}/stop", MEMBER_OR_OWN, run.stop_run),
         Route("PUT", "/v1/runs/{run}/priority", MEMBER, run.set_priority, runs.PriorityBody),
         Route("GET", "/v1/clusters", VIEWER, cluster.list_clusters),
         Route("POST", "/v1/clusters", MEMBER, cluster.create_cluster, ClusterRequest),
@@ -201,7 +206,7 @@ def table(broker: "Broker") -> Sequence[Route]:
             "POST", "/v1/users/{user}/tokens", ADMIN, account.create_token, accounts.TokenRequest
         ),
         Route("GET", "/v1/audit", ADMIN, itself.list_audit),
-        Route("GET", "/v1/whoami", VIEWER, itself.whoami),
+        Route("GET", "/v1/whoami", VIEWER_OR_OWN, itself.whoami),
         Route("GET", "/v1/status", VIEWER, itself.status),
         Route("GET", "/metrics", SCRAPER, itself.metrics),
     )
@@ -262,6 +267,8 @@ async def _admit(
             )
         case Address() if not who.device:
             raise Problem(403, "only people may do this", "a device's certificate was given")
+        case User(run=str(own)):
+            _admit_job(who, own, request)
         case User() if who.role is None:
             raise Problem(403, "only devices may do this", "a user's token was given")
         case User() if who.role is not None and not caller.may(who.role):
@@ -271,6 +278,21 @@ async def _admit(
                 f"{caller.name} is a {caller.role} of {caller.tenant!r}",
                 await callers.who_grants(caller, who.role),
             )
+
+
+def _admit_job(who: Access, own: str, request: web.Request) -> None:
+    """Refuse a job what is not about its own run.
+
+    Raises:
+        Problem: 403.
+    """
+    if not who.own_run or request.match_info.get("run", own) != own:
+        raise Problem(
+            403,
+            "a job's key is for its own run",
+            f"this is that of {own}",
+            hint="a job that is to do more needs a user's key, among its `secrets`",
+        )
 
 
 def _from_here(request: web.Request) -> bool:
@@ -307,6 +329,9 @@ def openapi(routes: Sequence[Route]) -> dict[str, Any]:
         if route.who.role is not None:
             operation["description"] = f"Users need the role {route.who.role} at least."
             operation["x-least-role"] = route.who.role
+        if route.who.own_run:
+            operation["description"] += " A job may ask it about its own run."
+            operation["x-own-run"] = True
         if route.body is not None:
             reference = {"$ref": f"#/components/schemas/{route.body.__name__}"}
             operation["requestBody"] = {

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from fedml_broker import audit
-from fedml_broker.accounts import User
+from fedml_broker.accounts import User, forget_run_key
 from fedml_broker.observe import add_event
 from fedml_broker.packages import Uploaded
 from fedml_broker.problems import Problem
@@ -358,6 +358,7 @@ def end(
         )
     ).rowcount
     if changed:
+        forget_run_key(tx, run)
         data = {"state": state.name, "cause": cause_json(cause), "exit_code": exit_code}
         add_event(tx, run, "state", data)
         # Not the cause's text: a task's traceback shows what the task had in its hands.
@@ -380,8 +381,13 @@ def reopen(tx: Connection, run: str, by: str) -> bool:
     return bool(changed)
 
 
-def stop_asked(tx: Connection, run: str, by: str) -> bool:
-    """Note who stopped the run first; False when it has ended or was asked before."""
+def stop_asked(tx: Connection, run: str, by: str, *, itself: bool = False) -> bool:
+    """Note who stopped the run first; False when it has ended or was asked before.
+
+    Args:
+        by: As people are told.
+        itself: A job of the run did it.
+    """
     changed = tx.execute(
         runs.update()
         .where(runs.c.id == run, runs.c.state.not_in(_FINAL_NAMES), runs.c.stopped_by.is_(None))
@@ -389,7 +395,8 @@ def stop_asked(tx: Connection, run: str, by: str) -> bool:
     ).rowcount
     if changed:
         add_event(tx, run, "stopping", {"by": by})
-        audit.note(tx, _tenant(tx, run), audit.user(by), "run.stop", run)
+        actor = audit.run(run) if itself else audit.user(by)
+        audit.note(tx, _tenant(tx, run), actor, "run.stop", run)
     return bool(changed)
 
 

@@ -48,6 +48,8 @@ tokens = Table(
     Column("user", String, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
+    # It is a job's, good for its own run alone, and goes with the end of that; NULL: the user's.
+    Column("run", String, index=True),
 )
 
 # Who of a sign-in provider is which user.
@@ -216,7 +218,9 @@ audit = Table(
     Column("n", Integer, primary_key=True, autoincrement=False),
     Column("at_ms", Integer, nullable=False),
     Column("tenant", String, nullable=False),
-    Column("actor", String, nullable=False),  # user/NAME | device/ID | cli | broker | nobody
+    Column(
+        "actor", String, nullable=False
+    ),  # user/NAME | run/ID | device/ID | cli | broker | nobody
     Column("action", String, nullable=False),
     Column("object", String, nullable=False),
     Column("details", String, nullable=False),  # canonical JSON

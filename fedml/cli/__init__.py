@@ -32,8 +32,17 @@ _VERBS = {
     "storage": "storage",
     "data": "data",
     "completion": "completion",
-    "version": "version",
+    "env": "env",
+    "diagnosis": "diagnosis",
+    "version": "env",
 }
+
+
+# FedML spells with underscores: `--dest_folder` is `--dest-folder`, `resource_type` a command.
+_AS_FEDML_SPELLS = {"token_normalize_func": lambda token: token.replace("_", "-")}
+
+# FedML's verbs that are not here, and why.
+_NOT_HERE = {"model": "models are not served yet"}
 
 
 class _Verbs(click.Group):
@@ -51,6 +60,8 @@ class _Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does; a verb that is not there gets the nearest one."""
+        if args[0] in _NOT_HERE:
+            ctx.fail(f"There is no {args[0]!r} here: {_NOT_HERE[args[0]]}.")
         near = difflib.get_close_matches(args[0], _VERBS, n=1)
         if args[0] not in _VERBS and near:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
@@ -59,13 +70,15 @@ class _Verbs(click.Group):
 
 def _tell_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from fedml.cli.version import ours
+        from fedml.environment import ours
 
         click.echo(f"fedml {ours()}")
         context.exit()
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], **_AS_FEDML_SPELLS}
+)
 @click.option(
     "--version",
     is_flag=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from fedml import launch as submit
-from fedml.cli.options import AS_FEDML_SPELLS, connect, home_option, json_option
+from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import print_json, size, transfer
 from fedml.launch import Kind
 
@@ -14,7 +14,7 @@ from fedml.launch import Kind
 def build_command(kind: Kind | None, what: str, example: str) -> click.Command:
     """The verb `build` for one kind of file; None: either."""
 
-    @click.command("build", context_settings=AS_FEDML_SPELLS)
+    @click.command("build")
     @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
     @click.option(
         "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Where it goes."
@@ -77,7 +77,13 @@ build = build_command(None, "a job or run FILE", "fedml")
 
 @click.group()
 def train() -> None:
-    """Packages of training jobs, as FedML spells it. `fedml launch` runs them."""
+    """Packages of training jobs, as FedML spells it. `fedml launch` runs them.
+
+    \b
+    Examples:
+      fedml train build job.yaml
+      fedml launch job.yaml --package job.tar.gz
+    """
 
 
 train.add_command(build_command("launch", "a job FILE", "fedml train"))

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from fedml import clusters
+from fedml.cli import remembered
 from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import print_facts, print_json, print_table, when
 from fedml.clusters import Cluster
 
-name_argument = click.argument("name", metavar="CLUSTER")
+name_argument = click.argument("name", metavar="CLUSTER", shell_complete=remembered.clusters)
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 
@@ -29,7 +29,14 @@ def cluster() -> None:
 
 @cluster.command()
 @name_argument
-@click.option("--device", "devices", multiple=True, metavar="NAME", help="A machine; repeatable.")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=remembered.devices,
+    help="A machine; repeatable.",
+)
 @click.option("--count", type=click.IntRange(min=1), help="So many that fit, instead of names.")
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="Which these wear.")
 @click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs that each of these has.")
@@ -63,12 +70,12 @@ def create(
     if wrong := [label for label, (_, sign, _) in zip(labels, pairs, strict=True) if not sign]:
         raise click.UsageError(f"not NAME=VALUE: {wrong[0]}")
     made = Cluster.create(
-        connect(home),
         name,
         devices,
         count=count or 0,
         labels={label: value for label, _, value in pairs},
         autostop_minutes=autostop,
+        at=connect(home),
         gpus=gpus,
         gpu_model=gpu_model,
     )
@@ -79,8 +86,14 @@ def create(
 @home_option
 @json_option
 def list_clusters(home: Path, as_json: bool) -> None:
-    """List the clusters."""
-    found = clusters.everything(connect(home))
+    """List the clusters.
+
+    \b
+    Examples:
+      fedml cluster list
+      fedml cluster list --json | jq -r '.[].name'
+    """
+    found = Cluster.list(at=connect(home))
     if as_json:
         print_json([c.details for c in found])
         return
@@ -97,8 +110,14 @@ def list_clusters(home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def status(name: str, home: Path, as_json: bool) -> None:
-    """Show one cluster: its machines, and its runs that have not ended."""
-    found = Cluster.find(connect(home), name)
+    """Show one cluster: its machines, and its runs that have not ended.
+
+    \b
+    Examples:
+      fedml cluster status lab
+      fedml cluster status lab --json | jq -r '.devices[].name'
+    """
+    found = Cluster.find(name, at=connect(home))
     if as_json:
         print_json(found.details)
         return
@@ -124,16 +143,26 @@ def status(name: str, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def start(name: str, home: Path, as_json: bool) -> None:
-    """Reserve the machines of a stopped cluster again."""
-    _tell(Cluster.find(connect(home), name).start(), as_json, f"{name} is up")
+    """Reserve the machines of a stopped cluster again.
+
+    \b
+    Examples:
+      fedml cluster start lab
+    """
+    _tell(Cluster.find(name, at=connect(home)).start(), as_json, f"{name} is up")
 
 
 @cluster.command()
 @home_option
 @json_option
 def startall(home: Path, as_json: bool) -> None:
-    """Reserve the machines of all stopped clusters again."""
-    found = [c.start() for c in clusters.everything(connect(home)) if c.status == "stopped"]
+    """Reserve the machines of all stopped clusters again.
+
+    \b
+    Examples:
+      fedml cluster startall
+    """
+    found = [c.start() for c in Cluster.list(at=connect(home)) if c.status == "stopped"]
     _tell_all(found, as_json, "is up")
 
 
@@ -142,17 +171,27 @@ def startall(home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def stop(name: str, home: Path, as_json: bool) -> None:
-    """Give the machines back and keep the name; what runs on them goes on."""
+    """Give the machines back and keep the name; what runs on them goes on.
+
+    \b
+    Examples:
+      fedml cluster stop lab
+    """
     told = f"{name} has given its machines back"
-    _tell(Cluster.find(connect(home), name).stop(), as_json, told)
+    _tell(Cluster.find(name, at=connect(home)).stop(), as_json, told)
 
 
 @cluster.command()
 @home_option
 @json_option
 def stopall(home: Path, as_json: bool) -> None:
-    """Give the machines of all clusters back and keep the names."""
-    found = [c.stop() for c in clusters.everything(connect(home)) if c.status == "up"]
+    """Give the machines of all clusters back and keep the names.
+
+    \b
+    Examples:
+      fedml cluster stopall
+    """
+    found = [c.stop() for c in Cluster.list(at=connect(home)) if c.status == "up"]
     _tell_all(found, as_json, "has given its machines back")
 
 
@@ -172,7 +211,7 @@ def autostop(name: str, minutes: float | None, never: bool, home: Path, as_json:
     """
     if never == (minutes is not None):
         raise click.UsageError("say after how many MINUTES, or --never")
-    made = Cluster.find(connect(home), name).autostop(minutes)
+    made = Cluster.find(name, at=connect(home)).autostop(minutes)
     _tell(made, as_json, f"{name} stops by itself: {_autostop(made)}")
 
 
@@ -182,8 +221,14 @@ def autostop(name: str, minutes: float | None, never: bool, home: Path, as_json:
 @home_option
 @json_option
 def kill(name: str, yes: bool, home: Path, as_json: bool) -> None:
-    """Forget a cluster and stop its runs."""
-    _kill([Cluster.find(connect(home), name)], yes, as_json)
+    """Forget a cluster and stop its runs.
+
+    \b
+    Examples:
+      fedml cluster kill lab
+      fedml cluster kill lab --yes
+    """
+    _kill([Cluster.find(name, at=connect(home))], yes, as_json)
 
 
 @cluster.command()
@@ -191,8 +236,14 @@ def kill(name: str, yes: bool, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def killall(yes: bool, home: Path, as_json: bool) -> None:
-    """Forget all clusters and stop their runs."""
-    _kill(clusters.everything(connect(home)), yes, as_json)
+    """Forget all clusters and stop their runs.
+
+    \b
+    Examples:
+      fedml cluster killall
+      fedml cluster killall --yes
+    """
+    _kill(Cluster.list(at=connect(home)), yes, as_json)
 
 
 def _kill(found: list[Cluster], yes: bool, as_json: bool) -> None:

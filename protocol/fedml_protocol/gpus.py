@@ -33,12 +33,23 @@ def is_model(wanted: str, name: str, memory_bytes: int) -> bool:
     return asked <= has and not (has - asked) & _ANOTHER
 
 
+def short_name(name: str) -> str:
+    """What somebody writes who wants this very model: `RTX-4090`, `A100-80GB`."""
+    return "-".join(dict.fromkeys(_telling(name)))
+
+
 def _words(name: str) -> tuple[frozenset[str], int]:
     """The words that make the model, and the largest size in GB among the others."""
+    words = _telling(name)
+    sizes = [int(found[1]) for w in words if (found := _MEMORY.fullmatch(w))]
+    return frozenset(w for w in words if not _MEMORY.fullmatch(w)), max(sizes, default=0)
+
+
+def _telling(name: str) -> list[str]:
+    """The words that tell a model or a size."""
     # "RTX4090" and "RTXA6000" are "RTX 4090" and "RTX A6000".
     spaced = re.sub(r"\b([RG]TX)(?=\w)", r"\1 ", name.upper())
     # A slice of a card is none: "NVIDIA A100-SXM4-40GB 1g.5gb".
     spaced = re.sub(r"\b(\d+G)\.(\d+GB)", r"MIG \1\2", spaced)
-    words = [w for w in re.split(r"[^A-Z0-9]+", spaced) if w and not _DROPPED.fullmatch(w)]
-    sizes = [int(found[1]) for w in words if (found := _MEMORY.fullmatch(w))]
-    return frozenset(w for w in words if not _MEMORY.fullmatch(w)), max(sizes, default=0)
+    words = re.split(r"[^A-Z0-9]+", spaced)
+    return [w for w in words if w and not _DROPPED.fullmatch(w)]

@@ -3,7 +3,7 @@
 
 A login key carries all that a machine needs to find the right broker and nobody else: the URL, the
 SHA-256 of the broker's CA certificate, and a secret. `fedml1d_…` enrols devices, `fedml1u_…` is a
-user's. The checksum is for the person who copied half of it.
+user's, `fedml1r_…` a run's own. The checksum is for the person who copied half of it.
 """
 
 import base64
@@ -37,6 +37,20 @@ class Scope(StrEnum):
 
     DEVICE = "d"
     USER = "u"
+    RUN = "r"
+
+
+# What a key is called, and where it comes from.
+_SOURCE = {
+    Scope.DEVICE: ("a login key", "is printed by `fedml-broker keys create`"),
+    Scope.USER: ("a user's key", "is printed by `fedml-broker users token NAME`"),
+    Scope.RUN: ("a run's key", "is what a job finds in FEDML_RUN_API_KEY"),
+}
+_INSTEAD = {
+    Scope.DEVICE: "a device's key, for `fedml-agent login`",
+    Scope.USER: "a user's key, for `fedml login`",
+    Scope.RUN: "a run's key, for the job itself",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,21 +88,13 @@ def parse_login_key(text: str, scope: Scope) -> LoginKey:
         BadKey: Not a key, damaged, or of the other scope; the text says what to do.
     """
     head, _, tail = text.strip().partition("_")
-    if head not in {f"{_PREFIX}{s}" for s in Scope}:
-        raise BadKey(
-            f"this is not a login key: one starts with {_PREFIX}{scope}_ "
-            "and is printed by `fedml-broker keys create`"
-            if scope is Scope.DEVICE
-            else f"this is not a user's key: one starts with {_PREFIX}{scope}_ "
-            "and is printed by `fedml-broker users token NAME`"
-        )
-    if head != f"{_PREFIX}{scope}":
-        raise BadKey(
-            "this is a user's key; a machine needs a device key, from `fedml-broker keys create`"
-            if scope is Scope.DEVICE
-            else "this is a device's key: use it with `fedml-agent login`; "
-            "a person's key comes from `fedml-broker users token NAME`"
-        )
+    given = next((s for s in Scope if head == f"{_PREFIX}{s}"), None)
+    if given is None:
+        what, source = _SOURCE[scope]
+        raise BadKey(f"this is not {what}: one starts with {_PREFIX}{scope}_ and {source}")
+    if given is not scope:
+        what, source = _SOURCE[scope]
+        raise BadKey(f"this is {_INSTEAD[given]}; {what} {source}")
     try:
         # Strict: the lenient decoder skips what is not in the alphabet.
         data = base64.b64decode(tail + "=" * (-len(tail) % 4), altchars=b"-_", validate=True)

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from fedml_broker.accounts import Accounts, Enrolment, User, check_labels, use_key
-from fedml_broker.audit import CLI
+from fedml_broker.audit import CLI, SignInRefused
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import login_keys, tokens
@@ -64,7 +64,8 @@ async def test_a_token_ends_and_its_siblings_do_not(accounts: Accounts) -> None:
     await accounts.create_user("ann", "member", tenant="acme", by=CLI)
     short = await accounts.create_token("ann", days=_AN_INSTANT_DAYS, by=CLI)
     long = await accounts.create_token("ann", days=1, by=CLI)
-    assert await accounts.authenticate(secret_of(short, Scope.USER)) is None
+    with pytest.raises(SignInRefused, match="has expired: it was ann's and good until 20"):
+        await accounts.authenticate(secret_of(short, Scope.USER))
     found = await accounts.authenticate(secret_of(long, Scope.USER))
     assert found == User("ann", "acme", "member")
     users = await accounts.list_users("acme")

@@ -74,7 +74,8 @@ class Door:
         """Somebody signs in; the user whose key he gets."""
         self.provider.claims = {"sub": "1", "preferred_username": "lee", **claims}
         where, browser = await self.sign_ins.start()
-        user, key = await self.sign_ins.finish(self.provider.approve(where), browser)
+        user = await self.sign_ins.finish(self.provider.approve(where), browser)
+        key = await self.sign_ins.key(user)
         known = await self.accounts.authenticate(parse_login_key(key, Scope.USER).secret)
         assert known == user
         return user
@@ -308,6 +309,7 @@ async def test_a_browser_signs_in_at_a_real_broker_and_the_key_works(
             assert again.status == 400
         lee = await asyncio.to_thread(session.login, tmp_path / "lee", key)
         who = await asyncio.to_thread(Client(lee).call, "GET", "/v1/whoami")
+        assert who.pop("expires_at") == pytest.approx(time.time() + 12 * 3600, abs=60)
         assert who == {"name": "lee", "tenant": "default", "role": "member"}
     finally:
         await asyncio.to_thread(place.__exit__)

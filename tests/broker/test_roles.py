@@ -19,6 +19,10 @@ from fedml_broker import accounts
 from fedml_broker.app import Broker
 from fedml_broker.cli import users
 from fedml_broker.routes import application, openapi, table
+from fedml_protocol.codec import parse
+from fedml_protocol.keys import LoginKey, Scope, parse_login_key
+from fedml_protocol.launch import LaunchSpec
+from fedml_protocol.tasks import Offer
 from tests.place import Place
 
 ROLES = ("viewer", "member", "admin")
@@ -37,6 +41,7 @@ LEAST = {
     "GET /v1/ca": ("anybody", True),
     "GET /v1/oidc/start": ("anybody", True),
     "GET /v1/oidc/callback": ("anybody", True),
+    "POST /v1/oidc/key": ("anybody", True),
     "POST /v1/enrol": ("anybody", True),
     "POST /v1/agent/challenge": ("anybody", True),
     "POST /v1/agent/recover": ("anybody", True),
@@ -120,6 +125,14 @@ LEAST = {
     "GET /v1/status": ("viewer", False),
     "GET /metrics": ("viewer", False),  # and, from the broker's own machine, anybody
 }
+# What a job may ask with the key of its run, about this run.
+OWN_RUN = {
+    "GET /v1/runs/{run}",
+    "GET /v1/runs/{run}/follow",
+    "GET /v1/runs/{run}/logs",
+    "POST /v1/runs/{run}/stop",
+    "GET /v1/whoami",
+}
 DOCUMENT = openapi(table(cast(Broker, None)))
 ROUTES = {
     f"{method.upper()} {path}": operation
@@ -143,6 +156,7 @@ def test_each_route_has_its_least_role_and_no_route_is_without_a_row() -> None:
         for name, operation in ROUTES.items()
     }
     assert said == LEAST
+    assert {name for name, operation in ROUTES.items() if operation.get("x-own-run")} == OWN_RUN
     served = application(cast(Broker, None)).router.routes()
     assert {f"{r.method} {r.resource.canonical}" for r in served if r.resource} == set(LEAST)
     assert all(isinstance(r, web.ResourceRoute) for r in served)
@@ -150,6 +164,15 @@ def test_each_route_has_its_least_role_and_no_route_is_without_a_row() -> None:
 
 # What a hash names is nobody's, and a name that is ours may be somebody else's, too.
 OURS_ALONE = [r for r in ROUTES if "{" in r and "/blobs/" not in r and "PUT /v1/storage" not in r]
+
+
+def _key_of(place: Place, run: str) -> LoginKey:
+    """The key that a job of ours would find: no machine runs it."""
+    ((data,),) = place.query("SELECT offer FROM tasks WHERE run = :run", run=run)
+    spec = parse(Offer, data).spec
+    assert isinstance(spec, LaunchSpec)
+    assert spec.secrets == (accounts.RUN_KEY,)
+    return parse_login_key(spec.env[accounts.RUN_KEY], Scope.RUN)
 
 
 class Askers:
@@ -184,6 +207,10 @@ class Askers:
                 timeout=20,
             )
         run = place.launch("true")
+        for who, named in (("job", run), ("job of another run", place.launch("true"))):
+            secret = _key_of(place, named).secret.hex()
+            self.headers[who] = {"Authorization": f"Bearer {secret}"}
+            self.pools[who] = plain
         self.real = {
             "run": run,
             "task": f"{run}-t",
@@ -264,6 +291,39 @@ def test_a_route_answers_those_who_may_ask_and_refuses_the_others(
         assert f"default-{who} is a {who}" in answer["detail"]
         assert f"`fedml-broker users role default-{who} {least}`" in answer["hint"]
         assert "(admin, default-admin)" in answer["hint"]
+
+
+@pytest.mark.parametrize("who", ["job", "job of another run"])
+@pytest.mark.parametrize("route", [r for r in ROUTES if LEAST[r][0] != "anybody"])
+def test_a_job_asks_about_its_own_run_alone(askers: Askers, route: str, who: str) -> None:
+    may = route in OWN_RUN and (who == "job" or "{run}" not in route)
+    if may and route.startswith("POST"):
+        return  # it would stop the run that the other tests look at: see below
+    status, answer = askers.ask(who, route, askers.real)
+    assert status == (200 if may else 403), answer
+    if not may and not route.startswith("HEAD"):
+        assert answer["title"] == "a job's key is for its own run"
+
+
+def test_a_jobs_key_ends_with_its_run_and_is_no_users_token(askers: Askers) -> None:
+    place = askers.place
+    call = place.client.call
+    before = next(u for u in call("GET", "/v1/users")["users"] if u["name"] == "admin")["tokens"]
+    run = place.launch("true")
+    secret = _key_of(place, run).secret.hex()
+    askers.headers["own"] = {"Authorization": f"Bearer {secret}"}
+    askers.pools["own"] = askers.pools["nobody"]
+    whose = askers.ask("own", "GET /v1/whoami", {})[1]
+    assert whose == {"name": "admin", "tenant": "default", "role": "run", "run": run}
+    users = call("GET", "/v1/users")["users"]
+    assert next(u for u in users if u["name"] == "admin")["tokens"] == before
+    assert askers.ask("own", "POST /v1/runs/{run}/stop", {"run": run})[0] == 200
+    shown = call("GET", f"/v1/runs/{run}")
+    assert (shown["state"], shown["stopped_by"]) == ("STOPPED", "the job itself")
+    assert secret not in json.dumps(shown)
+    (entry,) = call("GET", "/v1/audit?action=run.stop&limit=1")["entries"]
+    assert (entry["actor"], entry["object"]) == (f"run/{run}", run)
+    assert askers.ask("own", "GET /v1/whoami", {})[0] == 401
 
 
 @pytest.mark.parametrize("who", ["foreign viewer", "foreign member", "foreign admin"])

@@ -136,7 +136,7 @@ def test_launching_and_looking_as_the_page_says(env: dict[str, str], tmp_path: P
     (tmp_path / "job.yaml").write_text("job: echo hello\n")
     _bash(block("docs/launch.md", "fedml device list"), tmp_path, env)
     shown = subprocess.run(
-        [sys.executable, "-c", block("docs/launch.md", "api.launch")],
+        [sys.executable, "-c", block("docs/launch.md", "fedml.Run.submit")],
         cwd=tmp_path,
         env=env,
         capture_output=True,
@@ -150,6 +150,56 @@ def test_logging_in_and_out_as_the_page_says(place: Place, tmp_path: Path) -> No
     key = (place.home / "broker" / "admin.key").read_text()
     script = block("docs/launch.md", "fedml whoami").replace("KEY", key)
     assert "admin" in _bash(script, tmp_path, _env(HOME=str(tmp_path)))
+
+
+# ---------------------------------------------------------------------- docs/api.md
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("or a run file", "hello\nFINISHED 0\n"),
+        ("asyncio.run", "hello\n"),
+        ("cluster.kill()", ""),
+        ("api.launch_job", "FINISHED 1 ['hello']\n"),
+    ],
+)
+def test_the_programs_of_the_page_run(
+    env: dict[str, str], tmp_path: Path, wanted: str, said: str
+) -> None:
+    (tmp_path / "job.yaml").write_text("job: echo hello\n")
+    (tmp_path / "program.py").write_text(block("docs/api.md", wanted))
+    assert _bash(f"{sys.executable} -W error program.py", tmp_path, env) == said
+
+
+def test_a_job_looks_after_itself_without_a_login_as_the_page_says(
+    place: Place, env: dict[str, str], tmp_path: Path
+) -> None:
+    other = place.launch("true")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "own.py").write_text(block("docs/api.md", "Run.current()"))
+    (tmp_path / "code" / "others.py").write_text(
+        "from fedml import Run, api\n"
+        "print(api.whoami()['role'])\n"
+        f"try:\n    Run.find({other!r})\n"
+        "except Exception as error:\n    print(error)\n"
+        "Run.current().stop()\n"
+        "Run.current().wait()\n"
+    )
+    (tmp_path / "job.yaml").write_text(
+        f"workspace: code\njob_name: own\njob: |\n"
+        f"  echo epoch 1; echo $FEDML_RUN_API_KEY\n"
+        f"  {sys.executable} own.py; {sys.executable} -u others.py\n"
+    )
+    done = subprocess.run(
+        ["fedml", "launch", "job.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["epoch 1", "***FEDML_RUN_API_KEY***", "own RUNNING"], done.stderr
+    assert lines[4] == "run"
+    assert lines[5].startswith("a job's key is for its own run: this is that of r-")
+    assert "the job itself stops the run" in done.stderr
 
 
 # ---------------------------------------------------------------------- docs/federate.md

@@ -153,10 +153,10 @@ def test_a_cluster_keeps_its_machines_for_those_that_name_it(place: Place) -> No
     assert running(place, other) == "dear"
     place.finishes(other)
     with pytest.raises(BrokerRefused, match="cheap is in another cluster"):
-        Cluster.create(place.client, "second", ["cheap"])
+        Cluster.create("second", ["cheap"], at=place.client)
     looked_at = place.client.call("POST", "/v1/launch/match", {"command": "true", "cluster": "lab"})
     assert {m["name"]: m["why"] for m in looked_at["machines"]} == {
-        "cheap": "",
+        "cheap": "0 of its 1 places are taken",
         "dear": "is not in the cluster lab",
     }
     place.broker.kill()
@@ -164,14 +164,14 @@ def test_a_cluster_keeps_its_machines_for_those_that_name_it(place: Place) -> No
     other = place.launch("true")
     assert running(place, other) == "dear"  # also after the broker has died
     place.finishes(other)
-    assert Cluster.find(place.client, "lab").stop().status == "stopped"
+    assert Cluster.find("lab", at=place.client).stop().status == "stopped"
     free = place.launch("true", max_price_per_hour=1.0)
     assert running(place, free) == "cheap"
     place.finishes(free)
 
 
 def test_killing_a_cluster_stops_its_runs(place: Place, tmp_path: Path) -> None:
-    cluster = Cluster.create(place.client, "short", count=1, cpus=1)
+    cluster = Cluster.create("short", count=1, at=place.client, cpus=1)
     run, _ = holds(place, tmp_path, cluster="short", grace_s=1)
     running(place, run)
     told = fedml(place, "cluster", "kill", "short", "--yes")

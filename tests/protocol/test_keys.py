@@ -130,10 +130,12 @@ def test_a_key_whose_url_is_no_text_is_refused() -> None:
 
 
 def test_a_key_of_the_other_scope_is_refused_with_the_way_to_the_right_one() -> None:
-    with pytest.raises(BadKey, match="a machine needs a device key, from `fedml-broker keys"):
+    with pytest.raises(BadKey, match=r"user's key.*a login key is printed by `fedml-broker keys"):
         parse_login_key(str(key(scope=Scope.USER)), Scope.DEVICE)
-    with pytest.raises(BadKey, match="use it with `fedml-agent login`"):
+    with pytest.raises(BadKey, match=r"device's key, for `fedml-agent login`.*users token NAME"):
         parse_login_key(str(key(scope=Scope.DEVICE)), Scope.USER)
+    with pytest.raises(BadKey, match=r"run's key, for the job itself.*users token NAME"):
+        parse_login_key(str(key(scope=Scope.RUN)), Scope.USER)
 
 
 def test_a_key_whose_scope_was_edited_is_damaged() -> None:
@@ -145,7 +147,7 @@ def test_a_key_whose_scope_was_edited_is_damaged() -> None:
 @pytest.mark.parametrize("scope", Scope)
 def test_what_is_no_key_is_answered_with_where_to_get_one(scope: Scope) -> None:
     for text in ("", "hello", "_", "fedml1_", "fedml2d_abc", "FEDML1D_abc", "https://b:8443"):
-        with pytest.raises(BadKey, match=f"fedml1{scope}_.*printed by `fedml-broker"):
+        with pytest.raises(BadKey, match=f"fedml1{scope}_ and is (printed by|what a job finds)"):
             parse_login_key(text, scope)
 
 

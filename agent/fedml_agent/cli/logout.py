@@ -16,6 +16,11 @@ def logout(yes: bool, home: Home) -> None:
     stays.
 
     The broker still lists the device; an admin forgets it with `fedml-broker devices remove`.
+
+    \b
+    Examples:
+      fedml-agent logout
+      fedml-agent logout --yes
     """
     membership = home.membership()
     if not yes:

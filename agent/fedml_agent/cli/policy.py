@@ -19,7 +19,13 @@ from fedml_agent.policy_file import PolicyError
 
 @click.group()
 def policy() -> None:
-    """The machine owner's say: what may run here, for whom, and how much of it."""
+    """The machine owner's say: what may run here, for whom, and how much of it.
+
+    \b
+    Examples:
+      fedml-agent policy show
+      fedml-agent policy check
+    """
 
 
 @policy.command()

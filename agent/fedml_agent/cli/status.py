@@ -21,6 +21,11 @@ def status(home: Home, as_json: bool) -> None:
 
     Exit code 0: connected; 3: no agent runs, or this machine has not joined; 5: it is not
     connected.
+
+    \b
+    Examples:
+      fedml-agent status
+      fedml-agent status --json | jq .tasks
     """
     membership = home.membership()
     rules = load_or_refuse(home.policy)

@@ -33,9 +33,11 @@ class Handlers:
         )
 
     async def whoami(self, call: Call) -> Any:
-        """The user behind the token."""
+        """The user behind the token; also its `run`, of a job's own key, and its `expires_at`."""
         user = call.user
-        return {"name": user.name, "tenant": user.tenant, "role": user.role}
+        whose: dict[str, Any] = {"name": user.name, "tenant": user.tenant, "role": user.role}
+        more = {"run": user.run, "expires_at": user.expires_at}
+        return whose | {name: value for name, value in more.items() if value is not None}
 
     async def status(self, call: Call) -> Any:
         """The broker at a glance."""

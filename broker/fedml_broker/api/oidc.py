@@ -4,9 +4,12 @@
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from aiohttp import web
 
 from fedml_broker.api.call import Call
+from fedml_broker.audit import SignInRefused
+from fedml_broker.handover import Handovers, terminal
 from fedml_broker.problems import Problem
 
 if TYPE_CHECKING:
@@ -27,15 +30,23 @@ _PAGE = """<!doctype html>
 """
 
 
+class KeyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a terminal shows for its key."""
+
+    code: str
+    verifier: str
+
+
 class Handlers:
     """For people who come with a browser."""
 
     def __init__(self, broker: "Broker") -> None:
         self._broker = broker
+        self._handovers = Handovers()
 
     async def start(self, call: Call) -> Any:
-        """Send the browser to the provider."""
-        where, secret = await self._sign_ins().start()
+        """Send the browser to the provider. Query, of `fedml login`: `port challenge state`."""
+        where, secret = await self._sign_ins().start(terminal(call.http.query))
         response = web.Response(status=302, headers={"Location": where, **_NOT_KEPT})
         response.set_cookie(
             _COOKIE, secret, max_age=600, path="/", secure=True, httponly=True, samesite="Lax"
@@ -43,15 +54,29 @@ class Handlers:
         return response
 
     async def callback(self, call: Call) -> Any:
-        """The browser comes back from the provider; answers with a page that shows a user's key."""
+        """The browser comes back; it gets a page with a key, or goes on to the terminal."""
         sign_ins, http = self._sign_ins(), call.http
-        user, key = await sign_ins.finish(http.query, http.cookies.get(_COOKIE, ""))
-        hours = sign_ins.provider.token_days * 24
+        begun_at = sign_ins.terminal(http.query)
+        try:
+            user = await sign_ins.finish(http.query, http.cookies.get(_COOKIE, ""))
+        except SignInRefused as refused:
+            if begun_at is None:
+                raise
+            await self._broker.refusals.note(refused, http.remote or "")
+            return _on(begun_at.url(error=str(refused), hint=refused.hint))
+        if begun_at is not None:
+            ca = self._broker.identity.ca_sha256.hex()
+            return _on(begun_at.url(code=self._handovers.code(user, begun_at), ca=ca))
+        key, hours = await sign_ins.key(user), sign_ins.provider.token_days * 24
         known = {"name": user.name, "role": user.role, "tenant": user.tenant, "key": key}
         page = _PAGE.format(hours=hours, **{name: escape(text) for name, text in known.items()})
-        response = web.Response(text=page, content_type="text/html", headers=_NOT_KEPT)
-        response.del_cookie(_COOKIE, path="/", secure=True, httponly=True, samesite="Lax")
-        return response
+        return _without_cookie(web.Response(text=page, content_type="text/html", headers=_NOT_KEPT))
+
+    async def key(self, call: Call) -> Any:
+        """The key of somebody who has signed in, for the terminal where he began."""
+        sign_ins, body = self._sign_ins(), call.body
+        user = self._handovers.redeem(body.code, body.verifier)
+        return {"key": await sign_ins.key(user), "hours": sign_ins.provider.token_days * 24}
 
     def _sign_ins(self) -> "SignIns":
         found = self._broker.sign_ins
@@ -71,3 +96,13 @@ _NOT_KEPT = {
     "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
 }
+
+
+def _on(url: str) -> web.Response:
+    """The browser goes on to the terminal."""
+    return _without_cookie(web.Response(status=302, headers={"Location": url, **_NOT_KEPT}))
+
+
+def _without_cookie(response: web.Response) -> web.Response:
+    response.del_cookie(_COOKIE, path="/", secure=True, httponly=True, samesite="Lax")
+    return response

@@ -124,7 +124,9 @@ class Handlers:
     async def stop_run(self, call: Call) -> Any:
         """Stop a run. Asking again is harmless."""
         run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
-        await self._broker.stop_run(run, call.user.name)
+        itself = call.user.run is not None
+        by = "the job itself" if itself else call.user.name
+        await self._broker.stop_run(run, by, itself=itself)
         return {"state": (await self._broker.runs.row(run["id"]))["state"]}
 
     async def remove_run(self, call: Call) -> Any:

@@ -39,7 +39,13 @@ _COLUMNS: Columns = {
 
 @click.group()
 def audit() -> None:
-    """Who did what, and when: a chain in which nothing can be changed unseen."""
+    """Who did what, and when: a chain in which nothing can be changed unseen.
+
+    \b
+    Examples:
+      fedml-broker audit list --action run
+      fedml-broker audit verify
+    """
 
 
 @audit.command("list")

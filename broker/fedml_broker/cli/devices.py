@@ -44,14 +44,25 @@ _FACTS: Columns = {
 
 @click.group()
 def devices() -> None:
-    """The machines that have joined."""
+    """The machines that have joined.
+
+    \b
+    Examples:
+      fedml-broker devices list
+      fedml-broker devices drain ward-3
+    """
 
 
 @devices.command("list")
 @home_option
 @json_option
 def list_devices(home: Path, as_json: bool) -> None:
-    """List the machines with what they have and what they do."""
+    """List the machines with what they have and what they do.
+
+    \b
+    Examples:
+      fedml-broker devices list
+    """
     found = Client(home).call("GET", "/v1/devices")["devices"]
     empty = "no machines yet: `fedml-broker keys create`"
     print_list(found, _COLUMNS, as_json=as_json, empty=empty)
@@ -62,7 +73,12 @@ def list_devices(home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def show(device: str, home: Path, as_json: bool) -> None:
-    """Show one machine (by name or id) with its hardware."""
+    """Show one machine (by name or id) with its hardware.
+
+    \b
+    Examples:
+      fedml-broker devices show ward-3
+    """
     found = Client(home).call("GET", f"/v1/devices/{device}")
     print_thing(found, _FACTS, as_json=as_json)
 
@@ -72,7 +88,13 @@ def show(device: str, home: Path, as_json: bool) -> None:
 @click.argument("changes", nargs=-1, required=True, metavar="NAME=VALUE|NAME-...")
 @home_option
 def label(device: str, changes: tuple[str, ...], home: Path) -> None:
-    """Put labels on a machine (NAME=VALUE) or take them off (NAME-)."""
+    """Put labels on a machine (NAME=VALUE) or take them off (NAME-).
+
+    \b
+    Examples:
+      fedml-broker devices label ward-3 site=north gpu=big
+      fedml-broker devices label ward-3 gpu-
+    """
     remove = [c[:-1] for c in changes if c.endswith("-") and "=" not in c]
     put = parse_labels([c for c in changes if not (c.endswith("-") and "=" not in c)])
     body = {"put": put, "remove": remove}
@@ -85,7 +107,13 @@ def label(device: str, changes: tuple[str, ...], home: Path) -> None:
 @click.option("--off", is_flag=True, help="Use it again.")
 @home_option
 def drain(device: str, off: bool, home: Path) -> None:
-    """Give a machine nothing more; what runs on it goes on."""
+    """Give a machine nothing more; what runs on it goes on.
+
+    \b
+    Examples:
+      fedml-broker devices drain ward-3
+      fedml-broker devices drain ward-3 --off   # use it again
+    """
     Client(home).call("POST", f"/v1/devices/{device}/drain", {"on": not off})
     click.echo(f"{device} is {'used again' if off else 'drained'}", err=True)
 
@@ -94,7 +122,12 @@ def drain(device: str, off: bool, home: Path) -> None:
 @click.argument("device")
 @home_option
 def revoke(device: str, home: Path) -> None:
-    """Shut a machine out at once and for good."""
+    """Shut a machine out at once and for good.
+
+    \b
+    Examples:
+      fedml-broker devices revoke ward-3
+    """
     Client(home).call("POST", f"/v1/devices/{device}/revoke")
     click.echo(f"{device} is revoked", err=True)
 
@@ -103,6 +136,11 @@ def revoke(device: str, home: Path) -> None:
 @click.argument("device")
 @home_option
 def remove(device: str, home: Path) -> None:
-    """Forget a machine; it must log in again."""
+    """Forget a machine; it must log in again.
+
+    \b
+    Examples:
+      fedml-broker devices remove ward-3
+    """
     Client(home).call("DELETE", f"/v1/devices/{device}")
     click.echo(f"{device} is removed", err=True)

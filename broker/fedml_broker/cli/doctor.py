@@ -21,6 +21,10 @@ def doctor(home: Path) -> None:
     """Look at everything the broker needs; each line is ok, or says what to do.
 
     Exit code 0: all is well; 1: something is not.
+
+    \b
+    Examples:
+      fedml-broker doctor
     """
     bad = 0
     for name, trouble in _checks(home):

@@ -20,7 +20,13 @@ _COLUMNS: Columns = {
 
 @click.group()
 def keys() -> None:
-    """Login keys: the one string with which a machine joins."""
+    """Login keys: the one string with which a machine joins.
+
+    \b
+    Examples:
+      fedml-broker keys create --uses 20
+      fedml-broker keys list
+    """
 
 
 @keys.command()
@@ -59,7 +65,13 @@ def create(
 @home_option
 @json_option
 def list_keys(home: Path, as_json: bool) -> None:
-    """List the login keys, without their secrets."""
+    """List the login keys, without their secrets.
+
+    \b
+    Examples:
+      fedml-broker keys list
+      fedml-broker keys list --json | jq -r '.[].id'
+    """
     found = Client(home).call("GET", "/v1/keys")["keys"]
     print_list(found, _COLUMNS, as_json=as_json, empty="no keys yet")
 
@@ -68,6 +80,11 @@ def list_keys(home: Path, as_json: bool) -> None:
 @click.argument("key")
 @home_option
 def revoke(key: str, home: Path) -> None:
-    """Let no further machine join with KEY (an id from `keys list`); those that did stay."""
+    """Let no further machine join with KEY (an id from `keys list`); those that did stay.
+
+    \b
+    Examples:
+      fedml-broker keys revoke k-1c0ffee1
+    """
     Client(home).call("DELETE", f"/v1/keys/{key}")
     click.echo(f"{key} is revoked", err=True)

@@ -44,7 +44,13 @@ _FACTS: Columns = {
 
 @click.group()
 def runs() -> None:
-    """Runs of everybody."""
+    """Runs of everybody.
+
+    \b
+    Examples:
+      fedml-broker runs list
+      fedml-broker runs stop r-1c0ffee123
+    """
 
 
 @runs.command("list")
@@ -52,7 +58,13 @@ def runs() -> None:
 @home_option
 @json_option
 def list_runs(limit: int, home: Path, as_json: bool) -> None:
-    """List the newest runs."""
+    """List the newest runs.
+
+    \b
+    Examples:
+      fedml-broker runs list
+      fedml-broker runs list --json | jq -r '.[].id'
+    """
     found = Client(home).call("GET", f"/v1/runs?limit={limit}")["runs"]
     print_list(found, _COLUMNS, as_json=as_json, empty="no runs yet")
 
@@ -62,7 +74,12 @@ def list_runs(limit: int, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def show(run: str, home: Path, as_json: bool) -> None:
-    """Show one run: its state and cause, its tasks, what it waits for."""
+    """Show one run: its state and cause, its tasks, what it waits for.
+
+    \b
+    Examples:
+      fedml-broker runs show r-1c0ffee123
+    """
     print_thing(Client(home).call("GET", f"/v1/runs/{run}"), _FACTS, as_json=as_json)
 
 
@@ -70,7 +87,12 @@ def show(run: str, home: Path, as_json: bool) -> None:
 @click.argument("run")
 @home_option
 def stop(run: str, home: Path) -> None:
-    """Stop a run."""
+    """Stop a run.
+
+    \b
+    Examples:
+      fedml-broker runs stop r-1c0ffee123
+    """
     Client(home).call("POST", f"/v1/runs/{run}/stop")
     click.echo(f"{run} is being stopped", err=True)
 

@@ -30,5 +30,11 @@ _FACTS: Columns = {
 @home_option
 @json_option
 def status(home: Path, as_json: bool) -> None:
-    """Show the broker at a glance: addresses, machines, runs."""
+    """Show the broker at a glance: addresses, machines, runs.
+
+    \b
+    Examples:
+      fedml-broker status
+      fedml-broker status --json | jq .online
+    """
     print_thing(Client(home).call("GET", "/v1/status"), _FACTS, as_json=as_json)

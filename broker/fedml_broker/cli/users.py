@@ -24,7 +24,13 @@ def _named(role: str) -> str:
 
 @click.group()
 def users() -> None:
-    """People who launch runs, and their tokens."""
+    """People who launch runs, and their tokens.
+
+    \b
+    Examples:
+      fedml-broker users create lee --role member
+      fedml-broker users token lee --days 30
+    """
 
 
 @users.command()
@@ -74,7 +80,12 @@ def change_role(name: str, role: str, home: Path) -> None:
 @home_option
 @json_option
 def list_users(home: Path, as_json: bool) -> None:
-    """List the users."""
+    """List the users.
+
+    \b
+    Examples:
+      fedml-broker users list
+    """
     found = Client(home).call("GET", "/v1/users")["users"]
     print_list(found, _COLUMNS, as_json=as_json, empty="no users yet")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fedml import session
 from fedml_protocol.keys import Scope, parse_login_key
 from tests.place import command
 
@@ -71,10 +72,26 @@ def test_a_key_of_a_broker_that_is_not_there_or_another_one(
 def test_a_token_that_was_never_given_out_is_refused(fedml: "Fedml", tmp_path: Path) -> None:
     key = parse_login_key(_admin_key(fedml), Scope.USER)
     other = replace(key, secret=bytes(len(key.secret)))
-    fedml("login", str(other), home=tmp_path)
-    said = fedml("run", "list", code=6, home=tmp_path).stderr
+    said = fedml("login", str(other), code=6, home=tmp_path).stderr
     assert "unknown or expired token" in said
     assert "fedml-broker users token" in said
+    fedml("whoami", code=3, home=tmp_path)  # nothing was kept
+
+
+def test_a_token_that_has_expired_says_when_and_what_to_do(fedml: "Fedml", tmp_path: Path) -> None:
+    call = fedml.place.client.call
+    call("POST", "/v1/users", {"name": "lee"})
+    key = call("POST", "/v1/users/lee/tokens", {"days": 1e-9})["key"]
+    said = fedml("login", key, code=6, home=tmp_path).stderr
+    assert "this token has expired: it was lee's and good until 20" in said
+    assert "try: `fedml login` with a new key" in said
+    session.login(tmp_path, key)  # as if it had expired since
+    for words in (("run", "list"), ("whoami",), ("device", "list")):
+        assert "this token has expired" in fedml(*words, code=6, home=tmp_path).stderr
+    assert "not ok  this token has expired" in fedml("diagnosis", code=1, home=tmp_path).stdout
+    good = call("POST", "/v1/users/lee/tokens", {"days": 1})["key"]
+    fedml("login", good, home=tmp_path)
+    assert "good until  20" in fedml("whoami", home=tmp_path).stdout
 
 
 def test_version_names_what_a_report_needs(fedml: "Fedml") -> None:

@@ -4,7 +4,10 @@
 import json
 import tarfile
 
+import pytest
+
 from fedml import api
+from fedml.errors import ConfigError
 from tests.fedml.cli.conftest import Fedml
 from tests.place import APP
 
@@ -69,6 +72,24 @@ def test_a_job_without_a_workspace_has_nothing_to_pack(fedml: Fedml) -> None:
 def test_the_python_names_build_too(fedml: Fedml) -> None:
     job = _job(fedml, "x")
     assert api.build(job, fedml.folder / "a.tar.gz").read_bytes()
-    for function in (api.fedml_build, api.train_build):
-        made = function(job, fedml.folder)
-        assert made.read_bytes() == (fedml.folder / "a.tar.gz").read_bytes()
+    made = api.train_build(job, fedml.folder / "new")
+    assert made.read_bytes() == (fedml.folder / "a.tar.gz").read_bytes()
+    fedml.file("conf/fedml_config.yaml", "x: 1\n")
+    made = api.fedml_build(
+        "octopus",
+        "client",
+        fedml.folder / "w",
+        "run.sh",
+        fedml.folder / "conf",
+        fedml.folder,
+        "*.l*",
+    )
+    assert made == fedml.folder / "dist-packages" / "client-package.tar.gz"
+    with tarfile.open(made) as archive:
+        names = [".gitignore", "config/fedml_config.yaml", "run.sh"]
+        assert sorted(archive.getnames()) == names
+    assert fedml("launch", job, "--package", str(made)).stdout == "x\n"
+    with pytest.raises(ConfigError, match=r"no file main\.py"):
+        api.fedml_build(
+            "falcon", "client", fedml.folder / "w", "main.py", fedml.folder / "conf", "."
+        )

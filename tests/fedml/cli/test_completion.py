@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fedml.cli.conftest import Fedml
 from tests.place import command
 
 
@@ -45,6 +46,9 @@ def _complete(line: str) -> list[str]:
         ("fedml launch --det", ["--detach"]),
         ("fedml launch init --he", ["--help"]),
         ("fedml completion z", ["zsh"]),
+        ("fedml di", ["diagnosis"]),
+        ("fedml device res", ["resources"]),
+        ("fedml login --oi", ["--oidc"]),
         ("fedml-agent log", ["login", "logout"]),
         ("fedml-broker keys cr", ["create"]),
     ],
@@ -63,6 +67,38 @@ def test_after_launch_come_files_and_verbs() -> None:
         text=True,
     )
     assert done.stdout.split() == ["plain,init", "file,in"]
+
+
+def test_what_only_the_broker_knows_is_completed_too(fedml: Fedml, tmp_path: Path) -> None:
+    run = fedml.place.launch("true")
+    fedml.file("train.csv", "1\n")
+    fedml("storage", "upload", "train.csv", "seven/train.csv")
+    fedml("cluster", "create", "seven", "--device", "two")
+    try:
+        for line, found in (
+            (f"fedml run status {run[:6]}", run),
+            (f"fedml logs {run[:6]}", run),
+            ("fedml device show tw", "two"),
+            ("fedml cluster create x --device tw", "two"),
+            ("fedml cluster stop se", "seven"),
+            ("fedml launch job.yaml -c se", "seven"),
+            ("fedml storage download seven/", "seven/train.csv"),
+        ):
+            assert found in _asked(line, fedml.env), line
+    finally:
+        fedml("cluster", "kill", "seven", "-y")
+    assert _asked("fedml run status r-", {**os.environ, "FEDML_HOME": str(tmp_path)}) == []
+
+
+def _asked(line: str, env: dict[str, str]) -> list[str]:
+    """What the script is told when it asks, as words."""
+    asked = {"_FEDML_COMPLETE": "bash_complete", "COMP_WORDS": line}
+    asked["COMP_CWORD"] = str(len(line.split(" ")) - 1)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "fedml"], env=env | asked, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    return [found.partition(",")[2] for found in done.stdout.split()]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -87,9 +87,9 @@ def test_a_wrong_job_file_ends_before_anything_is_sent(
 
 
 def test_what_has_no_effect_is_a_warning_for_people(fedml: "Fedml") -> None:
-    job = fedml.file("job.yaml", "job: echo\ndocker: {image: x}\n")
+    job = fedml.file("job.yaml", "job: echo\nframework_type: pytorch\n")
     said = fedml("launch", job).stderr
-    assert f"warning: {job}, line 2: `docker` has no effect" in said
+    assert f"warning: {job}, line 2: `framework_type` has no effect" in said
     assert "file.py" not in said
 
 
@@ -116,7 +116,8 @@ def test_a_dry_run_tells_of_each_machine_and_starts_nothing(fedml: "Fedml") -> N
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
     assert lines[0] == ["MACHINE", "FITS", "WHY"]
     assert {line[0]: line[1] for line in lines[1:]} == {"one": "now", "two": "now"}
-    assert [line[2] for line in lines[1:]].count("it would run here") == 1
+    said = sorted(line[2].partition(":")[0] for line in lines[1:])
+    assert said == ["it goes here", "would do, too"]
     assert "no GPU, 1 CPUs, 10.7 MB of memory" in done.stderr
     told = json.loads(fedml("launch", job, "--dry-run", "--json").stdout)
     assert told["taken"] in [m["device"] for m in told["machines"]]
@@ -133,6 +134,37 @@ def test_a_dry_run_of_what_nobody_can_do_says_why_and_ends_with_6(fedml: "Fedml"
     told = json.loads(fedml("launch", job, "--dry-run", "--any-resource", "--json").stdout)
     assert told["needs"]["gpus"] == 0
     assert fedml("launch", job, "--any-resource").returncode == 0
+
+
+def test_a_dry_run_of_several_machines_names_that_of_each_rank(fedml: "Fedml") -> None:
+    job = fedml.file("job.yaml", "job: echo\nnum_nodes: 2\n")
+    done = fedml("launch", job, "--dry-run")
+    rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    assert rows[0] == ["MACHINE", "FITS", "RANK", "WHY"]
+    assert sorted(row[2] for row in rows[1:]) == ["0", "1"]
+    assert all(row[3].startswith("it goes here: 0 of its ") for row in rows[1:])
+    first, second = (row[0] for row in sorted(rows[1:], key=lambda row: row[2]))
+    assert f"it would run on {first}, {second};" in done.stderr
+    told = json.loads(fedml("launch", job, "--dry-run", "--json").stdout)
+    foreseen = {m["rank"]: m["device"] for m in told["machines"]}
+    run = fedml("launch", job, "--detach").stdout.strip()
+    tasks = fedml.place.end(run) and fedml.place.client.call("GET", f"/v1/runs/{run}")["tasks"]
+    assert {task["rank"]: task["device"] for task in tasks} == foreseen
+
+
+def test_a_dry_run_of_several_machines_says_which_are_missing(fedml: "Fedml") -> None:
+    job = fedml.file("job.yaml", "job: echo\nnum_nodes: 2\n")
+    fedml("cluster", "create", "kept", "--device", "two")
+    try:
+        done = fedml("launch", job, "--dry-run")
+        assert "one      later  –     free; 1 of 2 machines are" in done.stdout
+        assert "two      later  –     is kept for the cluster kept" in done.stdout
+        assert "it would wait for 2 of them" in done.stderr
+    finally:
+        fedml("cluster", "kill", "kept", "-y")
+    fedml.file("job.yaml", "job: echo\nnum_nodes: 3\n")
+    said = fedml("launch", job, "--dry-run", code=6).stderr
+    assert "3 machines are asked for, 2 fit" in said
 
 
 def test_a_dry_run_of_a_wrong_workspace_ends_like_the_run_would(fedml: "Fedml") -> None:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedml device`: each machine, and what all have together."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedml.devices import Device, resources
+from fedml_protocol.gpus import is_model, short_name
+from tests.fedml.cli.conftest import Fedml
+
+GIB = 2**30
+
+
+def _device(name: str, status: str, *gpus: tuple[str, int]) -> Device:
+    capacity: dict[str, Any] = {
+        "slots": 1, "cpus": 4, "memory_bytes": 8 * GIB, "disk_bytes": GIB, "kinds": ["launch"],
+        "gpus": [{"uuid": str(i), "name": n, "memory_bytes": m} for i, (n, m) in enumerate(gpus)],
+    }  # fmt: skip
+    return Device.of(
+        {"id": f"d-{name}", "name": name, "status": status, "labels": {}, "tasks": [],
+         "capacity": capacity}
+    )  # fmt: skip
+
+
+def test_resources_of_all_machines_are_counted_by_model_and_memory() -> None:
+    found = resources(
+        [
+            _device("a", "online", ("NVIDIA A100-SXM4-80GB", 80 * GIB), ("NVIDIA L4", 24 * GIB)),
+            _device("b", "offline", *[("NVIDIA A100-SXM4-80GB", 80 * GIB - 1)] * 2),
+        ]
+    )
+    told = [(r.resource_type, r.count, r.online, r.machines) for r in found]
+    assert told == [
+        ("CPU", 8, 4, ("a", "b")),
+        ("A100-80GB", 3, 1, ("a", "b")),
+        ("L4", 1, 1, ("a",)),
+    ]
+    assert resources([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 4070 Ti", "RTX-4070-TI"),
+        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+        ("Tesla T4", "T4"),
+    ],
+)
+def test_what_to_ask_for_is_short(name: str, short: str) -> None:
+    assert short_name(name) == short
+    assert is_model(short, name, 80 * 10**9)
+
+
+@given(st.text(max_size=40))
+def test_what_to_ask_for_is_that_model(name: str) -> None:
+    assert is_model(short_name(name), name, 1 << 80)
+
+
+def test_the_command_lists_them(fedml: Fedml) -> None:
+    shown = fedml("device", "resources").stdout.splitlines()
+    assert shown[0].startswith("TO ASK FOR")
+    assert shown[1].startswith("CPU")
+    (cpus,) = json.loads(fedml("device", "resources", "--json").stdout)
+    assert (cpus["resource_type"], cpus["machines"]) == ("CPU", ["one", "two"])
+    assert fedml("device", "resource-type").stdout.splitlines() == shown
+    assert "one" in fedml("device", "list").stdout
+    assert "takes" in fedml("device", "show", "two").stdout
