@@ -67,8 +67,9 @@ def look(
     """Where a job file would run at this moment; nothing is sent or started.
 
     Returns:
-        `needs`: what is asked of a machine; `taken`: the id of the one that would get it, or None;
-        `machines`: each with `device`, `name`, `fits` (now, later, never) and `why` not.
+        `needs`: what is asked of a machine; `nodes`: how many it takes; `taken`: the id of that of
+        rank 0, None where it would wait; `machines`: each with `device`, `name`, `fits` (now,
+        later, never), the `rank` that it would get, or None, and `why`.
 
     Raises:
         ConfigError: The file or its workspace is wrong.

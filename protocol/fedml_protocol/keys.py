@@ -46,6 +46,11 @@ _SOURCE = {
     Scope.USER: ("a user's key", "is printed by `fedml-broker users token NAME`"),
     Scope.RUN: ("a run's key", "is what a job finds in FEDML_RUN_API_KEY"),
 }
+_NEEDED = {
+    Scope.DEVICE: "a machine needs a device key, from `fedml-broker keys create`",
+    Scope.USER: "a person's key comes from `fedml-broker users token NAME`",
+    Scope.RUN: "a job finds the key of its run in FEDML_RUN_API_KEY",
+}
 _INSTEAD = {
     Scope.DEVICE: "a device's key, for `fedml-agent login`",
     Scope.USER: "a user's key, for `fedml login`",
@@ -93,8 +98,7 @@ def parse_login_key(text: str, scope: Scope) -> LoginKey:
         what, source = _SOURCE[scope]
         raise BadKey(f"this is not {what}: one starts with {_PREFIX}{scope}_ and {source}")
     if given is not scope:
-        what, source = _SOURCE[scope]
-        raise BadKey(f"this is {_INSTEAD[given]}; {what} {source}")
+        raise BadKey(f"this is {_INSTEAD[given]}; {_NEEDED[scope]}")
     try:
         # Strict: the lenient decoder skips what is not in the alphabet.
         data = base64.b64decode(tail + "=" * (-len(tail) % 4), altchars=b"-_", validate=True)

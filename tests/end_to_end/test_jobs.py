@@ -113,9 +113,9 @@ def test_a_task_of_skypilot_runs_with_its_own_variables(place: Place) -> None:
 
 def test_a_dry_run_says_of_each_machine_what_it_lacks(place: Place, tmp_path: Path) -> None:
     told = json.loads(launch(place, "sky", "--dry-run", "--json").stdout)
-    assert [(m["name"], m["fits"], m["why"]) for m in told["machines"]] == [
-        ("gpus", "now", ""),
-        ("plain", "never", "has no GPU, 2 are asked for"),
+    assert [(m["name"], m["fits"], m["rank"], m["why"]) for m in told["machines"]] == [
+        ("gpus", "now", 0, "0 of its 2 places are taken"),
+        ("plain", "never", None, "has no GPU, 2 are asked for"),
     ]
     file = tmp_path / "job.yaml"
     file.write_text("run: nvidia-smi\nresources: {accelerators: 'A100-80GB:3'}\n")

@@ -130,7 +130,9 @@ def test_a_key_whose_url_is_no_text_is_refused() -> None:
 
 
 def test_a_key_of_the_other_scope_is_refused_with_the_way_to_the_right_one() -> None:
-    with pytest.raises(BadKey, match=r"user's key.*a login key is printed by `fedml-broker keys"):
+    with pytest.raises(
+        BadKey, match=r"user's key.*a machine needs a device key, from `fedml-broker keys"
+    ):
         parse_login_key(str(key(scope=Scope.USER)), Scope.DEVICE)
     with pytest.raises(BadKey, match=r"device's key, for `fedml-agent login`.*users token NAME"):
         parse_login_key(str(key(scope=Scope.DEVICE)), Scope.USER)
