@@ -95,6 +95,14 @@ class Run:
             rounds = self.refresh().details.get("rounds", [])
         return [dict(r["metrics"]) for r in rounds if r["model"]]
 
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The values that it has left by name, once it has ended."""
+        if "outputs" not in self.details:
+            self.refresh()
+        found: Mapping[str, str] = self.details.get("outputs", {}).get("values", {})
+        return dict(found)
+
     def refresh(self) -> Run:
         """Look again; itself."""
         self.details = dict(self._client.call("GET", f"/v1/runs/{self.id}"))
@@ -159,6 +167,39 @@ class Run:
         self._client.download(blob["sha256"], Path(into), told)
         return number
 
+    def download_files(
+        self, into: Path | str, *, told: Told = lambda done, total: None
+    ) -> list[Path]:
+        """Write the files that a job has left ($FEDML_OUTPUT_DIR) below a folder; where they are.
+
+        Args:
+            into: The folder; files that are there are replaced.
+            told: Hears how far it is, bytes.
+
+        Raises:
+            BrokerRefused: It has left none.
+        """
+        if "outputs" not in self.details:
+            self.refresh()
+        files = self.details.get("outputs", {}).get("files", [])
+        if not files:
+            raise BrokerRefused(
+                f"{self.id} has left no files" if self.ended else f"{self.id} has not ended",
+                "a job leaves what it writes into the folder $FEDML_OUTPUT_DIR",
+            )
+        before, total, paths = 0, sum(file["size"] for file in files), []
+        for file in files:
+            path = Path(into) / file["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._client.download(
+                file["sha256"],
+                path,
+                lambda done, _, before=before: told(before + done, total),  # type: ignore[misc]
+            )
+            before += file["size"]
+            paths.append(path)
+        return paths
+
 
 def log_page(run: Run, number: int, size: int, *, everything: bool) -> RunLogResult:
     """A page of the lines of a run, counted from 1; or all of them.
@@ -181,7 +222,7 @@ def _model(run: Run, wanted: int | None) -> tuple[int, Mapping[str, Any]]:
     if "rounds" not in run.details:
         raise BrokerRefused(
             f"{run.id} is a launched job: it has no model",
-            "let the job itself send its files where they are needed",
+            "the files that it has left: `download_files`, or `fedml run download`",
         )
     models = {r["round"]: r["model"] for r in run.details["rounds"] if r["model"]}
     if not models:

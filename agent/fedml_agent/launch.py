@@ -3,6 +3,7 @@
 
 tasks/TASK.EPOCH/          of the shim: its records and the log
 tasks/TASK.EPOCH/work/     the job's own: the unpacked workspace, where its command runs
+tasks/TASK.EPOCH/outputs/  what it left for others, until the broker has it
 """
 
 import asyncio
@@ -12,10 +13,11 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from fedml_agent import sandbox, tending
+from fedml_agent import belongings, outputs, sandbox, tending
 from fedml_agent.attic import Attic
 from fedml_agent.environments import CannotBuild, Environments, Wanted
 from fedml_agent.errors import AgentError, BrokerUnreachable
@@ -111,7 +113,7 @@ class Jobs:
                 log.info("%s goes on; it was started by an earlier agent", entry.key[0])
                 await self._see_to_its_end(entry, found)
             case Ended():
-                self._end(entry, found)
+                await self._end(entry, found)
                 await self._ship(entry, Finished(self._folder(entry), found))
             case Gone(why):
                 self.lose(entry, why)
@@ -175,6 +177,7 @@ class Jobs:
         if not isinstance(spec, LaunchSpec):
             raise TypeError("not a launched job")
         (work / "tmp").mkdir(exist_ok=True)
+        outputs.prepare(work)
         (folder / "bootstrap.sh").write_text(spec.bootstrap)
         (folder / "job.sh").write_text(spec.command)
         if not spec.requirements.strip():
@@ -229,6 +232,7 @@ class Jobs:
             "SKYPILOT_NODE_IPS": "127.0.0.1",
             **spec.env,
             "FEDML_WORKSPACE": str(work),
+            **outputs.variables(work),
             "FEDML_CURRENT_RUN_ID": offer.run,
             "FEDML_CURRENT_EDGE_ID": membership.device,
             "SKYPILOT_NUM_GPUS_PER_NODE": str(len(entry.gpus)),
@@ -273,7 +277,7 @@ class Jobs:
                 # A result does not wait for its log.
                 match await tended.ended():
                     case Ended() as end:
-                        self._end(entry, end)
+                        await self._end(entry, end)
                     case Gone(why):
                         self.lose(entry, why)
                 work = self._folder(entry) / "work"
@@ -323,8 +327,23 @@ class Jobs:
                 self._kept.discard(entry.key)
                 self.clean(entry)
 
-    def _end(self, entry: Entry, end: Ended) -> None:
-        self._reporter.ended(entry, result_of(entry, end))
+    async def _end(self, entry: Entry, end: Ended) -> None:
+        result = result_of(entry, end)
+        if result.state in (TaskState.FINISHED, TaskState.FAILED):
+            try:
+                left = await asyncio.to_thread(outputs.take, self._folder(entry))
+                result = replace(result, artifacts=left)
+            except (outputs.TooMuch, belongings.NotAFile) as error:
+                cause = Cause(fault=Fault.TASK, message=str(error))
+                result = replace(result, state=TaskState.FAILED, cause=result.cause or cause)
+            except OSError as error:
+                cause = Cause(fault=Fault.MACHINE, message=f"what it left was not read: {error}")
+                result = replace(result, state=TaskState.FAILED, cause=result.cause or cause)
+        self._reporter.ended(entry, result)
+
+    async def upload(self, entry: Entry, *, again: bool) -> None:
+        """Send the files that a result names; see `outputs.upload`."""
+        await outputs.upload(self._https, self._folder(entry), entry, again=again)
 
     def _fail(self, entry: Entry, cause: Cause) -> None:
         self._reporter.ended(

@@ -238,6 +238,9 @@ class Launcher:
         """The run ends as its task did; how long its logs are is known first."""
         for stream, size in (("stdout", result.stdout_bytes), ("stderr", result.stderr_bytes)):
             self._observer.finish(task.run, LogFile(task.id, result.epoch, stream), size)
+        if task.rank == 0:
+            left = [artifact.blob.sha256 for artifact in result.artifacts]
+            runs.refer_all(tx, left, f"run/{task.run}/outputs")
         if task.terms.nodes > 1:
             _end_together(tx, task.run, result)
         else:

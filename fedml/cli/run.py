@@ -194,31 +194,46 @@ def wait(run_id: str, home: Path, as_json: bool) -> None:
 
 @run.command()
 @run_argument
-@click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("into", required=False, type=click.Path(path_type=Path))
 @click.option("--round", "of_round", type=click.IntRange(min=0), help="0: the first model.")
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
 @home_option
 @json_option
 def download(
     run_id: str,
-    file: Path | None,
+    into: Path | None,
     of_round: int | None,
     force: bool,
     home: Path,
     as_json: bool,
 ) -> None:
-    """Write a federated run's model into FILE (RUN.safetensors): the newest, or that of a round.
+    """Write what a run has left: a federated run's model, or the files of a job.
+
+    Of a federated run, INTO is a file (RUN.safetensors): the newest model, or that of a round.
+    Of a job, INTO is a folder (RUN) for what it has written into $FEDML_OUTPUT_DIR.
 
     \b
     Examples:
       fedml run download r-1c0ffee123 model.safetensors
       fedml run download r-1c0ffee123 --round 5
+      fedml run download r-0ddba11456 results/
       python -c 'from safetensors.numpy import load_file; print(load_file("model.safetensors"))'
     """
-    into = file or Path(f"{run_id}.safetensors")
-    if into.exists() and not force:
-        raise click.UsageError(f"{into} exists already; --force replaces it")
     found = Run.find(connect(home), run_id)
+    job = found.kind == "launch"
+    into = into or Path(run_id if job else f"{run_id}.safetensors")
+    if into.exists() and not force and (not job or not into.is_dir() or any(into.iterdir())):
+        raise click.UsageError(f"{into} exists already; --force replaces what is there")
+    if job:
+        if of_round is not None:
+            raise click.UsageError(f"{run_id} is a job: it has no rounds")
+        with transfer("files") as told:
+            files = found.download_files(into, told=told)
+        if as_json:
+            print_json({"folder": str(into), "files": [str(f.relative_to(into)) for f in files]})
+        else:
+            click.echo(f"{into}: {len(files)} file{'s' if len(files) > 1 else ''}", err=True)
+        return
     with transfer("model") as told:
         number = found.download(into, of_round=of_round, told=told)
     if as_json:
