@@ -22,7 +22,7 @@ from fedml_protocol.launch import OUTPUT_FILES, OUTPUT_VALUES
 # With their names they travel in one message.
 MOST_FILES = 200
 _LONGEST_PATH = 300
-_MOST_VALUE_BYTES = 64 * 1024
+_MOST_VALUE_BYTES = 16 * 1024
 _LEFT = ".fedml"
 _KEPT = "outputs"
 

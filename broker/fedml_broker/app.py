@@ -47,9 +47,11 @@ from fedml_broker.problems import Problem
 from fedml_broker.reports import Reports
 from fedml_broker.routes import application
 from fedml_broker.runs import Runs
+from fedml_broker.step_kinds import kinds
 from fedml_broker.storage import Storage
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
+from fedml_broker.workflow import Workflows
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 
@@ -123,6 +125,7 @@ class Broker:
         self.clusters: Clusters
         self.launcher: Launcher
         self.federation: Federation
+        self.workflows: Workflows
         self.reports: Reports
         self.sign_ins: SignIns | None = None
 
@@ -175,12 +178,14 @@ class Broker:
                     loops.create_task(self._keep_house(), name="broker.house"),
                 ]
                 await self.federation.resume()
+                await self.workflows.take_up()
                 await web.SockSite(
                     runner, listener, ssl_context=self.identity.server_context()
                 ).start()
                 try:
                     yield
                 finally:
+                    await self.workflows.close()
                     await self.federation.close()
                     for task in tasks:
                         task.cancel()
@@ -213,6 +218,16 @@ class Broker:
         self.federation.on_answer = self.metrics.asked
         self.dispatcher.on_together = self.launcher.together
         self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}
+        self.workflows = Workflows(
+            self.store,
+            self.accounts,
+            self.observer,
+            self.blobs,
+            self.runs,
+            kinds(self.launcher, self.federation, self.blobs),
+            self.stop_run,
+            self.waiting,
+        )
         self.reports = Reports(self.fleet, self.dispatcher)
         self.post.subscribe(topics.ALL_UP, self._take)
 

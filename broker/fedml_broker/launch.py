@@ -106,6 +106,51 @@ class Launcher:
         Raises:
             Problem: 422 when the job cannot be, or no machine could ever take it.
         """
+        run, spec = runs.check_new_id(request.run), _shown(request)
+        if await runs.Runs(self._store).submitted(user, run, spec):
+            return run
+        package = await self._package(user, request)
+        new = self._tasks(user, request, run, package)
+
+        def commit(tx: Connection) -> None:
+            runs.create(
+                tx,
+                user,
+                run=run,
+                kind="launch",
+                name=request.name,
+                spec=spec,
+                package=package,
+            )
+            tasks.insert(tx, new)
+            if new[0].offer.needs.gpus < request.needs.gpus:
+                wished = {"gpus": request.needs.gpus, "model": request.needs.gpu_model}
+                add_event(tx, run, "without_gpus", wished)
+
+        await self._store.write(commit)
+        if package is not None:
+            package.release(self._blobs, f"u/{user.name}")
+        self._dispatcher.added(new)
+        return run
+
+    async def check(self, user: User, request: LaunchRequest) -> Uploaded | None:
+        """Whether `submit` would take a job at this moment; its package, claimed for the user.
+
+        Raises:
+            Problem: As for `submit`.
+        """
+        package = await self._package(user, request)
+        self._tasks(user, request, runs.new_id(), package)
+        return package
+
+    def _tasks(
+        self, user: User, request: LaunchRequest, run: str, package: Uploaded | None
+    ) -> list[Task]:
+        """What is to be queued for a job.
+
+        Raises:
+            Problem: 422 when the job cannot be, or no machine could ever take it.
+        """
         scripts = (request.command, request.bootstrap, request.requirements)
         words = (*scripts, *request.env, *request.env.values())
         if sum(len(text.encode()) for text in words) > MAX_SCRIPT_BYTES:
@@ -115,10 +160,6 @@ class Launcher:
                 f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
                 hint="put them into a script or a file in the workspace",
             )
-        run, spec = runs.check_new_id(request.run), _shown(request)
-        if await runs.Runs(self._store).submitted(user, run, spec):
-            return run
-        package = await self._package(user, request)
         needs = self._needs(user, request)
         terms = self._terms(user, request)
         ids = [f"{run}-t"]
@@ -148,7 +189,8 @@ class Launcher:
         except MalformedMessage as error:
             raise Problem(422, "this job cannot be", str(error)) from error
         since = time.time()
-        new = [
+        possible(self._fleet, user.tenant, _wanted(request, needs), terms.nodes)
+        return [
             Task(
                 offer=replace(offer, task=task),
                 tenant=user.tenant,
@@ -161,28 +203,6 @@ class Launcher:
             )
             for rank, task in enumerate(ids)
         ]
-        possible(self._fleet, user.tenant, _wanted(request, needs), terms.nodes)
-
-        def commit(tx: Connection) -> None:
-            runs.create(
-                tx,
-                user,
-                run=run,
-                kind="launch",
-                name=request.name,
-                spec=spec,
-                package=package,
-            )
-            tasks.insert(tx, new)
-            if needs.gpus < request.needs.gpus:
-                wished = {"gpus": request.needs.gpus, "model": request.needs.gpu_model}
-                add_event(tx, run, "without_gpus", wished)
-
-        await self._store.write(commit)
-        if package is not None:
-            package.release(self._blobs, f"u/{user.name}")
-        self._dispatcher.added(new)
-        return run
 
     def _terms(self, user: User, request: LaunchRequest) -> Terms:
         """When it is to go.

@@ -62,6 +62,8 @@ class Observer:
     def __init__(self, store: Store, root: Path) -> None:
         self._store = store
         self._root = root
+        # Called with a run of which more has changed than its logs.
+        self.on_change: Callable[[str], None] = lambda run: None
         self._bells: dict[str, asyncio.Event] = {}
         self._watchers: dict[str, int] = {}
 
@@ -69,6 +71,10 @@ class Observer:
 
     def ring(self, run: str) -> None:
         """Something of this run has changed; whoever follows it looks again."""
+        self._ring(run)
+        self.on_change(run)
+
+    def _ring(self, run: str) -> None:
         bell = self._bells.pop(run, None)
         if bell is not None:
             bell.set()
@@ -121,7 +127,7 @@ class Observer:
             await asyncio.to_thread(_append, order, 0, b"", 0)
         size = await asyncio.to_thread(_append, path, offset, data, gap)
         if data:
-            self.ring(run)
+            self._ring(run)
         return size
 
     def finish(self, run: str, log: LogFile, size: int) -> None:

@@ -22,6 +22,7 @@ from fedml_broker.api import (
     oidc,
     runs,
     storage,
+    workflows,
 )
 from fedml_broker.api.call import Call, Callers, Handler
 from fedml_broker.audit import SignInRefused
@@ -31,6 +32,7 @@ from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.problems import Problem, as_problems
 from fedml_broker.storage import PutObject
+from fedml_broker.workflow import ResumeBody, WorkflowRequest
 from fedml_protocol.topics import Address
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def table(broker: "Broker") -> Sequence[Route]:
     run, device = runs.Handlers(broker), devices.Handlers(broker)
     account, cluster = accounts.Handlers(broker), clusters.Handlers(broker)
     stored, log = storage.Handlers(broker), logs.Handlers(broker)
-    provider = oidc.Handlers(broker)
+    provider, flow = oidc.Handlers(broker), workflows.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -122,6 +124,13 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/runs/{run}/logs", VIEWER, log.search_logs),
         Route("POST", "/v1/runs/{run}/stop", MEMBER, run.stop_run),
         Route("PUT", "/v1/runs/{run}/priority", MEMBER, run.set_priority, runs.PriorityBody),
+        Route("GET", "/v1/workflows", VIEWER, flow.list_workflows),
+        Route("POST", "/v1/workflows", MEMBER, flow.submit_workflow, WorkflowRequest),
+        Route("GET", "/v1/workflows/{workflow}", VIEWER, flow.show_workflow),
+        Route("DELETE", "/v1/workflows/{workflow}", ADMIN, flow.remove_workflow),
+        Route("GET", "/v1/workflows/{workflow}/follow", VIEWER, flow.follow_workflow),
+        Route("POST", "/v1/workflows/{workflow}/stop", MEMBER, flow.stop_workflow),
+        Route("POST", "/v1/workflows/{workflow}/resume", MEMBER, flow.resume_workflow, ResumeBody),
         Route("GET", "/v1/clusters", VIEWER, cluster.list_clusters),
         Route("POST", "/v1/clusters", MEMBER, cluster.create_cluster, ClusterRequest),
         Route("GET", "/v1/clusters/{cluster}", VIEWER, cluster.show_cluster),
