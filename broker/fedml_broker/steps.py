@@ -105,6 +105,14 @@ def settle(
         refer_all(tx, blobs, owner(workflow, step.name))
 
 
+def settle_without_run(
+    tx: Connection, workflow: str, step: Step, state: StepState, cause: str
+) -> None:
+    """It is over, and has no run: it could not start, or its run was deleted."""
+    values: dict[str, Any] = {"runs": [*step.runs[:-1], ""], "ended_at": time.time()}
+    _move(tx, workflow, step, state, cause=cause, **values)
+
+
 def wait_again(tx: Connection, workflow: str, name: str) -> list[str]:
     """A new try will run it; the blobs that nobody needs now."""
     tx.execute(

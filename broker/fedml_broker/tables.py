@@ -255,7 +255,7 @@ workflow_steps = Table(
     Column("definition", JSON, nullable=False),  # see workflow.StepBody; may hold secrets
     Column("sha256", String, nullable=False),  # of the definition
     Column("state", String, nullable=False),  # see fedml_protocol.workflow.StepState
-    Column("runs", JSON, nullable=False),  # ids, of every try; the last is the present one
+    Column("runs", JSON, nullable=False),  # ids, of every try; "" if it had none
     Column("cause", String, nullable=False),
     Column("outputs", JSON),  # see outputs.Outputs, once it has finished
     Column("started_at", Float),

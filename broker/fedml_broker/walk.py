@@ -114,7 +114,8 @@ def moves(
         if state is StepState.STARTING and run is not None:
             made.append(Running(name))
         elif state is StepState.STARTING:
-            made.append(Settle(name, StepState.STOPPED) if stopping else Submit(name))
+            stopped = Settle(name, StepState.STOPPED, "it was stopped before it began")
+            made.append(stopped if stopping else Submit(name))
         elif state is StepState.RUNNING and run is None:
             made.append(Settle(name, StepState.FAILED, "its run was deleted"))
         elif state is StepState.RUNNING and run in _OF_RUN:
@@ -147,10 +148,14 @@ class Walker:
             self.told.clear()
             try:
                 made = await self._turn()
-            except StoreUnavailable as error:
+            except (StoreUnavailable, OSError) as error:
                 log.warning("%s waits for the disk: %s", self._workflow, error)
                 await asyncio.sleep(_DISK_PAUSE_S)
                 continue
+            except Exception:  # ours: the workflow must not hang for it
+                log.exception("the walker of %s broke", self._workflow)
+                await self._end(StepState.FAILED)
+                return
             if any(isinstance(move, End) for move in made):
                 return
             if all(isinstance(move, Stop) for move in made):
@@ -180,7 +185,7 @@ class Walker:
         step = its[move.step] if not isinstance(move, End) else None
         match move, step:
             case End(state), _:
-                await write(lambda tx: steps.end(tx, workflow, state))
+                await self._end(state)
             case Begin(), Step():
                 run = runs.new_id()
                 await write(lambda tx: steps.begin(tx, workflow, step, run))
@@ -194,6 +199,10 @@ class Walker:
                 await self._submit(step, its, row)
             case Settle(state=state, why=why), Step():
                 await self._settle(step, state, why)
+
+    async def _end(self, state: StepState) -> None:
+        await self._all.store.write(lambda tx: steps.end(tx, self._workflow, state))
+        self._all.observer.ring(self._workflow)
 
     async def _submit(self, step: Step, its: Mapping[str, Step], row: Mapping[str, str]) -> None:
         """Its run; or why there cannot be one."""
@@ -210,16 +219,15 @@ class Walker:
             await self._settle(step, StepState.FAILED, why)
 
     async def _settle(self, step: Step, state: StepState, why: str) -> None:
+        workflow, write = self._workflow, self._all.store.write
         run = (await self._all.runs.named([step.run])).get(step.run)
-        outputs = Outputs()
-        if run is not None:
-            why = why or _why(run)
-            if state is StepState.FINISHED:
-                outputs = await of_run(self._all.store, self._all.blobs, run)
-        workflow = self._workflow
-        await self._all.store.write(
-            lambda tx: steps.settle(tx, workflow, step, state, why, outputs)
-        )
+        if run is None:
+            await write(lambda tx: steps.settle_without_run(tx, workflow, step, state, why))
+            return
+        why, outputs = why or _why(run), Outputs()
+        if state is StepState.FINISHED:
+            outputs = await of_run(self._all.store, self._all.blobs, run)
+        await write(lambda tx: steps.settle(tx, workflow, step, state, why, outputs))
 
 
 def _why(run: Mapping[str, object]) -> str:

@@ -314,10 +314,10 @@ class Workflows:
         return found
 
     def waiting(self, workflow: str) -> str:
-        """What its steps wait for, in words; empty when none does."""
+        """What its steps wait for, a line each; empty when none does."""
         walker = self._walkers.get(workflow)
         waits = {} if walker is None else {n: self._waiting(r) for r, n in walker.runs.items()}
-        return "; ".join(f"{name}: {why}" for name, why in waits.items() if why)
+        return "\n".join(f"{name}: {why}" for name, why in waits.items() if why)
 
     # ------------------------------------------------------------------ what walkers ask for
 
@@ -396,7 +396,7 @@ class Workflows:
                 "when": step.definition["when"],
                 "state": step.state,
                 "run": step.run,
-                "runs": step.runs,
+                "runs": [run for run in step.runs if run],
                 "cause": step.cause,
                 "waiting": self._waiting(step.run) if step.state is StepState.RUNNING else "",
                 "outputs": step.outputs.shown(),
