@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from fedml import clusters, devices, session, storage
+from fedml import clusters, devices, session, storage, workflows
 from fedml import launch as submit
 from fedml.client import Client
 from fedml.clusters import Cluster
 from fedml.devices import Device
 from fedml.runs import Run, RunLogResult, log_page
+from fedml.workflows import WorkflowRun
 
 if TYPE_CHECKING:
     from fedml.data import About
@@ -32,6 +33,7 @@ __all__ = [
     "Device",
     "Run",
     "RunLogResult",
+    "WorkflowRun",
     "build",
     "cluster_create",
     "cluster_list",
@@ -65,6 +67,13 @@ __all__ = [
     "train_build",
     "upload",
     "whoami",
+    "workflow_delete",
+    "workflow_list",
+    "workflow_resume",
+    "workflow_run",
+    "workflow_show",
+    "workflow_stop",
+    "workflow_wait",
 ]
 
 Home = Path | str | None
@@ -243,6 +252,44 @@ def run_download(
 ) -> int:
     """Write the model of a federated run into a file; of which round it is."""
     return run_show(run, home=home).download(into, of_round=of_round)
+
+
+def workflow_run(file: Path | str, *, home: Home = None) -> WorkflowRun:
+    """Submit a workflow file; the workflow, which has only begun."""
+    client = connect(home)
+    return WorkflowRun.find(client, workflows.submit(client, Path(file)))
+
+
+def workflow_list(*, limit: int = 50, home: Home = None) -> list[dict[str, Any]]:
+    """The newest workflows, newest first, with the states of their steps."""
+    return workflows.listed(connect(home), limit)
+
+
+def workflow_show(name: str, *, home: Home = None) -> WorkflowRun:
+    """One workflow by its id, or the newest of a name."""
+    return WorkflowRun.find(connect(home), name)
+
+
+def workflow_wait(name: str, *, check: bool = False, home: Home = None) -> WorkflowRun:
+    """Until it has ended; with `check`, RunFailed if it did not finish."""
+    return workflow_show(name, home=home).wait(check=check)
+
+
+def workflow_stop(name: str, *, home: Home = None) -> None:
+    """Ask for its end."""
+    workflow_show(name, home=home).stop()
+
+
+def workflow_resume(name: str, file: Path | str | None = None, *, home: Home = None) -> WorkflowRun:
+    """Run again what has not finished, and what hangs on it; with `file`, what has changed, too."""
+    found = workflow_show(name, home=home)
+    found.resume(file)
+    return found
+
+
+def workflow_delete(name: str, *, home: Home = None) -> int:
+    """Forget a workflow that has ended; how many bytes the broker has free now."""
+    return workflows.delete(connect(home), name)
 
 
 def device_list(*, home: Home = None) -> list[Device]:

@@ -6,7 +6,7 @@ The tables below are the format. What is said of each key in docs/workflow.md is
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,52 +156,87 @@ def _step(file: Path, reader: Reader, name: str, said: Mapping[str, Any]) -> Ste
     path = file.parent / source if isinstance(source, str) else file
     if not path.is_file():
         raise wrong(f"there is no file {path}", kind)
-    request, workspace = _read(kind, path, source)
+    try:
+        return make_step(
+            name,
+            kind,
+            path,
+            within=None if isinstance(source, str) else source,
+            needs=said.get("needs", ()),
+            when=said.get("when", When.FINISHED),
+            inputs=said.get("inputs", {}),
+            env=said.get("env", {}),
+            config=json.loads(said.get("config", "{}")),
+        )
+    except BadReference as error:
+        raise wrong(str(error), "env" if kind == "job" else "config") from error
+
+
+class BadReference(ValueError):
+    """Something between ``${{`` and ``}}`` that means nothing."""
+
+
+def make_step(
+    name: str,
+    kind: str,
+    file: Path,
+    *,
+    within: yaml.Node | None = None,
+    needs: Iterable[str] = (),
+    when: When = When.FINISHED,
+    inputs: Mapping[str, str] | None = None,
+    env: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Step:
+    """A step from its file; what it gets from another step, it needs.
+
+    Args:
+        kind: `job` or `federate`.
+        within: What it does is not all of the file, but this mapping in it.
+        env: More variables of a job.
+        config: More of the configuration of a federated run.
+
+    Raises:
+        ConfigError: The file is wrong.
+        BadReference: A reference to another step is.
+    """
+    request, workspace = _read(kind, file, within)
     if kind == "job":
-        request["env"] = request["env"] | said.get("env", {})
+        request["env"] = request["env"] | dict(env or {})
         values = list(request["env"].values())
     else:
-        config = json.loads(request["config"]) | json.loads(said.get("config", "{}"))
-        request["config"] = json.dumps(config)
+        request["config"] = json.dumps(json.loads(request["config"]) | dict(config or {}))
         values = [request["config"]]
-    needs = dict.fromkeys(said.get("needs", []))
-    try:
-        needs |= dict.fromkeys(_referred(values))
-    except ValueError as error:
-        raise wrong(str(error), "env" if kind == "job" else "config") from error
-    # What a step gets from another one, it needs.
-    inputs = said.get("inputs", {})
-    needs |= dict.fromkeys(source.partition("/")[0] for source in inputs.values())
+    sources = [source.partition("/")[0] for source in (inputs or {}).values()]
     return Step(
         name=name,
         kind=kind,
-        file=path,
-        needs=tuple(needs),
-        when=said.get("when", When.FINISHED),
-        inputs=inputs,
+        file=file,
+        needs=tuple(dict.fromkeys([*needs, *_referred(values), *sources])),
+        when=when,
+        inputs=inputs or {},
         request=request,
         workspace=workspace,
     )
 
 
-def _read(kind: str, path: Path, source: str | yaml.Node) -> tuple[dict[str, Any], Path | None]:
-    within = None if isinstance(source, str) else source
+def _read(kind: str, file: Path, within: yaml.Node | None) -> tuple[dict[str, Any], Path | None]:
     if kind == "job":
-        return jobfile.read_job(path, within=within)
-    return read_run(path) if within is None else runfile.read_federated(path, within=within)
+        return jobfile.read_job(file, within=within)
+    return read_run(file) if within is None else runfile.read_federated(file, within=within)
 
 
 def _referred(values: list[str]) -> Iterator[str]:
     """The steps whose values stand in texts.
 
     Raises:
-        ValueError: Something between ``${{`` and ``}}`` that means nothing.
+        BadReference: It is none.
     """
     for value in values:
         for reference in _REFERENCE.finditer(value):
             within = _WITHIN.fullmatch(reference[1])
             if within is None:
-                raise ValueError(
+                raise BadReference(
                     f"{reference[0]} means nothing: it is ${{{{ steps.NAME.outputs.VALUE }}}}"
                 )
             yield within[1]

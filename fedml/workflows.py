@@ -162,26 +162,27 @@ class WorkflowRun:
         return f"fedml workflow resume {self.id}" if self.state != "FINISHED" else ""
 
 
+def sent_request(client: Client, step: Step, told: Told = _silent) -> dict[str, Any]:
+    """What a step asks of the broker; its workspace is there."""
+    if step.kind == "job":
+        request = sent(client, step.request, step.workspace, step.file, told)
+        return {**request, "follow": False}
+    assert step.workspace is not None
+    return {**step.request, "package": send(client, step.workspace, told)}
+
+
 def _bodies(client: Client, steps: Sequence[Step], told: Told) -> list[dict[str, Any]]:
-    """Steps as the broker takes them: their workspaces are there."""
-    bodies = []
-    for step in steps:
-        if step.kind == "job":
-            request = sent(client, step.request, step.workspace, step.file, told)
-            request["follow"] = False
-        else:
-            assert step.workspace is not None
-            request = {**step.request, "package": send(client, step.workspace, told)}
-        bodies.append(
-            {
-                "name": step.name,
-                step.kind: request,
-                "needs": list(step.needs),
-                "when": str(step.when),
-                "inputs": dict(step.inputs),
-            }
-        )
-    return bodies
+    """Steps as the broker takes them."""
+    return [
+        {
+            "name": step.name,
+            step.kind: sent_request(client, step, told),
+            "needs": list(step.needs),
+            "when": str(step.when),
+            "inputs": dict(step.inputs),
+        }
+        for step in steps
+    ]
 
 
 def _url(workflow: str) -> str:

@@ -41,7 +41,7 @@ def test_a_job_is_launched_read_and_waited_for(tmp_path: Path) -> None:
     assert "".join(api.run_logs(run.id)) == "hello\n"
     with pytest.raises(RunFailed, match="exit code 3"):
         api.run_wait(run.id, check=True)
-    with pytest.raises(BrokerRefused, match="has no model"):
+    with pytest.raises(BrokerRefused, match="is a launched job: it has no model"):
         api.run_download(run.id, tmp_path / "model")
 
 
