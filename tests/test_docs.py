@@ -30,6 +30,7 @@ PAGE_OF = {
     "fedml federate": "federate.md",
     "fedml data": "data.md",
     "fedml storage": "storage.md",
+    "fedml workflow": "workflow.md",
 }
 
 
