@@ -49,7 +49,7 @@ def _when(loader: yaml.SafeLoader, node: yaml.Node) -> When:
         raise Unfit(f"must be {', '.join(When)}, and is {node.value!r}") from None
 
 
-_STEP: dict[str, Any] = {
+STEP_KEYS: dict[str, Any] = {
     "job": _file_or_mapping,
     "federate": _file_or_mapping,
     "needs": _names,
@@ -58,7 +58,7 @@ _STEP: dict[str, Any] = {
     "env": texts,
     "config": as_json,
 }
-KEYS: dict[str, Any] = {"name": text, "steps": {"*": _STEP}}
+KEYS: dict[str, Any] = {"name": text, "steps": {"*": STEP_KEYS}}
 
 # What `fedml workflow init` writes.
 EXAMPLE = """\

@@ -51,6 +51,7 @@ class World:
                     self.submitted.append(step)
             case Running(step):
                 assert self.states[step] is S.STARTING
+                assert self.run_of[step] in self.runs
                 self.states[step] = S.RUNNING
             case Settle(step, state, _):
                 assert self.states[step] in (S.STARTING, S.RUNNING)
@@ -101,6 +102,7 @@ def test_whoever_dies_between_two_moves_the_end_is_the_same_and_each_step_ran_on
     assert (hit.end, hit.states) == (calm.end, calm.states)
     assert sorted(hit.submitted) == sorted(calm.submitted)
     assert len(hit.submitted) == len(set(hit.submitted))
+    assert set(hit.submitted) == {n for n, state in hit.states.items() if state is not S.SKIPPED}
 
 
 @given(graphs(), st.data())

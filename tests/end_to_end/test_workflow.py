@@ -15,7 +15,7 @@ from fedml.workflows import WorkflowRun, resume, submit
 from tests.place import APP, Place, command
 
 # Until the file is there.
-HOLD = "while [ ! -e {} ]; do read -t 0.1 <> <(:); done"
+HOLD = "while [ ! -e {} ]; do read -t 0.1 <> <(:); done; true"
 
 
 @pytest.fixture(scope="module")
