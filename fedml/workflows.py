@@ -43,8 +43,7 @@ def resume(
     """Another try of a workflow that has ended, with the steps of a file if one is given.
 
     Returns:
-        `workflow`: its id; `again`: the steps that run again, by name; `after`: the newest event
-        of the tries before.
+        `workflow`: its id; `again`: the steps that run again, by name.
 
     Raises:
         ConfigError, BrokerRefused, BrokerUnreachable: As for `submit`.
@@ -126,7 +125,14 @@ class WorkflowRun:
         return self
 
     def follow(self, *, stay: bool = True, seen: Seen | None = None) -> Iterator[dict[str, Any]]:
-        """Its steps as they go, until it has ended: `step` events, and at last `end`."""
+        """The steps of its latest try as they go, until it has ended: `step` events, and `end`.
+
+        Args:
+            stay: Until it has ended; otherwise only what there is by now.
+            seen: Kept up to date; given again to a second call, nothing is told twice.
+        """
+        seen = seen or Seen()
+        seen.event = max(seen.event, self.details["since"])
         return self._client.follow(self.id, of="workflows", logs=False, stay=stay, seen=seen)
 
     def stop(self) -> None:
@@ -166,9 +172,9 @@ def sent_request(client: Client, step: Step, told: Told = _silent) -> dict[str, 
     """What a step asks of the broker; its workspace is there."""
     if step.kind == "job":
         request = sent(client, step.request, step.workspace, step.file, told)
-        return {**request, "follow": False}
+        return {**request, "name": step.name, "follow": False}
     assert step.workspace is not None
-    return {**step.request, "package": send(client, step.workspace, told)}
+    return {**step.request, "name": step.name, "package": send(client, step.workspace, told)}
 
 
 def _bodies(client: Client, steps: Sequence[Step], told: Told) -> list[dict[str, Any]]:

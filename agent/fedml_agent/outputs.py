@@ -21,7 +21,7 @@ from fedml_protocol.launch import OUTPUT_FILES, OUTPUT_VALUES
 
 # With their names they travel in one message.
 MOST_FILES = 200
-_LONGEST_PATH = 300
+_LONGEST_PATH = 300  # bytes
 _MOST_VALUE_BYTES = 16 * 1024
 _LEFT = ".fedml"
 _KEPT = "outputs"
@@ -65,7 +65,7 @@ def take(folder: Path) -> tuple[NamedBlob, ...]:
         )
     found = []
     for name in names:
-        if len(name) > _LONGEST_PATH:
+        if len(os.fsencode(name)) > _LONGEST_PATH:
             raise TooMuch(f"it left a file with too long a name: {name[:80]}…")
         with belongings.opened(folder, _KEPT, *name.split("/")) as path:
             if name == OUTPUT_VALUES and path.stat().st_size > _MOST_VALUE_BYTES:

@@ -202,7 +202,7 @@ class Broker:
 
             self.sign_ins = SignIns(self.config.provider, self.store, self.accounts, url=self.url)
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
-        self.dispatcher.on_waiting = self.observer.ring
+        self.dispatcher.on_waiting = self._waits
         self.dispatcher.on_ended = self.metrics.ended
         self.clusters = Clusters(self.store, self.fleet, self.dispatcher)
         self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)
@@ -240,6 +240,10 @@ class Broker:
     def waiting(self, run: str) -> str:
         """What a run waits for, in words; empty when it does not."""
         return self.federation.waiting(run) or self.dispatcher.waiting(run)
+
+    def _waits(self, run: str) -> None:
+        self.observer.wake(run)
+        self.workflows.waits(run)
 
     async def queue(self, tenant: str, limit: int) -> list[dict[str, Any]]:
         """The first runs that wait for machines, in their order, each with what keeps it."""

@@ -62,7 +62,7 @@ class Observer:
     def __init__(self, store: Store, root: Path) -> None:
         self._store = store
         self._root = root
-        # Called with a run of which more has changed than its logs.
+        # Called with a run that has changed, and not only in what there is to see of it.
         self.on_change: Callable[[str], None] = lambda run: None
         self._bells: dict[str, asyncio.Event] = {}
         self._watchers: dict[str, int] = {}
@@ -70,11 +70,12 @@ class Observer:
     # ------------------------------------------------------------------ the bell
 
     def ring(self, run: str) -> None:
-        """Something of this run has changed; whoever follows it looks again."""
-        self._ring(run)
+        """What this run is has changed: its state, it may be."""
+        self.wake(run)
         self.on_change(run)
 
-    def _ring(self, run: str) -> None:
+    def wake(self, run: str) -> None:
+        """There is more to see of this run; whoever follows it looks again."""
         bell = self._bells.pop(run, None)
         if bell is not None:
             bell.set()
@@ -127,7 +128,7 @@ class Observer:
             await asyncio.to_thread(_append, order, 0, b"", 0)
         size = await asyncio.to_thread(_append, path, offset, data, gap)
         if data:
-            self._ring(run)
+            self.wake(run)
         return size
 
     def finish(self, run: str, log: LogFile, size: int) -> None:

@@ -5,10 +5,9 @@ Another kind is another class here, its line in `kinds`, and its field in `StepB
 """
 
 import asyncio
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -135,22 +134,6 @@ def _required(value: T | None) -> T:
 # ---------------------------------------------------------------------- what is stored of them
 
 
-def definitions(bodies: Sequence[StepBody]) -> dict[str, dict[str, Any]]:
-    """What is stored of each step.
-
-    Raises:
-        Problem: 422 they cannot be steps of one workflow.
-    """
-    graph_of(bodies)
-    found = {}
-    for body in bodies:
-        definition = msgspec.to_builtins(body)
-        text = msgspec.json.encode(definition, order="sorted")
-        sha256 = hashlib.sha256(text).hexdigest()
-        found[body.name] = {"definition": definition, "sha256": sha256}
-    return found
-
-
 def graph_of(bodies: Sequence[StepBody]) -> Graph:
     """The steps as a graph.
 
@@ -205,8 +188,10 @@ def _texts(body: StepBody) -> Iterator[str]:
 
 
 def body_of(step: Step) -> StepBody:
+    """What was asked for, of what is stored."""
     return msgspec.convert(step.definition, StepBody)
 
 
 def kind_of(body: StepBody) -> str:
+    """The name of its kind."""
     return "job" if body.job is not None else "federate"

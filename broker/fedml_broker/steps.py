@@ -33,7 +33,6 @@ class Step:
 
     name: str
     definition: Mapping[str, Any]
-    sha256: str
     state: StepState
     runs: Sequence[str]
     run: str
@@ -59,7 +58,6 @@ def load(tx: Connection, workflow: str) -> list[Step]:
         Step(
             name=row.name,
             definition=row.definition,
-            sha256=row.sha256,
             state=StepState(row.state),
             runs=row.runs,
             run=row.runs[-1] if row.state not in (StepState.WAITING, StepState.SKIPPED) else "",
@@ -72,11 +70,20 @@ def load(tx: Connection, workflow: str) -> list[Step]:
     ]
 
 
-def insert(tx: Connection, workflow: str, position: int, name: str, **row: Any) -> None:
-    """A step that waits, with its `definition` and `sha256`."""
-    fresh: dict[str, Any] = {"state": StepState.WAITING, "runs": [], "cause": "", "outputs": None}
-    values = {"workflow": workflow, "name": name, "position": position, **fresh, **row}
-    tx.execute(workflow_steps.insert(), values)
+def insert(
+    tx: Connection, workflow: str, position: int, name: str, definition: Mapping[str, Any]
+) -> None:
+    """A step that waits."""
+    row = {
+        "workflow": workflow,
+        "name": name,
+        "position": position,
+        "definition": definition,
+        "state": StepState.WAITING,
+        "runs": [],
+        "cause": "",
+    }
+    tx.execute(workflow_steps.insert(), row)
 
 
 def begin(tx: Connection, workflow: str, step: Step, run: str) -> None:
@@ -123,12 +130,14 @@ def wait_again(tx: Connection, workflow: str, name: str) -> list[str]:
     return release(tx, owner(workflow, name))
 
 
-def redefine(tx: Connection, workflow: str, position: int, name: str, **row: Any) -> None:
+def redefine(
+    tx: Connection, workflow: str, position: int, name: str, definition: Mapping[str, Any]
+) -> None:
     """Another definition of a step, or another place among the others."""
     tx.execute(
         workflow_steps.update()
         .where(workflow_steps.c.workflow == workflow, workflow_steps.c.name == name)
-        .values(position=position, **row)
+        .values(position=position, definition=definition)
     )
 
 

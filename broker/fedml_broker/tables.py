@@ -253,7 +253,6 @@ workflow_steps = Table(
     Column("name", String, primary_key=True),
     Column("position", Integer, nullable=False),
     Column("definition", JSON, nullable=False),  # see workflow.StepBody; may hold secrets
-    Column("sha256", String, nullable=False),  # of the definition
     Column("state", String, nullable=False),  # see fedml_protocol.workflow.StepState
     Column("runs", JSON, nullable=False),  # ids, of every try; "" if it had none
     Column("cause", String, nullable=False),

@@ -138,7 +138,7 @@ class Walker:
 
     def __init__(self, all_of: "Workflows", workflow: str) -> None:
         self.told = asyncio.Event()
-        self.runs: dict[str, str] = {}  # of the steps at work: the run, and its step
+        self.runs: Mapping[str, str] = {}  # of the steps at work: the run, and its step
         self._all = all_of
         self._workflow = workflow
 
@@ -168,11 +168,10 @@ class Walker:
             return [End(StepState(row["state"]))]
         by_name = {step.name: step for step in its}
         graph = {step.name: step.node for step in its}
-        self.runs = {s.run: s.name for s in its if s.run and s.ended_at is None}
-        rows = await self._all.runs.named(list(self.runs))
-        found = {
-            name: rows[run]["state"] if run in rows else None for run, name in self.runs.items()
-        }
+        at_work = {s.run: s.name for s in its if s.run and s.ended_at is None}
+        self._all.at_work(self._workflow, self, at_work)
+        rows = await self._all.runs.named(list(at_work))
+        found = {name: rows[run]["state"] if run in rows else None for run, name in at_work.items()}
         states = {step.name: step.state for step in its}
         made = moves(graph, states, found, stopping=row["stopped_by"] is not None)
         for move in made:

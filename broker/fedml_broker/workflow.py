@@ -26,7 +26,7 @@ from fedml_broker.observe import Observer, add_event
 from fedml_broker.packages import Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.runs import Runs, refer_all, release
-from fedml_broker.step_kinds import Kind, StepBody, body_of, definitions, graph_of, kind_of
+from fedml_broker.step_kinds import Kind, StepBody, body_of, graph_of, kind_of
 from fedml_broker.steps import Step
 from fedml_broker.store import Store
 from fedml_broker.tables import events, workflow_steps, workflows
@@ -84,6 +84,7 @@ class Workflows:
         self._stop_run = stop_run
         self._waiting = waiting
         self._walkers: dict[str, Walker] = {}
+        self._of_run: dict[str, str] = {}  # the workflows of the runs at work
         self._walking: dict[str, asyncio.Task[None]] = {}
         observer.on_change = self._heard
 
@@ -100,7 +101,8 @@ class Workflows:
         if not 0 < len(request.name) <= _MAX_NAME or not request.name.isprintable():
             raise Problem(422, "not the name of a workflow", repr(request.name[:_MAX_NAME]))
         workflow = request.workflow or "w-" + secrets.token_hex(5)
-        asked = definitions(request.steps)
+        graph_of(request.steps)
+        asked = {body.name: body for body in request.steps}
         uploaded = await self._checked(user, request.steps)
         now = time.time()
 
@@ -118,8 +120,8 @@ class Workflows:
                 "started_at": now,
             }
             tx.execute(workflows.insert(), row)
-            for position, (name, definition) in enumerate(asked.items()):
-                steps.insert(tx, workflow, position, name, **definition)
+            for position, (name, step) in enumerate(asked.items()):
+                steps.insert(tx, workflow, position, name, msgspec.to_builtins(step))
             _keep(tx, workflow, uploaded)
             facts = {"name": request.name, "steps": ", ".join(asked)}
             who = audit.user(user.name)
@@ -136,8 +138,7 @@ class Workflows:
         """Another try: what has not finished runs again, with what was changed and hangs on it.
 
         Returns:
-            `again`: the steps that run; none: there is nothing to be done, and nothing is. `after`:
-            the id of the newest event of the tries before.
+            `again`: the steps that run; none: there is nothing to be done, and nothing is.
 
         Raises:
             Problem: 404; 403 it is another user's; 409 it has not ended; 422 as for `submit`.
@@ -151,18 +152,19 @@ class Workflows:
                 hint=f"ask {row['user']}, or submit it as your own: `fedml workflow run`",
             )
         bodies = [body_of(step) for step in its] if body.steps is None else body.steps
-        asked, graph = definitions(bodies), graph_of(bodies)
-        known = {step.name: step for step in its}
-        changed = [n for n, d in asked.items() if n in known and known[n].sha256 != d["sha256"]]
+        graph = graph_of(bodies)
+        asked, known = {body.name: body for body in bodies}, {step.name: step for step in its}
+        # The files of a step are in its definition, as the hash of its package.
+        changed = [n for n, b in asked.items() if n in known and body_of(known[n]) != b]
         names = again(graph, {name: step.state for name, step in known.items()}, changed)
         workflow = row["id"]
         if row["ended_at"] is None:
             raise _goes_on(row)
         if not names:
-            return {"workflow": workflow, "again": [], "after": 0}
+            return {"workflow": workflow, "again": []}
         uploaded = await self._checked(user, [b for b in bodies if b.name in names])
 
-        def commit(tx: Connection) -> tuple[int, list[str]]:
+        def commit(tx: Connection) -> list[str]:
             ended = sa.and_(workflows.c.id == workflow, workflows.c.ended_at.is_not(None))
             opened = (
                 workflows.update()
@@ -178,28 +180,28 @@ class Workflows:
             )
             if not tx.execute(opened).rowcount:
                 raise _goes_on(row)
-            newest = sa.select(sa.func.max(events.c.id)).where(events.c.run == workflow)
-            after = tx.execute(newest).scalar() or 0
+            add_event(tx, workflow, "again", {"steps": names})
             idle: list[str] = []
             for gone in known.keys() - asked.keys():
                 idle += steps.remove(tx, workflow, gone)
-            for position, (name, definition) in enumerate(asked.items()):
+            for position, (name, step) in enumerate(asked.items()):
+                definition = msgspec.to_builtins(step)
                 if name not in known:
-                    steps.insert(tx, workflow, position, name, **definition)
+                    steps.insert(tx, workflow, position, name, definition)
                     continue
-                steps.redefine(tx, workflow, position, name, **definition)
+                steps.redefine(tx, workflow, position, name, definition)
                 if name in names:
                     idle += steps.wait_again(tx, workflow, name)
             _keep(tx, workflow, uploaded)
             facts = {"name": row["name"], "again": ", ".join(names)}
             audit.note(tx, user.tenant, audit.user(user.name), "workflow.resume", workflow, **facts)
-            return after, idle
+            return idle
 
-        after, idle = await self.store.write(commit)
+        idle = await self.store.write(commit)
         self._release(uploaded, user)
         await self._discard(idle)
         self._walk(workflow)
-        return {"workflow": workflow, "again": names, "after": after}
+        return {"workflow": workflow, "again": names}
 
     async def stop(self, user: User, workflow: str) -> dict[str, Any]:
         """End a workflow, and with it the runs of its steps. Again is harmless.
@@ -297,16 +299,21 @@ class Workflows:
         return await self.read(found)
 
     async def read(self, workflow: str) -> tuple[dict[str, Any], list[Step]]:
-        """A workflow and its steps.
+        """A workflow and its steps. `since`: the event with which its latest try began.
 
         Raises:
             Problem: 404.
         """
         query = sa.select(workflows).where(workflows.c.id == workflow)
+        again = events.c.run == workflow, events.c.kind == "again"
+        newest = sa.select(sa.func.max(events.c.id)).where(*again)
 
         def read(tx: Connection) -> tuple[dict[str, Any], list[Step]] | None:
             row = tx.execute(query).mappings().first()
-            return None if row is None else (dict(row), steps.load(tx, workflow))
+            if row is None:
+                return None
+            since = tx.execute(newest).scalar() if row["tries"] > 1 else 0
+            return {**row, "since": since or 0}, steps.load(tx, workflow)
 
         found = await self.store.read(read)
         if found is None:
@@ -368,6 +375,7 @@ class Workflows:
         self._walking[workflow] = task
 
         def gone(task: asyncio.Task[None]) -> None:
+            self.at_work(workflow, walker, {})
             if self._walkers.get(workflow) is walker:  # not that of the next try
                 del self._walkers[workflow], self._walking[workflow]
             if not task.cancelled() and task.exception() is not None:
@@ -375,11 +383,22 @@ class Workflows:
 
         task.add_done_callback(gone)
 
+    def at_work(self, workflow: str, walker: Walker, runs: Mapping[str, str]) -> None:
+        """The runs of a workflow's steps at this moment, each with its step."""
+        for run in walker.runs:
+            self._of_run.pop(run, None)
+        walker.runs = runs
+        self._of_run |= dict.fromkeys(runs, workflow)
+
+    def waits(self, run: str) -> None:
+        """A run still waits, for other reasons it may be: that moves no step."""
+        if (workflow := self._of_run.get(run)) is not None:
+            self.observer.wake(workflow)
+
     def _heard(self, run: str) -> None:
-        """A run has changed: whose step it is goes on, and who follows is told."""
-        for workflow, walker in self._walkers.items():
-            if run in walker.runs:
-                self._tell(workflow)
+        """A run has changed: the workflow whose step it is may go on."""
+        if (workflow := self._of_run.get(run)) is not None:
+            self._tell(workflow)
 
     def _tell(self, workflow: str) -> None:
         if (walker := self._walkers.get(workflow)) is not None:
@@ -439,9 +458,7 @@ def _keep(tx: Connection, workflow: str, uploaded: Iterable[Uploaded]) -> None:
     refer_all(tx, {b for u in uploaded for b in u.blobs}, f"workflow/{workflow}/packages")
 
 
-def _is_there(
-    tx: Connection, user: User, workflow: str, asked: Mapping[str, Mapping[str, Any]]
-) -> bool:
+def _is_there(tx: Connection, user: User, workflow: str, asked: Mapping[str, StepBody]) -> bool:
     """Whether this very workflow was submitted before: its client has not heard the answer.
 
     Raises:
@@ -450,9 +467,7 @@ def _is_there(
     row = tx.execute(sa.select(workflows).where(workflows.c.id == workflow)).first()
     if row is None:
         return False
-    same = {step.name: step.sha256 for step in steps.load(tx, workflow)} == {
-        name: definition["sha256"] for name, definition in asked.items()
-    }
+    same = {step.name: body_of(step) for step in steps.load(tx, workflow)} == asked
     if (row.tenant, row.user) != (user.tenant, user.name) or not same:
         raise Problem(409, "this workflow's id is taken", workflow, "leave it out: one is chosen")
     return True

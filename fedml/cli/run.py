@@ -10,7 +10,7 @@ import click
 from fedml.cli.following import SilentView, users_part, watch
 from fedml.cli.logs import run_logs
 from fedml.cli.options import connect, home_option, json_option
-from fedml.cli.tables import duration, print_facts, print_json, print_table, transfer, when
+from fedml.cli.tables import duration, print_facts, print_json, print_table, size, transfer, when
 from fedml.client import Client
 from fedml.runs import Run
 
@@ -123,6 +123,7 @@ def show(run_id: str, home: Path, as_json: bool) -> None:
         lines = (cause["message"], users_part(cause["traceback"]).rstrip())
         facts["cause"] = "\n".join(filter(None, lines))
         facts |= {"try": cause["hint"]} if cause["hint"] else {}
+    facts |= _left(found)
     facts |= {"asked for": when(found["created_at"]), "took": _took(found)}
     names = _names(client)
     if "rounds" in found:
@@ -240,6 +241,15 @@ def download(
         print_json({"file": str(into), "round": number})
     else:
         click.echo(f"{into}: the model of round {number}", err=True)
+
+
+def _left(found: dict[str, Any]) -> dict[str, str]:
+    """What a job has left for others."""
+    if found["kind"] != "launch" or "outputs" not in found:
+        return {}
+    lines = [f"{name}={value}" for name, value in found["outputs"]["values"].items()]
+    lines += [f"{file['path']} ({size(file['size'])})" for file in found["outputs"]["files"]]
+    return {"left": "\n".join(lines)} if lines else {}
 
 
 def _took(found: dict[str, Any]) -> str:

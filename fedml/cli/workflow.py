@@ -167,17 +167,30 @@ def logs(name: str, step: str | None, stay: bool, home: Path) -> None:
         raise ConfigError(f"{found.name} has no step {step}", ", ".join(found.steps))
     if stay and step is None:
         raise click.UsageError(f"name the STEP to follow: {', '.join(found.steps)}")
+    if stay and step is not None:
+        _until_it_runs(found, step)
     chosen = found.steps if step is None else {step: found.steps[step]}
     code = 0
     for title, its in chosen.items():
         if step is None:
             click.secho(f"== {title} {its['state']}", bold=True, err=True)
         # Of a step that waits or was skipped, its run of an earlier try.
-        if not its["runs"]:
+        if not its["runs"] or its["state"] == "STARTING":
             click.echo(f"{title} has not run: {its['cause'] or its['state']}", err=True)
             continue
         code = follow(client, its["runs"][-1], as_json=False, logs=True, stay=stay)
     raise SystemExit(code if stay else 0)
+
+
+def _until_it_runs(found: WorkflowRun, step: str) -> None:
+    """Until a step has a run to be followed, or will have none."""
+    if found.steps[step]["state"] not in ("WAITING", "STARTING"):
+        return
+    for item in found.follow():
+        data = item.get("event", {}).get("data", {})
+        if data.get("step") == step and data["state"] != "STARTING":
+            break
+    found.refresh()
 
 
 @workflow.command()
@@ -239,7 +252,7 @@ def resume(name: str, file: Path | None, stay: bool, as_json: bool, home: Path) 
     else:
         click.echo(f"{found['workflow']} runs again: {', '.join(again)}", err=True)
     if stay and again:
-        raise SystemExit(watch(client, found["workflow"], as_json=as_json, after=found["after"]))
+        raise SystemExit(watch(client, found["workflow"], as_json=as_json))
 
 
 @workflow.command()

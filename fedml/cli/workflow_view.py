@@ -25,15 +25,10 @@ _COLOURS = {
 }
 
 
-def watch(client: Client, workflow: str, *, as_json: bool, after: int = 0) -> int:
-    """Show a workflow until it ends; the exit code for it, or for Ctrl-C.
-
-    Args:
-        after: Events up to this id are of tries before.
-    """
-    seen = Seen()
-    seen.event = after
+def watch(client: Client, workflow: str, *, as_json: bool) -> int:
+    """Show a workflow's latest try until it ends; the exit code for it, or for Ctrl-C."""
     found = WorkflowRun.find(client, workflow)
+    seen = Seen()
     try:
         return _show(found, seen, as_json)
     except KeyboardInterrupt:

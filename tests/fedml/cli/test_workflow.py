@@ -28,9 +28,14 @@ def test_on_a_terminal_a_table_shows_every_step_and_stays(fedml: "Fedml") -> Non
     assert "third   SKIPPED   –" in last
 
 
-def test_ctrl_c_leaves_the_workflow_and_says_how_to_find_it(fedml: "Fedml") -> None:
+def test_ctrl_c_leaves_the_workflow_which_is_found_again_and_followed(fedml: "Fedml") -> None:
     flag = fedml.folder / "go"
-    file = fedml.file("left.yaml", f"steps: {{a: {{job: {{job: '{HOLD.format(flag)}'}}}}}}\n")
+    file = fedml.file(
+        "left.yaml",
+        "steps:\n"
+        f"  a: {{job: {{job: '{HOLD.format(flag)}'}}}}\n"
+        "  b: {needs: a, job: {job: echo second}}\n",
+    )
     terminal = fedml.on_terminal("workflow", "run", file)
     terminal.until("RUNNING")
     terminal.press("\x03")
@@ -40,7 +45,10 @@ def test_ctrl_c_leaves_the_workflow_and_says_how_to_find_it(fedml: "Fedml") -> N
     assert "goes on without you" in terminal.text
     told = json.loads(fedml("workflow", "status", "left", "--json").stdout)
     assert told["state"] == "RUNNING"
+    follows = fedml.start("workflow", "logs", "left", "b", "-f")
     flag.touch()
+    out, err = follows.communicate(timeout=30)
+    assert (out, follows.returncode) == ("second\n", 0), err
     assert "FINISHED" in fedml("workflow", "wait", "left").stderr
 
 

@@ -33,7 +33,6 @@ def upgrade() -> None:
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("position", sa.Integer(), nullable=False),
         sa.Column("definition", sa.JSON(), nullable=False),
-        sa.Column("sha256", sa.String(), nullable=False),
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("runs", sa.JSON(), nullable=False),
         sa.Column("cause", sa.String(), nullable=False),
