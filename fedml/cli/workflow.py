@@ -22,7 +22,9 @@ file_argument = click.argument("file", type=click.Path(exists=True, dir_okay=Fal
 
 @click.group()
 def workflow() -> None:
-    """Jobs and federated runs that wait for each other, carried out by the broker.
+    """Jobs and federated runs that wait for each other.
+
+    The broker carries a workflow out: it goes on without you.
 
     \b
     Examples:
@@ -39,10 +41,10 @@ def workflow() -> None:
 @json_lines_option
 @home_option
 def run(file: Path, stay: bool, as_json: bool, home: Path) -> None:
-    """Submit the workflow in FILE, with all that its steps need, and show how it goes.
+    """Submit the workflow in FILE, and show how it goes.
 
-    It is at the broker then: this terminal may be closed. Exits with 0 if it
-    has finished, with 7 if not.
+    All that its steps need is sent along: this terminal may be closed then.
+    Exits with 0 if it has finished, with 7 if not.
 
     \b
     Examples:
@@ -65,7 +67,9 @@ def run(file: Path, stay: bool, as_json: bool, home: Path) -> None:
 @file_argument
 @json_option
 def show(file: Path, as_json: bool) -> None:
-    """Check the workflow in FILE and all files that it names, and draw it. Starts nothing.
+    """Check the workflow in FILE, and draw it; start nothing.
+
+    The files that it names are checked, too.
 
     \b
     Examples:
@@ -128,7 +132,10 @@ def list_workflows(limit: int, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def status(name: str, home: Path, as_json: bool) -> None:
-    """Show a workflow: each step with its state, its run, and why it waits or did not finish."""
+    """Show a workflow and its steps.
+
+    Each with its state, its run, and why it waits or did not finish.
+    """
     found = WorkflowRun.find(connect(home), name)
     if as_json:
         print_json(found.details)
@@ -154,7 +161,7 @@ def status(name: str, home: Path, as_json: bool) -> None:
 @click.option("-f", "--follow", "stay", is_flag=True, help="Go on until the step has ended.")
 @home_option
 def logs(name: str, step: str | None, stay: bool, home: Path) -> None:
-    """Show what a STEP has printed, or all steps, each under its name.
+    """Show what a STEP has printed, or all steps.
 
     \b
     Examples:
@@ -198,7 +205,10 @@ def _until_it_runs(found: WorkflowRun, step: str) -> None:
 @home_option
 @json_lines_option
 def wait(name: str, home: Path, as_json: bool) -> None:
-    """Watch a workflow that goes on until it has ended; exits as `fedml workflow run` does."""
+    """Watch a workflow until it has ended.
+
+    Exits as `fedml workflow run` does.
+    """
     client = connect(home)
     found = WorkflowRun.find(client, name)
     raise SystemExit(watch(client, found.id, as_json=as_json))
@@ -210,7 +220,7 @@ def wait(name: str, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def stop(name: str, stay: bool, home: Path, as_json: bool) -> None:
-    """Stop a workflow and the runs of its steps; again is harmless."""
+    """Stop a workflow and its runs; again is harmless."""
     found = WorkflowRun.find(connect(home), name)
     said = f"{found.id} has ended already: {found.state}"
     if not found.ended:
@@ -231,10 +241,11 @@ def stop(name: str, stay: bool, home: Path, as_json: bool) -> None:
 @json_lines_option
 @home_option
 def resume(name: str, file: Path | None, stay: bool, as_json: bool, home: Path) -> None:
-    """Run again what has not finished, and what hangs on it; with FILE, as it stands there now.
+    """Run again what has not finished, and what hangs on it.
 
-    Steps that have finished are kept, with what they left. With FILE, those of which something was
-    changed (a line, a file in the workspace) run again, too.
+    Steps that have finished are kept, with what they left. With FILE, those of
+    which something was changed there (a line, a file in the workspace) run
+    again, too.
 
     \b
     Examples:
@@ -260,7 +271,9 @@ def resume(name: str, file: Path | None, stay: bool, as_json: bool, home: Path) 
 @home_option
 @json_option
 def delete(name: str, home: Path, as_json: bool) -> None:
-    """Forget a workflow that has ended, with what its steps have left; its runs stay. Admins only.
+    """Forget a workflow that has ended; admins only.
+
+    What its steps have left goes with it, unless their runs still have it.
 
     \b
     Examples:
@@ -278,9 +291,9 @@ def delete(name: str, home: Path, as_json: bool) -> None:
     "file", default="workflow.yaml", type=click.Path(dir_okay=False, writable=True, path_type=Path)
 )
 def init(file: Path) -> None:
-    """Write a commented workflow that runs as it stands: FILE, or workflow.yaml.
+    """Write a commented workflow that runs as it stands.
 
-    What is there already is never replaced.
+    Into FILE, or workflow.yaml. What is there already is never replaced.
     """
     from fedml.workflowfile import EXAMPLE
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from fedml import session
+from fedml.client import Client
 from fedml.errors import BrokerRefused
-from fedml.workflows import WorkflowRun, resume, submit
+from fedml.workflows import WorkflowRun, delete, resume, submit
 from tests.place import APP, Place, command
 
 # Until the file is there.
@@ -259,3 +261,70 @@ def test_a_deleted_workflow_leaves_nothing_at_the_broker_but_its_runs(
     )
     assert flow.id not in fedml(place, "workflow", "list").stdout
     assert place.client.call("GET", f"/v1/runs/{run}")["outputs"]["files"][0]["path"] == "x"
+
+
+def _as(place: Place, name: str, role: str) -> Client:
+    """Another user of the tenant."""
+    place.client.call("POST", "/v1/users", {"name": name, "role": role})
+    token = place.client.call("POST", f"/v1/users/{name}/tokens", {})["key"]
+    return Client(session.login(place.folder / name, token))
+
+
+def test_steps_run_in_the_name_of_who_submitted_as_he_is_then(place: Place, tmp_path: Path) -> None:
+    flag = tmp_path / "go"
+    file = write(
+        tmp_path,
+        "name: anns\n"
+        "steps:\n"
+        f"  one: {{job: {{job: '{HOLD.format(flag)}'}}}}\n"
+        "  two: {needs: one, job: {job: 'true'}}\n",
+    )
+    ann, bob = _as(place, "ann", "member"), _as(place, "bob", "member")
+    flow = WorkflowRun.find(ann, submit(ann, file))
+    until(flow, "one", "RUNNING")
+    run = flow.refresh().steps["one"]["run"]
+    assert place.client.call("GET", f"/v1/runs/{run}")["user"] == "ann"
+    place.client.call("PUT", "/v1/users/ann/role", {"role": "viewer"})
+    flag.touch()
+    flow.wait()
+    assert "ann starts no runs any more" in flow.steps["two"]["cause"]
+    assert flow.steps["two"]["runs"] == []
+    with pytest.raises(BrokerRefused, match="the workflow anns is ann's"):
+        resume(bob, flow.id)
+    assert resume(place.client, flow.id)["again"] == ["two"]
+    assert flow.wait().state == "FINISHED"
+    run = flow.steps["two"]["run"]
+    assert place.client.call("GET", f"/v1/runs/{run}")["user"] == "admin"
+
+
+def test_a_request_that_comes_again_is_one_workflow_and_shows_no_secret(place: Place) -> None:
+    job = {
+        "command": 'test "$PASSWORD" = open-sesame',
+        "env": {"PASSWORD": "open-sesame"},
+        "secrets": ["PASSWORD"],
+    }
+    body = {
+        "workflow": "w-0123456789",
+        "name": "twice",
+        "steps": [{"name": "a", "job": job}, {"name": "b", "needs": ["a"], "job": job}],
+    }
+    for _ in range(3):
+        assert place.client.call("POST", "/v1/workflows", body) == {"workflow": "w-0123456789"}
+    other = {**body, "steps": body["steps"][:1]}
+    with pytest.raises(BrokerRefused, match="this workflow's id is taken"):
+        place.client.call("POST", "/v1/workflows", other)
+    flow = WorkflowRun.find(place.client, "twice").wait(check=True)
+    assert [len(step["runs"]) for step in flow.steps.values()] == [1, 1]
+    told = [flow.details, *flow.follow(), *place.client.call("GET", "/v1/runs?limit=5")["runs"]]
+    assert "open-sesame" not in json.dumps(told)
+
+
+def test_what_goes_on_is_neither_resumed_nor_deleted(place: Place, tmp_path: Path) -> None:
+    flag = tmp_path / "go"
+    file = write(tmp_path, f"steps: {{a: {{job: {{job: '{HOLD.format(flag)}'}}}}}}\n")
+    flow = started(place, file)
+    for ask in (lambda: resume(place.client, flow.id), lambda: delete(place.client, flow.id)):
+        with pytest.raises(BrokerRefused, match="has not ended"):
+            ask()
+    flag.touch()
+    assert flow.wait().state == "FINISHED"
