@@ -165,10 +165,11 @@ class Workflows:
         uploaded = await self._checked(user, [b for b in bodies if b.name in names])
 
         def commit(tx: Connection) -> list[str]:
-            ended = sa.and_(workflows.c.id == workflow, workflows.c.ended_at.is_not(None))
+            # As it was looked at: nobody else has begun another try meanwhile.
+            as_seen = workflows.c.ended_at.is_not(None), workflows.c.tries == row["tries"]
             opened = (
                 workflows.update()
-                .where(ended)
+                .where(workflows.c.id == workflow, *as_seen)
                 .values(
                     state=StepState.RUNNING,
                     user=user.name,
@@ -234,17 +235,17 @@ class Workflows:
             Problem: 404; 409 it has not ended.
         """
         row, _ = await self.of_tenant(user.tenant, workflow)
-        if row["ended_at"] is None:
-            raise _goes_on(row)
 
         def commit(tx: Connection) -> list[str]:
+            gone = workflows.c.id == row["id"], workflows.c.ended_at.is_not(None)
+            if not tx.execute(workflows.delete().where(*gone)).rowcount:
+                raise _goes_on(row)
             facts = {"name": row["name"], "of": row["user"], "state": row["state"]}
             who = audit.user(user.name)
             audit.note(tx, user.tenant, who, "workflow.remove", row["id"], **facts)
             tx.execute(events.delete().where(events.c.run == row["id"]))
             of_it = workflow_steps.c.workflow == row["id"]
             tx.execute(workflow_steps.delete().where(of_it))
-            tx.execute(workflows.delete().where(workflows.c.id == row["id"]))
             return release(tx, f"workflow/{row['id']}")
 
         return await self._discard(await self.store.write(commit))

@@ -160,7 +160,8 @@ def status(name: str, home: Path, as_json: bool) -> None:
 @click.argument("step", required=False)
 @click.option("-f", "--follow", "stay", is_flag=True, help="Go on until the step has ended.")
 @home_option
-def logs(name: str, step: str | None, stay: bool, home: Path) -> None:
+@json_lines_option
+def logs(name: str, step: str | None, stay: bool, home: Path, as_json: bool) -> None:
     """Show what a STEP has printed, or all steps.
 
     \b
@@ -185,7 +186,7 @@ def logs(name: str, step: str | None, stay: bool, home: Path) -> None:
         if not its["runs"] or its["state"] == "STARTING":
             click.echo(f"{title} has not run: {its['cause'] or its['state']}", err=True)
             continue
-        code = follow(client, its["runs"][-1], as_json=False, logs=True, stay=stay)
+        code = follow(client, its["runs"][-1], as_json=as_json, logs=True, stay=stay)
     raise SystemExit(code if stay else 0)
 
 
