@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step of a workflow can be: a table of kinds.
 
-Another kind is another class here, its line in `kinds`, and its field in `StepBody`.
+Another kind is another class here, its line in `kinds`, and its field in `StepBody`; what its run
+leaves is told by `outputs.py`, and files that ask for it are read by `fedml/workflowfile.py`.
 """
 
 import asyncio
