@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedml_broker import runs
+from fedml_broker import runs, walk
 from fedml_broker.accounts import Accounts, User
 from fedml_broker.blobs import Blobs
 from fedml_broker.inputs import Left
@@ -18,7 +18,7 @@ from fedml_broker.packages import Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.runs import Runs
 from fedml_broker.step_kinds import StepBody
-from fedml_broker.store import Store, Work
+from fedml_broker.store import Store, StoreUnavailable, Work
 from fedml_broker.tables import DEFAULT_TENANT
 from fedml_broker.workflow import ResumeBody, WorkflowRequest, Workflows
 from fedml_protocol.cause import Cause, Fault
@@ -49,12 +49,30 @@ class Dies:
         return done
 
 
+class Full:
+    """A store that refuses every other write, as a disk does on which there is hardly room."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._full = False
+
+    async def read(self, work: Work[Any]) -> Any:
+        return await self._store.read(work)
+
+    async def write(self, work: Work[Any]) -> Any:
+        self._full = not self._full
+        if self._full:
+            raise StoreUnavailable("database or disk is full")
+        return await self._store.write(work)
+
+
 class Jobs:
     """A kind of step whose runs end at once, as the command says: `true`, or `false`."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.begun: list[str] = []
+        self.broken = False
 
     async def check(self, user: User, body: StepBody) -> Uploaded | None:
         if body.job is not None and body.job.command == "never":
@@ -63,6 +81,8 @@ class Jobs:
 
     async def submit(self, user: User, run: str, name: str, body: StepBody, left: Left) -> None:
         assert body.job is not None
+        if self.broken:
+            raise RuntimeError("a mistake of ours")
         good = body.job.command == "true"
 
         def commit(tx: Any) -> bool:
@@ -167,6 +187,32 @@ async def test_dying_at_any_write_leads_to_the_same_end_with_each_step_once(yard
                 break
     # A write for each move: there were many places to die in.
     assert deaths > 20
+
+
+async def test_a_full_disk_is_waited_for(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, "_DISK_PAUSE_S", 0.0)
+    workflow = await (first := yard.workflows()).submit(ANN, request("flow"))
+    await first.close()
+    workflows = yard.workflows(Full(yard.store))
+    await workflows.take_up()
+    row = await to_its_end(workflows, workflow)
+    assert {s["name"]: s["state"] for s in row["steps"]} == END
+    assert sorted(yard.jobs.begun) == ["a", "b", "c", "e", "f"]
+    await workflows.close()
+
+
+async def test_what_breaks_our_own_code_ends_the_workflow_which_can_be_resumed(
+    yard: Yard, caplog: pytest.LogCaptureFixture
+) -> None:
+    workflows = yard.workflows()
+    yard.jobs.broken = True
+    workflow = await workflows.submit(ANN, WorkflowRequest(name="flow", steps=[step("a")]))
+    assert (await to_its_end(workflows, workflow))["state"] == "FAILED"
+    assert "the walker of" in caplog.text
+    yard.jobs.broken = False
+    assert (await workflows.resume(ANN, workflow, ResumeBody()))["again"] == ["a"]
+    assert (await to_its_end(workflows, workflow))["state"] == "FINISHED"
+    await workflows.close()
 
 
 async def test_what_is_resumed_begins_with_what_has_failed(yard: Yard) -> None:
