@@ -82,7 +82,14 @@ def show(file: Path, as_json: bool) -> None:
     order = [step for level in levels(graph_of(steps)) for step in level]
     if as_json:
         told = [
-            {"name": s.name, "kind": s.kind, "file": str(s.file), "needs": s.needs, "when": s.when}
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "file": str(s.file),
+                "needs": s.needs,
+                "when": s.when,
+                "inputs": s.inputs,
+            }
             for s in steps
         ]
         print_json({"name": name, "steps": told})

@@ -7,7 +7,7 @@ any moment and go on from what it has written down.
 """
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -222,8 +222,3 @@ def _end(states: Mapping[str, StepState], *, stopping: bool) -> StepState:
     if any(state in (_S.FAILED, _S.STOPPED) for state in states.values()):
         return _S.FAILED
     return _S.FINISHED
-
-
-def dependents(graph: Graph, name: str) -> Iterable[str]:
-    """The steps that need this one."""
-    return (other for other, node in graph.items() if name in node.needs)

@@ -249,6 +249,23 @@ def test_jobs_of_ones_own_are_killed_when_another_fails(files: Path) -> None:
     assert bad.status() is JobStatus.FAILED
 
 
+def test_a_loop_begins_again_until_a_job_ends_it() -> None:
+    workflow = Workflow("loop", loop=True)
+
+    class Third(NullJob):
+        count = 0
+
+        def run(self) -> None:
+            self.count += 1
+            workflow.loop = self.count < 3
+            self.output_data_dict = {"count": self.count, **self.input_data_dict}
+
+    workflow.add_job(Third("third"))
+    workflow.set_workflow_input({"from": "outside"})
+    workflow.run()
+    assert workflow.get_workflow_output() == {"count": 3, "from": "outside"}
+
+
 def test_mistakes_are_named() -> None:
     workflow = Workflow("wrong")
     one, two, lost = NullJob("one"), NullJob("two"), NullJob("lost")
