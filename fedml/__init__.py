@@ -30,6 +30,7 @@ _LAZY = {
     "run_cross_silo_server": "fedml.runner:run_cross_silo_server",
     "run_simulation": "fedml.runner:run_simulation",
     "simulate": "fedml.simulation:simulate",
+    "workflow": "fedml.workflow",
 }
 
 __all__ = [*_LAZY]

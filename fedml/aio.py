@@ -148,6 +148,10 @@ class Run(runs.RunFacts):
         """As `fedml.Run.artifacts`."""
         return await self._do(runs.Run.artifacts)
 
+    async def files(self) -> builtins.list[dict[str, Any]]:
+        """As `fedml.Run.files`."""
+        return await self._do(runs.Run.files)
+
     async def download_artifact(
         self, artifact: Mapping[str, Any], into: Path | str, *, told: Told = silent
     ) -> Path:

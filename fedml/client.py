@@ -133,13 +133,26 @@ class Client:
         """
         request = {"run": "r-" + secrets.token_hex(5), **request}
         with traced(word, request["run"]) as headers:
-            return self._submit(word, json.dumps(request).encode(), headers)
+            return str(self.post_once(f"/v1/{word}", request, headers)["run"])
 
-    def _submit(self, word: str, request: bytes, headers: dict[str, str]) -> str:
+    def submit_workflow(self, request: dict[str, Any]) -> str:
+        """Start a workflow; its id. As with `submit`, it is started once, and raises the same."""
+        request = {"workflow": "w-" + secrets.token_hex(5), **request}
+        return str(self.post_once("/v1/workflows", request)["workflow"])
+
+    def post_once(
+        self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None
+    ) -> Any:
+        """The answer to a request that has an effect once, as the id in its body is chosen here.
+
+        Raises:
+            BrokerUnreachable: Nobody listens there, or it did not come back.
+            BrokerRefused: The answer is an error.
+        """
         for attempt in range(_RESUMPTIONS):
             try:
-                answer = self._ask("POST", f"/v1/{word}", request, headers)
-                return str(json.loads(answer.data)["run"])
+                answer = self._ask("POST", path, json.dumps(body).encode(), headers or {})
+                return json.loads(answer.data)
             except BrokerUnreachable as error:
                 never_heard = isinstance(error.__cause__, NewConnectionError)
                 if attempt == _RESUMPTIONS - 1 or (never_heard and not attempt):
@@ -148,12 +161,19 @@ class Client:
         raise AssertionError("unreachable")
 
     def follow(
-        self, run: str, *, logs: bool = True, stay: bool = True, seen: Seen | None = None
+        self,
+        run: str,
+        *,
+        of: str = "runs",
+        logs: bool = True,
+        stay: bool = True,
+        seen: Seen | None = None,
     ) -> Generator[dict[str, Any], None, None]:
         """Everything of a run as it happens; a cut stream goes on where it stopped.
 
         Args:
             run: Its id.
+            of: What it is the id of: `runs`, or `workflows` (which have no logs of their own).
             logs: What its tasks print, too.
             stay: Until the run has ended; otherwise only what there is by now.
             seen: Kept up to date; given again to a second call, nothing is told twice.
@@ -167,7 +187,7 @@ class Client:
         seen, failures = seen or Seen(), 0
         while True:
             try:
-                for item in self._stream(run, seen, logs, stay):
+                for item in self._stream(f"{of}/{run}", seen, logs, stay):
                     failures = 0
                     if seen.is_new(item):
                         yield item
@@ -178,12 +198,13 @@ class Client:
                 if failures > 30:
                     raise BrokerUnreachable(
                         f"{self.url} does not answer any more: {error}",
-                        f"what runs goes on without it; later: `fedml run logs -f {run}`",
+                        "what runs goes on without it; later: "
+                        + f"`fedml {'run logs -f' if of == 'runs' else 'workflow status'} {run}`",
                     ) from error
                 self._pause(min(0.2 * failures, 3.0))
 
-    def _stream(self, run: str, seen: Seen, logs: bool, stay: bool) -> Iterator[dict[str, Any]]:
-        path = f"/v1/runs/{run}/follow?after={seen.event}&logs={int(logs)}&stay={int(stay)}"
+    def _stream(self, what: str, seen: Seen, logs: bool, stay: bool) -> Iterator[dict[str, Any]]:
+        path = f"/v1/{what}/follow?after={seen.event}&logs={int(logs)}&stay={int(stay)}"
         if seen.starts:
             path += f"&from={seen.starts}"
         # No read time-out: a run may be silent for hours.

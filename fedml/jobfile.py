@@ -404,7 +404,9 @@ job: |
 """
 
 
-def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any], Path | None]:
+def read_job(
+    file: Path, *, any_resource: bool = False, within: yaml.Node | None = None
+) -> tuple[dict[str, Any], Path | None]:
     """What a job file asks for, and its workspace.
 
     All of it goes to the broker but `data`: stored objects by the path that they get, which
@@ -413,11 +415,12 @@ def read_job(file: Path, *, any_resource: bool = False) -> tuple[dict[str, Any],
     Args:
         file: A job file (docs/launch.md).
         any_resource: Take GPUs of any model, or none where no machine has them.
+        within: The job is not all of the file, but this mapping in it.
 
     Raises:
         ConfigError: With the file's name, and the line where one is to blame.
     """
-    found = Reader(file).read(KEYS | {alias: KEYS[name] for alias, name in ALIASES.items()})
+    found = Reader(file, within).read(KEYS | {alias: KEYS[name] for alias, name in ALIASES.items()})
     for alias, name in ALIASES.items():
         if alias in found:
             _one_way(file, found, name, alias)

@@ -51,14 +51,30 @@ def launch(
     """
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
     request["cluster"] = cluster or request["cluster"]
-    data = request.pop("data", {})
     if package:
         request["package"] = _given(client, package, told)
-    elif workspace is not None:
+        workspace = None
+    request = sent(client, request, workspace, job, told)
+    return client.submit("launch", {**request, "follow": follow})
+
+
+def sent(
+    client: Client, request: Mapping[str, Any], workspace: Path | None, job: Path, told: Told
+) -> dict[str, Any]:
+    """What `read_job` has read, as the broker takes it: its workspace and its `data` are there.
+
+    Raises:
+        ConfigError: They do not go together.
+        BrokerRefused: There is no such object.
+        BrokerUnreachable: No answer.
+    """
+    request = dict(request)
+    data = request.pop("data", {})
+    if workspace is not None:
         request["package"] = send(client, workspace, told)
     if data:
         request["package"] = _with_objects(client, request.get("package"), data, job)
-    return client.submit("launch", {**request, "follow": follow})
+    return request
 
 
 def look(
@@ -97,7 +113,7 @@ def federate(
         package: As for `launch`.
         told: Hears how far the upload is, bytes.
     """
-    request, workspace = _read_federated(file, strict=strict)
+    request, workspace = read_run(file, strict=strict)
     given = package
     request["package"] = _given(client, given, told) if given else send(client, workspace, told)
     return client.submit("federate", request)
@@ -134,7 +150,7 @@ def store(
 
 def _workspace(file: Path, kind: Kind | None) -> Path:
     if kind == "federate" or (kind is None and runfile.is_federated(file)):
-        return _read_federated(file)[1]
+        return read_run(file)[1]
     _, workspace = jobfile.read_job(file)
     if workspace is None:
         raise ConfigError(f"{file}: there is no `workspace`: nothing to pack", "`workspace: .`")
@@ -188,7 +204,12 @@ def _with_objects(
     return {"sha256": sha256, "size": len(manifest)}
 
 
-def _read_federated(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], Path]:
+def read_run(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], Path]:
+    """What a run file, or a configuration of FedML's, asks for, and its workspace.
+
+    Raises:
+        ConfigError: It is wrong.
+    """
     if runfile.is_fedml(file):
         from fedml import translation  # brings NumPy, which a run file does not need
 

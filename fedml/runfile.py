@@ -67,14 +67,17 @@ _SIMULATION: dict[str, Any] = {
 }
 
 
-def read_federated(file: Path) -> tuple[dict[str, Any], Path]:
+def read_federated(file: Path, *, within: yaml.Node | None = None) -> tuple[dict[str, Any], Path]:
     """What a federated run file asks for, and its workspace (the file's own folder if not named).
+
+    Args:
+        within: The run is not all of the file, but this mapping in it.
 
     Raises:
         ConfigError: With the file's name, and the line where one is to blame.
     """
     # What is said of simulations is nothing to a broker.
-    found = Reader(file).read({**_FEDERATED, "simulation": _SIMULATION})
+    found = Reader(file, within).read({**_FEDERATED, "simulation": _SIMULATION})
     found.pop("simulation", None)
     for key in ("app", "clients", "rounds"):
         if key not in found:

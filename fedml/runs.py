@@ -157,6 +157,14 @@ class Run(RunFacts):
             self.refresh()
         return super().metrics
 
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The values that it has left by name, once it has ended."""
+        if "outputs" not in self.details:
+            self.refresh()
+        found: Mapping[str, str] = self.details.get("outputs", {}).get("values", {})
+        return dict(found)
+
     def refresh(self) -> Run:
         """Look again; itself."""
         self.details = dict(self._client.call("GET", f"/v1/runs/{self.id}"))
@@ -197,6 +205,19 @@ class Run(RunFacts):
         """The files that its tasks have logged: `name`, `sha256`, `size`, `at`, `type`, `here`."""
         return list(self._client.call("GET", f"/v1/runs/{self.id}/artifacts")["artifacts"])
 
+    def files(self) -> builtins.list[dict[str, Any]]:
+        """All files of it, as `artifacts` tells them: those logged, and those in $FEDML_OUTPUT_DIR.
+
+        The latter are of the type `output` and come when the job has ended.
+        """
+        if "outputs" not in self.details:
+            self.refresh()
+        left = [
+            {"name": f["path"], "source": "outputs", "type": "output", "here": True, **f}
+            for f in self.details.get("outputs", {}).get("files", [])
+        ]
+        return [*self.artifacts(), *left]
+
     def download_artifact(
         self,
         artifact: Mapping[str, Any],
@@ -204,7 +225,7 @@ class Run(RunFacts):
         *,
         told: Told = silent,
     ) -> Path:
-        """Write one of `artifacts` below a directory, by its name; what is there is replaced.
+        """Write one of `files` below a directory, by its name; what is there is replaced.
 
         Raises:
             BrokerRefused: Its bytes have not come yet, or its name leads out of the directory.
@@ -266,7 +287,7 @@ def _model(run: Run, wanted: int | None) -> tuple[int, Mapping[str, Any]]:
     if "rounds" not in run.details:
         raise BrokerRefused(
             f"{run.id} is a launched job: it has no model",
-            "`fedml run download RUN` brings the files that it has logged",
+            "`fedml run download RUN` brings the files that it has logged and left",
         )
     models = {r["round"]: r["model"] for r in run.details["rounds"] if r["model"]}
     if not models:

@@ -40,8 +40,14 @@ class NoEffect(Exception):
 class Reader:
     """One file whose values still know their lines."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, within: yaml.Node | None = None) -> None:
+        """`within`: only this mapping of the file, which another reader has found."""
         self.file = file
+        self._root: yaml.Node
+        if within is not None:
+            self._loader = Loader("")
+            self._root = within
+            return
         try:
             self._loader = Loader(file.read_text())
             node = self._loader.get_single_node()
@@ -62,6 +68,19 @@ class Reader:
                 A key may be a pattern, such as `*_args`.
         """
         return self._mapping(self._root, keys, "")
+
+    def line(self, *path: str) -> int:
+        """The line of the key at the end of a path, or of the last one on it that is there."""
+        node, found = self._root, self._root.start_mark.line + 1
+        for name in path:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            for key, value in pairs:
+                if key.value == name:
+                    node, found = value, key.start_mark.line + 1
+                    break
+            else:
+                break
+        return found
 
     def _mapping(self, node: yaml.Node, keys: Mapping[str, Any], inside: str) -> dict[str, Any]:
         if not isinstance(node, yaml.MappingNode):

@@ -16,6 +16,7 @@ import pytest
 
 from fedml.cli import command as fedml
 from fedml.jobfile import ALIASES, KEYS
+from fedml.workflowfile import STEP_KEYS
 from fedml_agent.cli import command as fedml_agent
 from fedml_broker.cli import command as fedml_broker
 
@@ -33,6 +34,7 @@ PAGE_OF = {
     "fedml federate": "federate.md",
     "fedml data": "data.md",
     "fedml storage": "storage.md",
+    "fedml workflow": "workflow.md",
 }
 
 
@@ -147,6 +149,11 @@ def test_the_page_says_of_every_key_of_a_job_file_whether_it_is_honoured() -> No
     assert told == keys
     for alias in ALIASES:
         assert re.search(rf"(S: |Also )`{alias}`", PAGES["launch.md"]), alias
+
+
+def test_the_page_of_workflows_has_every_key() -> None:
+    rows = re.findall(r"^\| `([a-zA-Z.]+)` \| ", PAGES["workflow.md"], re.M)
+    assert {*STEP_KEYS, "name", "steps.NAME"} <= {*rows}
 
 
 def _standing(kind: object) -> str:

@@ -113,7 +113,7 @@ class Daemon:
             self.room,
             self.attic,
         )
-        self.outbox = Outbox(self.voice, self.journal, self.stages.upload, self._lost_again)
+        self.outbox = Outbox(self.voice, self.journal, self._upload, self._lost_again)
         self.intake = Intake(
             home,
             self.journal,
@@ -458,6 +458,10 @@ class Daemon:
         if isinstance(entry.offer.spec, LaunchSpec):
             self.room.give_back(room_name(entry.offer))
         self.outbox.new(entry)
+
+    async def _upload(self, entry: Entry, *, again: bool) -> None:
+        words = self.jobs if isinstance(entry.offer.spec, LaunchSpec) else self.stages
+        await words.upload(entry, again=again)
 
     def _lost_again(self, entry: Entry, why: str) -> None:
         """A result that cannot be delivered: the broker may offer the task anew."""

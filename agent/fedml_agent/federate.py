@@ -24,13 +24,13 @@ from typing import Any
 
 from fedml_agent import belongings, processes, records, sandbox, tending
 from fedml_agent.attic import Attic, mark_owed
-from fedml_agent.errors import AgentError, BrokerRefused
+from fedml_agent.errors import AgentError
 from fedml_agent.home import Home
 from fedml_agent.https import BlobChanged, Https, file_blob, patiently
 from fedml_agent.journal import Entry, Journal
 from fedml_agent.launch import Reporter, limits_of, out_of_time
 from fedml_agent.observe import LogShipper
-from fedml_agent.outbox import FilesSpoilt
+from fedml_agent.outbox import FilesSpoilt, send_file
 from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.redact import Secrets
@@ -223,17 +223,9 @@ class Stages:
             file = out / f"{artifact.name}.safetensors"
             try:
                 with self._opened(file) as path:
-                    await self._send(path, artifact, again=again)
+                    await send_file(self._https, path, artifact, again=again)
             except (FileNotFoundError, belongings.NotAFile) as error:
                 raise FilesSpoilt(f"{artifact.name} is gone from this machine's disk") from error
-
-    async def _send(self, path: Path, artifact: NamedBlob, *, again: bool) -> None:
-        try:
-            await asyncio.to_thread(self._https().store, path, artifact.blob, again=again)
-        except BrokerRefused as error:
-            if error.status == 422 and await asyncio.to_thread(file_blob, path) != artifact.blob:
-                raise FilesSpoilt(f"{artifact.name} was damaged on this machine") from error
-            raise
 
     def clean(self, entry: Entry) -> None:
         """The broker has the result: its files may go."""

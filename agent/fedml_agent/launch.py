@@ -4,6 +4,7 @@
 tasks/TASK.EPOCH/          of the shim: its records and the log
 tasks/TASK.EPOCH/work/     the job's own: the unpacked workspace, where its command runs
 tasks/TASK.EPOCH/mlops/    what it records of itself, see records.py
+tasks/TASK.EPOCH/outputs/  what it left for others, until the broker has it
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from fedml_agent import containers, records, sandbox, tending
+from fedml_agent import belongings, containers, outputs, records, sandbox, tending
 from fedml_agent.attic import Attic
 from fedml_agent.containers import NoImage
 from fedml_agent.environments import CannotBuild, Environments, Wanted
@@ -134,7 +135,7 @@ class Jobs:
                 log.info("%s goes on; it was started by an earlier agent", entry.key[0])
                 await self._see_to_its_end(entry, found)
             case Ended():
-                self._end(entry, found)
+                await self._end(entry, found)
                 await self._ship(entry, Finished(self._folder(entry), found))
             case Gone(why):
                 self.lose(entry, why)
@@ -229,6 +230,7 @@ class Jobs:
             raise TypeError("not a launched job")
         (work / "tmp").mkdir(exist_ok=True)
         records.made_in(folder)
+        outputs.prepare(work)
         (folder / "bootstrap.sh").write_text(spec.bootstrap)
         (folder / "job.sh").write_text(spec.command)
         if spec.container is not None:
@@ -294,6 +296,7 @@ class Jobs:
         membership = self._home.membership()
         recorded = self._folder(entry) / records.FOLDER
         boxed = spec.container is not None
+        inside = Path(containers.WORKSPACE) if boxed else work
         extra = {
             # A job on one machine; the broker says otherwise where it is one of several.
             "FEDML_CLIENT_RANK": "0",
@@ -305,7 +308,8 @@ class Jobs:
             **spec.env,
             **self._traces.environment(entry),
             records.ENV: containers.RECORDS if boxed else str(recorded),
-            "FEDML_WORKSPACE": containers.WORKSPACE if boxed else str(work),
+            "FEDML_WORKSPACE": str(inside),
+            **outputs.variables(inside),
             "FEDML_CURRENT_RUN_ID": offer.run,
             "FEDML_CURRENT_EDGE_ID": membership.device,
             "SKYPILOT_NUM_GPUS_PER_NODE": str(len(entry.gpus)),
@@ -404,7 +408,7 @@ class Jobs:
                     await asyncio.wait([shipping], timeout=_RECORDS_S)
                 match found:
                     case Ended() as end:
-                        self._end(entry, end)
+                        await self._end(entry, end)
                     case Gone(why):
                         self.lose(entry, why)
                 work = self._folder(entry) / "work"
@@ -454,14 +458,28 @@ class Jobs:
                 self._kept.discard(entry.key)
                 self.clean(entry)
 
-    def _end(self, entry: Entry, end: Ended) -> None:
+    async def _end(self, entry: Entry, end: Ended) -> None:
         began, ended = (end.record[when]["wall"] for when in ("started", "ended"))
         self._traces.ran(entry, began, ended, end.code)
         begun = (self._folder(entry) / "work" / containers.STARTED).exists()
         result = result_of(entry, end, begun=begun)
         if (why := self._ousted.pop(entry.key, None)) is not None:
             result = replace(result, state=TaskState.FAILED, cause=why)
+        if result.state in (TaskState.FINISHED, TaskState.FAILED):
+            try:
+                left = await asyncio.to_thread(outputs.take, self._folder(entry))
+                result = replace(result, artifacts=left)
+            except (outputs.TooMuch, belongings.NotAFile) as error:
+                cause = Cause(fault=Fault.TASK, message=str(error))
+                result = replace(result, state=TaskState.FAILED, cause=result.cause or cause)
+            except OSError as error:
+                cause = Cause(fault=Fault.MACHINE, message=f"what it left was not read: {error}")
+                result = replace(result, state=TaskState.FAILED, cause=result.cause or cause)
         self._reporter.ended(entry, result)
+
+    async def upload(self, entry: Entry, *, again: bool) -> None:
+        """Send the files that a result names; see `outputs.upload`."""
+        await outputs.upload(self._https, self._folder(entry), entry, again=again)
 
     def _fail(self, entry: Entry, cause: Cause) -> None:
         self._reporter.ended(

@@ -9,12 +9,15 @@ each time: a broker that does not confirm may be missing them, and what it has c
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable
+from fedml_agent.https import Https, file_blob
 from fedml_agent.journal import Entry, Journal
 from fedml_agent.link import LinkDown
 from fedml_agent.voice import Voice
+from fedml_protocol.blob import NamedBlob
 from fedml_protocol.errors import MalformedMessage
 
 log = logging.getLogger(__name__)
@@ -133,3 +136,20 @@ class Outbox:
         if not entry.confirmed:
             self._pause[entry.key] = min(pause * 2, LAST_S)
             self._due[entry.key] = asyncio.get_running_loop().time() + pause
+
+
+async def send_file(
+    https: Callable[[], Https], path: Path, artifact: NamedBlob, *, again: bool
+) -> None:
+    """Send one file of a result.
+
+    Raises:
+        FilesSpoilt: It is not what it was.
+        AgentError: It did not arrive.
+    """
+    try:
+        await asyncio.to_thread(https().store, path, artifact.blob, again=again)
+    except BrokerRefused as error:
+        if error.status == 422 and await asyncio.to_thread(file_blob, path) != artifact.blob:
+            raise FilesSpoilt(f"{artifact.name} was damaged on this machine") from error
+        raise

@@ -222,6 +222,12 @@ class Accounts:
 
         return self._key(Scope.RUN, secret), keep
 
+    async def user(self, name: str) -> User | None:
+        """A user as he is at this moment; None: there is none of this name."""
+        query = sa.select(users).where(users.c.name == name)
+        row = await self._store.read(lambda tx: tx.execute(query).first())
+        return None if row is None else User(row.name, row.tenant, row.role)
+
     def still_fits(self, key: str) -> bool:
         """Whether a user's key names this broker as it can be reached now."""
         try:

@@ -49,12 +49,14 @@ from fedml_broker.reports import Reports
 from fedml_broker.routes import application
 from fedml_broker.runs import Runs
 from fedml_broker.sessions import Sessions
+from fedml_broker.step_kinds import kinds
 from fedml_broker.storage import Storage
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
 from fedml_broker.traces import Traces
 from fedml_broker.tracking import Tracker
 from fedml_broker.watch import Watch
+from fedml_broker.workflow import Workflows
 from fedml_protocol import topics
 from fedml_protocol.errors import MalformedMessage
 from fedml_protocol.tasks import TaskState
@@ -122,7 +124,7 @@ class Broker:
         self.refusals = Refusals(store)
         self.watch = Watch()
         self.fleet.on_change = self.watch.device
-        self.observer.on_change = self.watch.run
+        self.observer.on_change.append(self.watch.run)
         self.metrics = Metrics(self)
         self.traces = Traces()
         store.on_commit = self.metrics.committed
@@ -137,6 +139,7 @@ class Broker:
         self.clusters: Clusters
         self.launcher: Launcher
         self.federation: Federation
+        self.workflows: Workflows
         self.reports: Reports
         self.sign_ins: SignIns | None = None
 
@@ -193,12 +196,14 @@ class Broker:
                     forwarder = Forwarder(self.store, config.forward_mlflow)
                     tasks.append(loops.create_task(forwarder.serve(), name="broker.forward"))
                 await self.federation.resume()
+                await self.workflows.take_up()
                 await web.SockSite(
                     runner, listener, ssl_context=self.identity.server_context()
                 ).start()
                 try:
                     yield
                 finally:
+                    await self.workflows.close()
                     await self.federation.close()
                     for task in tasks:
                         task.cancel()
@@ -218,7 +223,7 @@ class Broker:
             self.store, self.accounts, url=self.url, ca_sha256=self.identity.ca_sha256
         )
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
-        self.dispatcher.on_waiting = self.observer.ring
+        self.dispatcher.on_waiting = self._waits
         self.dispatcher.on_ended = self.metrics.ended
         self.dispatcher.on_accepted = self.traces.accepted
         self.dispatcher.on_result = self.traces.ended
@@ -245,6 +250,16 @@ class Broker:
         self.federation.on_answer = self.metrics.asked
         self.dispatcher.on_together = self.launcher.together
         self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}
+        self.workflows = Workflows(
+            self.store,
+            self.accounts,
+            self.observer,
+            self.blobs,
+            self.runs,
+            kinds(self.launcher, self.federation, self.blobs),
+            self.stop_run,
+            self.waiting,
+        )
         self.reports = Reports(self.fleet, self.dispatcher)
         self.post.subscribe(topics.ALL_UP, self._take)
 
@@ -265,6 +280,10 @@ class Broker:
             if row["ended_at"] is None:
                 row["waiting"] = self.waiting(row["id"])
         return rows
+
+    def _waits(self, run: str) -> None:
+        self.observer.wake(run)
+        self.workflows.waits(run)
 
     async def queue(self, tenant: str, limit: int) -> list[dict[str, Any]]:
         """The first runs that wait for machines, in their order, each with what keeps it."""

@@ -20,7 +20,7 @@ from fedml_broker.driver import Driver
 from fedml_broker.fleet import Fleet
 from fedml_broker.launch import NeedsBody, possible
 from fedml_broker.observe import Observer
-from fedml_broker.packages import PackageRef
+from fedml_broker.packages import PackageRef, Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tasks import Task
@@ -108,15 +108,10 @@ class Federation:
         Raises:
             Problem: 422 when the run cannot be, or too few machines could ever take part.
         """
-        _check(request)
         run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
         if await runs.Runs(self.store).submitted(user, run, spec):
             return run
-        package = await packages.check(self.blobs, request.package, f"u/{user.name}")
-        needs = request.needs.needs()
-        clients = request.clients
-        wanted = match.Wanted(kind="federate", needs=needs, labels=clients.labels)
-        possible(self.fleet, user.tenant, wanted, clients.count)
+        package = await self.check(user, request)
 
         def commit(tx: Connection) -> None:
             runs.create(
@@ -134,6 +129,19 @@ class Federation:
         self._drive(run, user.tenant, user.name, request)
         self.observer.ring(run)
         return run
+
+    async def check(self, user: User, request: FederateRequest) -> Uploaded:
+        """Whether `submit` would take a run at this moment; its package, claimed for the user.
+
+        Raises:
+            Problem: As for `submit`.
+        """
+        _check(request)
+        package = await packages.check(self.blobs, request.package, f"u/{user.name}")
+        clients, needs = request.clients, request.needs.needs()
+        wanted = match.Wanted(kind="federate", needs=needs, labels=clients.labels)
+        possible(self.fleet, user.tenant, wanted, clients.count)
+        return package
 
     async def resume(self) -> None:
         """Take up every run that has not ended."""

@@ -145,61 +145,15 @@ class Launcher:
         Raises:
             Problem: 422 when the job cannot be, or no machine could ever take it.
         """
-        scripts = (request.command, request.bootstrap, request.requirements)
-        words = (*scripts, *request.env, *request.env.values())
-        if sum(len(text.encode()) for text in words) > MAX_SCRIPT_BYTES:
-            raise Problem(
-                422,
-                "the job's commands, variables and requirements are too long",
-                f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
-                hint="put them into a script or a file in the workspace",
-            )
         run, spec = runs.check_new_id(request.run), _shown(request)
         if TRACEPARENT.fullmatch(traceparent):
             spec["traceparent"] = traceparent
         if await runs.Runs(self._store).submitted(user, run, spec):
             return run
         package = await self._package(user, request)
-        needs = self._needs(user, request)
-        terms = self._terms(user, request)
-        ids = [f"{run}-t"]
-        if terms.nodes > 1:
-            ids = [f"{run}-t{rank}" for rank in range(terms.nodes)]
         key, keep_key = self._accounts.run_key(user, run)
-        own = {RUN_KEY: key, **request.env}
-        try:
-            offer = Offer(
-                task=ids[0],
-                epoch=1,
-                run=run,
-                spec=_spec(request, own),
-                publisher=user.name,
-                lease_s=self._dispatcher.timing.lease_s,
-                on_lost=OnLost.FINISH_AND_HOLD,
-                grace_s=request.grace_s,
-                deadline_s=request.deadline_s,
-                package=None if package is None else package.manifest,
-                needs=needs,
-                tail=request.follow,
-                traceparent=self._traces.context(run, traceparent),
-            )
-        except MalformedMessage as error:
-            raise Problem(422, "this job cannot be", str(error)) from error
-        since = time.time()
-        new = [
-            Task(
-                offer=replace(offer, task=task),
-                tenant=user.tenant,
-                tries_left=request.retries,
-                restarts_left=request.restarts,
-                labels=request.labels,
-                terms=terms,
-                rank=rank,
-                since=since,
-            )
-            for rank, task in enumerate(ids)
-        ]
-        possible(self._fleet, user.tenant, _wanted(request, needs), terms.nodes)
+        env = {RUN_KEY: key, **request.env}
+        new = self._tasks(user, request, run, package, env, traceparent)
 
         def commit(tx: Connection) -> None:
             runs.create(
@@ -213,7 +167,7 @@ class Launcher:
             )
             tasks.insert(tx, new)
             keep_key(tx)
-            if needs.gpus < request.needs.gpus:
+            if new[0].offer.needs.gpus < request.needs.gpus:
                 wished = {"gpus": request.needs.gpus, "model": request.needs.gpu_model}
                 add_event(tx, run, "without_gpus", wished)
 
@@ -223,6 +177,78 @@ class Launcher:
         self._dispatcher.added(new)
         self._observer.ring(run)
         return run
+
+    async def check(self, user: User, request: LaunchRequest) -> Uploaded | None:
+        """Whether `submit` would take a job at this moment; its package, claimed for the user.
+
+        Raises:
+            Problem: As for `submit`.
+        """
+        package = await self._package(user, request)
+        self._tasks(user, request, runs.new_id(), package, request.env)
+        return package
+
+    def _tasks(
+        self,
+        user: User,
+        request: LaunchRequest,
+        run: str,
+        package: Uploaded | None,
+        env: dict[str, str],
+        traceparent: str = "",
+    ) -> list[Task]:
+        """What is to be queued for a job.
+
+        Raises:
+            Problem: 422 when the job cannot be, or no machine could ever take it.
+        """
+        scripts = (request.command, request.bootstrap, request.requirements)
+        words = (*scripts, *request.env, *request.env.values())
+        if sum(len(text.encode()) for text in words) > MAX_SCRIPT_BYTES:
+            raise Problem(
+                422,
+                "the job's commands, variables and requirements are too long",
+                f"at most {MAX_SCRIPT_BYTES} bytes travel with the offer",
+                hint="put them into a script or a file in the workspace",
+            )
+        needs = self._needs(user, request)
+        terms = self._terms(user, request)
+        ids = [f"{run}-t"]
+        if terms.nodes > 1:
+            ids = [f"{run}-t{rank}" for rank in range(terms.nodes)]
+        try:
+            offer = Offer(
+                task=ids[0],
+                epoch=1,
+                run=run,
+                spec=_spec(request, env),
+                publisher=user.name,
+                lease_s=self._dispatcher.timing.lease_s,
+                on_lost=OnLost.FINISH_AND_HOLD,
+                grace_s=request.grace_s,
+                deadline_s=request.deadline_s,
+                package=None if package is None else package.manifest,
+                needs=needs,
+                tail=request.follow,
+                traceparent=self._traces.context(run, traceparent),
+            )
+        except MalformedMessage as error:
+            raise Problem(422, "this job cannot be", str(error)) from error
+        since = time.time()
+        possible(self._fleet, user.tenant, _wanted(request, needs), terms.nodes)
+        return [
+            Task(
+                offer=replace(offer, task=task),
+                tenant=user.tenant,
+                tries_left=request.retries,
+                restarts_left=request.restarts,
+                labels=request.labels,
+                terms=terms,
+                rank=rank,
+                since=since,
+            )
+            for rank, task in enumerate(ids)
+        ]
 
     def _terms(self, user: User, request: LaunchRequest) -> Terms:
         """When it is to go.
@@ -314,6 +340,9 @@ class Launcher:
         """The run ends as its task did; how long its logs are is known first."""
         for stream, size in (("stdout", result.stdout_bytes), ("stderr", result.stderr_bytes)):
             self._observer.finish(task.run, LogFile(task.id, result.epoch, stream), size)
+        if task.rank == 0:
+            left = [artifact.blob.sha256 for artifact in result.artifacts]
+            runs.refer_all(tx, left, f"run/{task.run}/outputs")
         if task.terms.nodes > 1:
             state = _end_together(tx, task.run, result)
         else:

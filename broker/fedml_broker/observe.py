@@ -66,19 +66,21 @@ class Observer:
     def __init__(self, store: Store, root: Path) -> None:
         self._store = store
         self._root = root
+        # Each called with a run that has changed, and not only in what there is to see of it.
+        self.on_change: list[Callable[[str], None]] = []
         self._bells: dict[str, asyncio.Event] = {}
         self._watchers: dict[str, int] = {}
-        # Called with a run of which more than its logs has changed.
-        self.on_change: Callable[[str], None] = lambda run: None
 
     # ------------------------------------------------------------------ the bell
 
     def ring(self, run: str) -> None:
-        """Something of this run has changed; whoever follows it looks again."""
-        self._wake(run)
-        self.on_change(run)
+        """What this run is has changed: its state, it may be."""
+        self.wake(run)
+        for tell in self.on_change:
+            tell(run)
 
-    def _wake(self, run: str) -> None:
+    def wake(self, run: str) -> None:
+        """There is more to see of this run; whoever follows it looks again."""
         bell = self._bells.pop(run, None)
         if bell is not None:
             bell.set()
@@ -131,7 +133,7 @@ class Observer:
             await asyncio.to_thread(_append, order, 0, b"", 0)
         size = await asyncio.to_thread(_append, path, offset, data, gap)
         if data:
-            self._wake(run)
+            self.wake(run)
         return size
 
     def finish(self, run: str, log: LogFile, size: int) -> None:

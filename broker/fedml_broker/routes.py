@@ -27,6 +27,7 @@ from fedml_broker.api import (
     storage,
     tracking,
     watch,
+    workflows,
 )
 from fedml_broker.api import web as pages
 from fedml_broker.api.call import Call, Callers, Handler
@@ -38,6 +39,7 @@ from fedml_broker.federate import FederateRequest
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.problems import Problem, as_problems
 from fedml_broker.storage import PutObject
+from fedml_broker.workflow import ResumeBody, WorkflowRequest
 from fedml_protocol.topics import Address
 
 if TYPE_CHECKING:
@@ -100,8 +102,9 @@ def table(broker: "Broker") -> Sequence[Route]:
     account, cluster = accounts.Handlers(broker), clusters.Handlers(broker)
     stored, log = storage.Handlers(broker), logs.Handlers(broker)
     provider, track = oidc.Handlers(broker), tracking.Handlers(broker)
-    flow, dashboard = mlflow.Handlers(broker), pages.Handlers()
+    mlflows, dashboard = mlflow.Handlers(broker), pages.Handlers()
     browser, screen = session.Handlers(broker), watch.Handlers(broker)
+    flow = workflows.Handlers(broker)
 
     async def describe(_: Call) -> Any:
         """This document."""
@@ -144,6 +147,13 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/runs/{run}/clients", VIEWER, run.show_clients),
         Route("POST", "/v1/runs/{run}/stop", MEMBER_OR_OWN, run.stop_run),
         Route("PUT", "/v1/runs/{run}/priority", MEMBER, run.set_priority, runs.PriorityBody),
+        Route("GET", "/v1/workflows", VIEWER, flow.list_workflows),
+        Route("POST", "/v1/workflows", MEMBER, flow.submit_workflow, WorkflowRequest),
+        Route("GET", "/v1/workflows/{workflow}", VIEWER, flow.show_workflow),
+        Route("DELETE", "/v1/workflows/{workflow}", ADMIN, flow.remove_workflow),
+        Route("GET", "/v1/workflows/{workflow}/follow", VIEWER, flow.follow_workflow),
+        Route("POST", "/v1/workflows/{workflow}/stop", MEMBER, flow.stop_workflow),
+        Route("POST", "/v1/workflows/{workflow}/resume", MEMBER, flow.resume_workflow, ResumeBody),
         Route("GET", "/v1/clusters", VIEWER, cluster.list_clusters),
         Route("POST", "/v1/clusters", MEMBER, cluster.create_cluster, ClusterRequest),
         Route("GET", "/v1/clusters/{cluster}", VIEWER, cluster.show_cluster),
@@ -163,32 +173,32 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("POST", "/v1/tracked", MEMBER, track.track, tracking.TrackRequest),
         Route("PUT", "/v1/runs/{run}/records", MEMBER, track.put_records),
         Route("POST", "/v1/runs/{run}/end", MEMBER, track.end, tracking.EndRequest),
-        Route("POST", f"{_MLFLOW}/experiments/create", MEMBER, flow.create_experiment),
-        Route("GET", f"{_MLFLOW}/experiments/get", VIEWER, flow.get_experiment),
-        Route("GET", f"{_MLFLOW}/experiments/get-by-name", VIEWER, flow.get_experiment_by_name),
-        Route("POST", f"{_MLFLOW}/experiments/search", VIEWER, flow.search_experiments),
-        Route("GET", f"{_MLFLOW}/experiments/search", VIEWER, flow.search_experiments),
-        Route("POST", f"{_MLFLOW}/experiments/update", MEMBER, flow.update_experiment),
-        Route("POST", f"{_MLFLOW}/experiments/delete", MEMBER, flow.delete_experiment),
-        Route("POST", f"{_MLFLOW}/experiments/restore", MEMBER, flow.restore_experiment),
-        Route("POST", f"{_MLFLOW}/experiments/set-experiment-tag", MEMBER, flow.tag_experiment),
-        Route("POST", f"{_MLFLOW}/runs/create", MEMBER, flow.create_run),
-        Route("GET", f"{_MLFLOW}/runs/get", VIEWER, flow.get_run),
-        Route("POST", f"{_MLFLOW}/runs/update", MEMBER, flow.update_run),
-        Route("POST", f"{_MLFLOW}/runs/delete", MEMBER, flow.delete_run),
-        Route("POST", f"{_MLFLOW}/runs/restore", MEMBER, flow.restore_run),
-        Route("POST", f"{_MLFLOW}/runs/search", VIEWER, flow.search_runs),
-        Route("POST", f"{_MLFLOW}/runs/log-metric", MEMBER, flow.log_metric),
-        Route("POST", f"{_MLFLOW}/runs/log-parameter", MEMBER, flow.log_parameter),
-        Route("POST", f"{_MLFLOW}/runs/set-tag", MEMBER, flow.set_tag),
-        Route("POST", f"{_MLFLOW}/runs/delete-tag", MEMBER, flow.delete_tag),
-        Route("POST", f"{_MLFLOW}/runs/log-batch", MEMBER, flow.log_batch),
-        Route("GET", f"{_MLFLOW}/metrics/get-history", VIEWER, flow.history),
-        Route("GET", f"{_MLFLOW}/artifacts/list", VIEWER, flow.list_artifacts),
-        Route("POST", f"{_MLFLOW}/logged-models/search", VIEWER, flow.search_models),
-        Route("GET", _FLOW_FILES, VIEWER, flow.list_proxied),
-        Route("GET", f"{_FLOW_FILES}/{{path:.+}}", VIEWER, flow.get_artifact),
-        Route("PUT", f"{_FLOW_FILES}/{{path:.+}}", MEMBER, flow.put_artifact),
+        Route("POST", f"{_MLFLOW}/experiments/create", MEMBER, mlflows.create_experiment),
+        Route("GET", f"{_MLFLOW}/experiments/get", VIEWER, mlflows.get_experiment),
+        Route("GET", f"{_MLFLOW}/experiments/get-by-name", VIEWER, mlflows.get_experiment_by_name),
+        Route("POST", f"{_MLFLOW}/experiments/search", VIEWER, mlflows.search_experiments),
+        Route("GET", f"{_MLFLOW}/experiments/search", VIEWER, mlflows.search_experiments),
+        Route("POST", f"{_MLFLOW}/experiments/update", MEMBER, mlflows.update_experiment),
+        Route("POST", f"{_MLFLOW}/experiments/delete", MEMBER, mlflows.delete_experiment),
+        Route("POST", f"{_MLFLOW}/experiments/restore", MEMBER, mlflows.restore_experiment),
+        Route("POST", f"{_MLFLOW}/experiments/set-experiment-tag", MEMBER, mlflows.tag_experiment),
+        Route("POST", f"{_MLFLOW}/runs/create", MEMBER, mlflows.create_run),
+        Route("GET", f"{_MLFLOW}/runs/get", VIEWER, mlflows.get_run),
+        Route("POST", f"{_MLFLOW}/runs/update", MEMBER, mlflows.update_run),
+        Route("POST", f"{_MLFLOW}/runs/delete", MEMBER, mlflows.delete_run),
+        Route("POST", f"{_MLFLOW}/runs/restore", MEMBER, mlflows.restore_run),
+        Route("POST", f"{_MLFLOW}/runs/search", VIEWER, mlflows.search_runs),
+        Route("POST", f"{_MLFLOW}/runs/log-metric", MEMBER, mlflows.log_metric),
+        Route("POST", f"{_MLFLOW}/runs/log-parameter", MEMBER, mlflows.log_parameter),
+        Route("POST", f"{_MLFLOW}/runs/set-tag", MEMBER, mlflows.set_tag),
+        Route("POST", f"{_MLFLOW}/runs/delete-tag", MEMBER, mlflows.delete_tag),
+        Route("POST", f"{_MLFLOW}/runs/log-batch", MEMBER, mlflows.log_batch),
+        Route("GET", f"{_MLFLOW}/metrics/get-history", VIEWER, mlflows.history),
+        Route("GET", f"{_MLFLOW}/artifacts/list", VIEWER, mlflows.list_artifacts),
+        Route("POST", f"{_MLFLOW}/logged-models/search", VIEWER, mlflows.search_models),
+        Route("GET", _FLOW_FILES, VIEWER, mlflows.list_proxied),
+        Route("GET", f"{_FLOW_FILES}/{{path:.+}}", VIEWER, mlflows.get_artifact),
+        Route("PUT", f"{_FLOW_FILES}/{{path:.+}}", MEMBER, mlflows.put_artifact),
         Route("GET", "/v1/watch", VIEWER, screen.watch),
         Route("GET", "/v1/devices", VIEWER, device.list_devices),
         Route("GET", "/v1/devices/{device}", VIEWER, device.show_device),

@@ -244,6 +244,38 @@ objects = Table(
     sqlite_autoincrement=True,
 )
 
+workflows = Table(
+    "workflows",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant", String, nullable=False),
+    Column("user", String, nullable=False),  # in whose name its steps run: who resumed it last
+    Column("name", String, nullable=False),
+    Column("state", String, nullable=False),  # RUNNING | FINISHED | FAILED | STOPPED
+    Column("tries", Integer, nullable=False),
+    Column("stopped_by", String),
+    Column("created_at", Float, nullable=False),
+    Column("started_at", Float, nullable=False),  # of the latest try
+    Column("ended_at", Float),
+    Index("workflows_by_age", "tenant", "created_at"),
+    Index("workflows_by_state", "state"),
+)
+
+workflow_steps = Table(
+    "workflow_steps",
+    metadata,
+    Column("workflow", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("definition", JSON, nullable=False),  # see workflow.StepBody; may hold secrets
+    Column("state", String, nullable=False),  # see fedml_protocol.workflow.StepState
+    Column("runs", JSON, nullable=False),  # ids, of every try; "" if it had none
+    Column("cause", String, nullable=False),
+    Column("outputs", JSON),  # see outputs.Outputs, once it has finished
+    Column("started_at", Float),
+    Column("ended_at", Float),
+)
+
 # A blob lives as long as somebody names it here.
 blob_refs = Table(
     "blob_refs",

@@ -72,9 +72,19 @@ from fedml.api.storage import (
     list_storage_objects,
     upload,
 )
+from fedml.api.workflows import (
+    workflow_delete,
+    workflow_list,
+    workflow_resume,
+    workflow_run,
+    workflow_show,
+    workflow_stop,
+    workflow_wait,
+)
 from fedml.clusters import Cluster
 from fedml.devices import Device
 from fedml.runs import Run
+from fedml.workflows import WorkflowRun
 
 __all__ = [
     "Cluster",
@@ -90,6 +100,7 @@ __all__ = [
     "RunLogResult",
     "RunStatus",
     "StorageMetadata",
+    "WorkflowRun",
     "build",
     "cluster_autostop",
     "cluster_create",
@@ -139,6 +150,13 @@ __all__ = [
     "train_build",
     "upload",
     "whoami",
+    "workflow_delete",
+    "workflow_list",
+    "workflow_resume",
+    "workflow_run",
+    "workflow_show",
+    "workflow_stop",
+    "workflow_wait",
 ]
 
 _SERVING = "models are not served yet"

@@ -26,6 +26,7 @@ _VERBS = {
     "build": "build",
     "train": "build",
     "run": "run",
+    "workflow": "workflow",
     "cluster": "cluster",
     "logs": "logs",
     "device": "device",

@@ -17,7 +17,7 @@ from fedml.cli.log_lines import OneTask, lines_view, task_of
 from fedml.cli.tables import duration, print_json
 from fedml.client import Client, Seen
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 
 class View(Protocol):
@@ -110,7 +110,7 @@ def watch(
     except KeyboardInterrupt:
         pass
     click.echo(err=True)
-    if _is_told_to_stop(run):
+    if is_told_to_stop(run):
         try:
             client.call("POST", f"/v1/runs/{run}/stop")
             return _show(client, run, view, seen, logs, stay)
@@ -120,10 +120,10 @@ def watch(
         click.echo(f"{run} goes on without you", err=True)
         click.echo(f"  watch it again: fedml run logs -f {run}", err=True)
         click.echo(f"  stop it:        fedml run stop {run}", err=True)
-    return _INTERRUPTED
+    return INTERRUPTED
 
 
-def _is_told_to_stop(run: str) -> bool:
+def is_told_to_stop(run: str) -> bool:
     """Ask the person, if there is one; another Ctrl-C is a no."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False

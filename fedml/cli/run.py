@@ -157,6 +157,7 @@ def show(run_id: str, home: Path, as_json: bool) -> None:
         lines = (cause["message"], users_part(cause["traceback"]).rstrip())
         facts["cause"] = "\n".join(filter(None, lines))
         facts |= {"try": cause["hint"]} if cause["hint"] else {}
+    facts |= _left(found)
     facts |= {"asked for": when(found["created_at"]), "took": _took(found)}
     names = _names(client)
     if "rounds" in found:
@@ -264,11 +265,12 @@ def download(
     home: Path,
     as_json: bool,
 ) -> None:
-    """Get what a run has made: the files that it logged, or a federated run's model.
+    """Get what a run has made: the files of a job, or a federated run's model.
 
-    NAME is an artifact, or a directory of them; all of them by default. Of a federated run it may
-    also be the FILE for its model (RUN.safetensors): the newest, or that of a round. A download
-    that was cut goes on where it stopped when you ask again.
+    A job's files are those that it logged and those that it left in $FEDML_OUTPUT_DIR. NAME is one
+    of them, or a directory of them; all of them by default. Of a federated run it may also be the
+    FILE for its model (RUN.safetensors): the newest, or that of a round. A download that was cut
+    goes on where it stopped when you ask again.
 
     \b
     Examples:
@@ -304,16 +306,17 @@ def _chosen(found: Run, what: str | None, *, model: bool) -> list[dict[str, Any]
     """The artifacts that are meant; none, where the model of a federated run is."""
     if model and what is None:
         return []
-    named = found.artifacts()
+    named = found.files()
     chosen = [a for a in named if what in (None, a["name"]) or a["name"].startswith(f"{what}/")]
     if not chosen and not model:
         if what is None:
             raise BrokerRefused(
-                f"{found.id} has logged no files", "`fedml.mlops.log_artifact(path)` in its program"
+                f"{found.id} has left no files" if found.ended else f"{found.id} has not ended",
+                "a job leaves what it writes into $FEDML_OUTPUT_DIR, or logs with `fedml.mlops`",
             )
-        names = ", ".join(a["name"] for a in named[:10]) or "it has logged none"
-        raise BrokerRefused(f"{found.id} has logged no {what!r}", names)
-    # Several clients may have logged the same name.
+        names = ", ".join(a["name"] for a in named[:10]) or "it has none"
+        raise BrokerRefused(f"{found.id} has no file {what!r}", names)
+    # Several may have logged the same name.
     double = {a["name"] for a in chosen if [b["name"] for b in chosen].count(a["name"]) > 1}
     return [
         {**a, "name": f"{a['source']}/{a['name']}"} if a["name"] in double else a for a in chosen
@@ -394,6 +397,15 @@ def _plot(numbers: list[float]) -> str:
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+
+
+def _left(found: dict[str, Any]) -> dict[str, str]:
+    """What a job has left for others."""
+    if found["kind"] != "launch" or "outputs" not in found:
+        return {}
+    lines = [f"{name}={value}" for name, value in found["outputs"]["values"].items()]
+    lines += [f"{file['path']} ({size(file['size'])})" for file in found["outputs"]["files"]]
+    return {"left": "\n".join(lines)} if lines else {}
 
 
 def _took(found: dict[str, Any]) -> str:

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from fedml_protocol.errors import MalformedMessage
 
+# How the artifacts of a job's result are called: lines NAME=VALUE, and what is below the folder.
+OUTPUT_VALUES = "values"
+OUTPUT_FILES = "files"
+
 # A shorter value would be found in every other line of a log.
 SHORTEST_SECRET = 4
 

@@ -71,6 +71,13 @@ LEAST = {
     "GET /v1/runs/{run}/follow": ("viewer", False),
     "GET /v1/runs/{run}/logs": ("viewer", False),
     "POST /v1/runs/{run}/stop": ("member", False),
+    "GET /v1/workflows": ("viewer", False),
+    "POST /v1/workflows": ("member", False),
+    "GET /v1/workflows/{workflow}": ("viewer", False),
+    "DELETE /v1/workflows/{workflow}": ("admin", False),
+    "GET /v1/workflows/{workflow}/follow": ("viewer", False),
+    "POST /v1/workflows/{workflow}/stop": ("member", False),
+    "POST /v1/workflows/{workflow}/resume": ("member", False),
     "GET /v1/storage": ("viewer", False),
     "GET /v1/storage/{name}": ("viewer", False),
     "PUT /v1/storage/{name}": ("member", False),
@@ -211,8 +218,11 @@ class Askers:
             secret = _key_of(place, named).secret.hex()
             self.headers[who] = {"Authorization": f"Bearer {secret}"}
             self.pools[who] = plain
+        step = {"name": "s", "job": {"command": "true"}}
+        flow = call("POST", "/v1/workflows", {"name": "flow", "steps": [step]})
         self.real = {
             "run": run,
+            "workflow": flow["workflow"],
             "task": f"{run}-t",
             "epoch": "1",
             "stream": "stdout",

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from fedml.jobfile import read_job
 from fedml.runfile import read_federated
-from tests.place import Place
+from tests.place import APP, Place
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -200,6 +200,37 @@ def test_a_job_looks_after_itself_without_a_login_as_the_page_says(
     assert lines[4] == "run"
     assert lines[5].startswith("a job's key is for its own run: this is that of r-")
     assert "the job itself stops the run" in done.stderr
+
+
+# ---------------------------------------------------------------------- docs/workflow.md
+
+
+def test_the_workflows_of_the_page_run_as_it_says(env: dict[str, str], tmp_path: Path) -> None:
+    page = "docs/workflow.md"
+    said = _bash(block(page, "fedml workflow init"), tmp_path, env)
+    assert "report   job" in said  # what `fedml workflow init` has written, drawn
+    assert said.count("report FINISHED r-") == 1
+    app = APP + "\n_train = train\ndef train(model, data, config, rng):\n"
+    app += "    assert config['rate'] == 0.1\n    return _train(model, data, config, rng)\n"
+    (tmp_path / "app.py").write_text(app)
+    (tmp_path / "run.yaml").write_text("app: app.py\nrounds: 1\nclients: {count: 2}\n")
+    (tmp_path / "prepare.yaml").write_text('job: echo rate=0.1 >> "$FEDML_OUTPUT"\n')
+    (tmp_path / "heart.yaml").write_text(block(page, "needs: [prepare]"))
+    drawing = block(page, "$ fedml workflow show").partition("\n")[2]
+    assert _bash("fedml workflow show heart.yaml", tmp_path, env) == drawing
+    told = _bash("fedml workflow run heart.yaml", tmp_path, env)
+    assert told.splitlines()[-1] == "sorry SKIPPED: all that it needs has finished"
+    script = block(page, "fedml workflow list").replace("fedml workflow delete w-1c0ffee123", "")
+    said = _bash(script, tmp_path, env)
+    assert "heart (w-" in said
+    shown = subprocess.run(
+        [sys.executable, "-c", block(page, "from fedml.workflow")],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout == "{'rate': '0.1'} JobStatus.FINISHED\n", shown.stderr
 
 
 # ---------------------------------------------------------------------- docs/federate.md

@@ -221,9 +221,10 @@ def test_a_run_that_is_not_there_is_an_error_with_the_next_step(fedml: "Fedml") 
         assert "fedml run list" in said
 
 
-def test_a_job_that_logged_nothing_has_nothing_to_download(fedml: "Fedml") -> None:
+def test_a_job_that_has_left_nothing_has_nothing_to_download(fedml: "Fedml") -> None:
     run = fedml("launch", fedml.file("job.yaml", "job: echo\n"), "--detach").stdout.strip()
-    assert "has logged no files" in fedml("run", "download", run, code=6).stderr
+    fedml("run", "wait", run)
+    assert "has left no files" in fedml("run", "download", run, code=6).stderr
 
 
 def test_on_a_terminal_lists_are_tables_that_fit(fedml: "Fedml") -> None:
