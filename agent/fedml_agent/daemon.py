@@ -33,6 +33,7 @@ from fedml_agent.packages import Packages
 from fedml_agent.policy import Policy, closed
 from fedml_agent.policy_file import load_or_refuse
 from fedml_agent.room import Room, all_names, disk_free, leasable, report, slots
+from fedml_agent.unleased import Use, unleased
 from fedml_agent.voice import Voice
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
@@ -71,6 +72,8 @@ class Daemon:
         sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self.nvml = nvml
+        # What tasks use of the machine's accelerators without holding it, as of the last beat.
+        self.unleased: set[Use] = set()
         # Since this process began, by how they ended.
         self.ended_tasks: Counter[TaskState] = Counter()
         self._https: Https | None = None
@@ -123,6 +126,7 @@ class Daemon:
             refusing=lambda: self.intake.refusing,
             free_slots=lambda: self.room.slots - len(self.room.taken),
             draining=lambda: self.intake.draining,
+            looked=self._look_at_gpus,
             nvml=nvml,
         )
         self.link = Link(
@@ -309,6 +313,22 @@ class Daemon:
             log.warning("offers are %s %s", "refused:" if reason else "taken again", reason)
             self.heart.now()
         self.intake.refusing = reason
+
+    def _look_at_gpus(self, read: hardware.Readings) -> None:
+        """A task that computes where it may not is named here, and to whoever follows its run."""
+        if not read.gpus:
+            return
+        held = {name: uuids for name, (_, uuids) in self.room.taken.items()}
+        found = unleased(read.gpus, self.jobs.pids() | self.stages.pids(), held)
+        entries = {room_name(entry.offer): entry for entry in self.journal.held()}
+        for use in sorted(found - self.unleased):
+            log.warning("%s computes on %s, which it does not hold", use.task, use.gpu)
+            entry = entries.get(use.task)
+            if entry is not None:
+                note = f"computes on {use.gpu}, which it does not hold"
+                task, epoch = entry.key
+                self._say(Progress(task=task, epoch=epoch, state=TaskState.RUNNING, note=note))
+        self.unleased = found
 
     def _end_lost(self) -> None:
         """A task that must not run without the broker's word, when that has been silent."""

@@ -105,6 +105,11 @@ class Stages:
         """Sessions that have a worker."""
         return set(self._sessions)
 
+    def pids(self) -> dict[int, str]:
+        """Whose the processes at the root of each worker are."""
+        workers = ((name, session.tended) for name, session in self._sessions.items())
+        return {pid: name for name, one in workers if one is not None for pid in one.pids}
+
     async def run(self, entry: Entry) -> None:
         """One stage from its offer to its result."""
         current = asyncio.current_task()

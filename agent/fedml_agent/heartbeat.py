@@ -38,8 +38,13 @@ class Heart:
         refusing: Callable[[], str],
         free_slots: Callable[[], int],
         draining: Callable[[], bool],
+        looked: Callable[[hardware.Readings], None] = lambda read: None,
         nvml: Any = None,
     ) -> None:
+        """
+        Args:
+            looked: Is handed what was read of the machine for a beat.
+        """
         self.every_s = 10.0
         self._voice = voice
         self._journal = journal
@@ -47,6 +52,7 @@ class Heart:
         self._refusing = refusing
         self._free_slots = free_slots
         self._draining = draining
+        self._looked = looked
         self._nvml = nvml
         self._last: hardware.Readings | None = None
         self._now = asyncio.Event()
@@ -82,6 +88,7 @@ class Heart:
             hardware.readings, disk=self._disk, since=self._last, nvml=self._nvml
         )
         self._last = read
+        self._looked(read)
         entries = {e.key: e for e in (*self._journal.held(), *self._journal.owed())}
         return Heartbeat(
             free_slots=max(self._free_slots(), 0),

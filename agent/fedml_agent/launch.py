@@ -137,6 +137,10 @@ class Jobs:
         elif building is not None:
             building.cancel()
 
+    def pids(self) -> dict[int, str]:
+        """Whose the processes at the root of each job are."""
+        return {pid: key[0] for key, tended in self._tended.items() for pid in tended.pids}
+
     def detach(self) -> None:
         """The agent stops; the jobs go on without it."""
         for tended in self._tended.values():

@@ -8,7 +8,7 @@ boot that both belong to, it does.
 import contextlib
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from fedml_agent.namespaces import SandboxError, write_text
 
@@ -32,6 +32,18 @@ def boot_id() -> str:
     """A name for the time since this machine was booted."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:  # noqa: PTH123
         return file.read().strip()
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """A process and those above it, as far as /proc shows them."""
+    while pid > 0:
+        yield pid
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
+                fields = file.read()
+        except OSError:  # it has ended, or is not shown to us
+            return
+        pid = int(fields[fields.rindex(b")") + 2 :].split()[1])
 
 
 def descendants(ancestor: int) -> list[int]:

@@ -217,6 +217,12 @@ class Tended(asyncio.Protocol):
         return LogReader(self.taskdir, stream)
 
     @property
+    def pids(self) -> list[int]:
+        """Its shim, its guard and its first process: whatever it starts descends from one."""
+        roles = (self.facts.get(role) for role in ("shim", "guard", "task"))
+        return [who["pid"] for who in roles if who is not None]
+
+    @property
     def is_over(self) -> bool:
         """Whether the end is known; `ended` then gives it without waiting."""
         return self._end is not None

@@ -197,7 +197,7 @@ class Broker:
 
             self.sign_ins = SignIns(self.config.provider, self.store, self.accounts, url=self.url)
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
-        self.dispatcher.on_waiting = self.observer.ring
+        self.dispatcher.on_waiting = self.dispatcher.on_noted = self.observer.ring
         self.dispatcher.on_ended = self.metrics.ended
         self.clusters = Clusters(self.store, self.fleet, self.dispatcher)
         self.launcher = Launcher(self.store, self.fleet, self.dispatcher, self.observer, self.blobs)

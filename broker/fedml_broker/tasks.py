@@ -45,6 +45,7 @@ class Task:
         since: When it was submitted, seconds since 1970.
         recalled: Why its device was told to hand it back; it is queued again. Empty: it was not.
         stopping: Why its device was told to end it; it is not offered again. Empty: it was not.
+        noted: What its devices have noted of it, since this process began.
     """
 
     offer: Offer
@@ -72,6 +73,7 @@ class Task:
     since: float = field(default_factory=time.time)
     recalled: str = ""
     stopping: str = ""
+    noted: set[str] = field(default_factory=set)
 
     @property
     def id(self) -> str:
