@@ -25,8 +25,10 @@ import contextlib
 import datetime
 import json
 import platform
+import re
 import sqlite3
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -170,8 +172,14 @@ def page(found: Found, claims: Sequence[Claim] = CLAIMS) -> str:
 
 
 def machine() -> str:
-    """What this runs on."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    """What this runs on; a GPU, which a simulation takes if it can, by its model."""
+    found = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        model = re.search(r"[A-Z]+\d+\w*", name)
+        found += f", {torch.cuda.device_count()} × {model[0] if model else name}"
+    return found
 
 
 def versions() -> str:

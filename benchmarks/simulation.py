@@ -4,6 +4,7 @@
     python benchmarks/simulation.py               # W1 and W2, some five minutes
     python benchmarks/simulation.py --quick       # fewer rounds
     python benchmarks/simulation.py --peers DIR   # beside pfl, FedML and Flower (DIR: gigabytes)
+    python benchmarks/simulation.py --device cuda # both on a GPU, beside a plain loop there
 
 W1: logistic regression 784 x 10, 1,000 clients with 60 examples, 10 a round, B = 10, lr 0.03.
 W2: the FedAvg paper's CNN, 1,663,370 parameters, 100 clients with 100, 10 a round, B = 20, lr 0.1.
@@ -16,6 +17,9 @@ no results file, no checks. Ours runs through `fedml.simulate` with a results fi
 Rates are of steady state, the first third of the rounds left out; CPU seconds are those of all
 processes. Alternating runs, medians. Peers run in virtual environments of their own below DIR,
 made when they are not there; one that cannot be installed is left out, and said so.
+
+On a GPU both are torch modules, and the plain loop is that of W2: all examples lie there before it
+begins, clients train one after the other, and the sum of a round stays there.
 """
 
 import os
@@ -42,6 +46,7 @@ WORK: dict[str, dict[str, Any]] = {
     "W1": {"clients": 1000, "each": 60, "rounds": 3000, "batch": 10, "lr": 0.03, "noise": 1.4},
     "W2": {"clients": 100, "each": 100, "rounds": 10, "batch": 20, "lr": 0.1, "noise": 1.0},
 }
+ON_GPU = {"W1": 300, "W2": 150}  # rounds
 COHORT, CLASSES, SIDE = 10, 10, 28
 PEERS = {
     "pfl": ["pfl[pytorch]"],
@@ -81,6 +86,9 @@ def data(client, config):
 train = LocalSGD(shuffle=False)
 """,
 }
+# On a GPU, a dict of arrays will not do.
+APP["W1-gpu"] = APP["W2"].replace("W2_", "W1_").replace('create("cnn"', 'create("linear"')
+APP["W1-gpu"] = APP["W1-gpu"].replace("[:, None]", "")
 
 
 def make_data(name: str) -> None:
@@ -96,11 +104,13 @@ def make_data(name: str) -> None:
     np.save(f"{name}_y.npy", y)
 
 
-def plan(name: str, rounds: int) -> dict[str, Any]:
+def plan(name: str, rounds: int, engine: str = "auto", device: str = "cpu") -> dict[str, Any]:
     """The run, as a run file has it."""
     w = WORK[name]
+    beside = "-gpu" if name == "W1" and device != "cpu" else ""
     return {
-        "app": f"{name.lower()}.py",
+        "app": f"{name.lower()}{beside}.py",
+        "simulation": {"engine": engine, "device": device},
         "rounds": rounds,
         "config": {"lr": w["lr"], "batch_size": w["batch"]},
         "clients": {"count": w["clients"], "per_round": COHORT},
@@ -143,7 +153,7 @@ class Clock:
         os.write(1, f"\n{said}\n".encode())
 
 
-def ours(name: str, rounds: int) -> None:
+def ours(name: str, rounds: int, engine: str = "auto", device: str = "cpu") -> None:
     """In a process of its own: through the front door."""
     started = time.time()
     from fedml.simulation import simulate
@@ -157,8 +167,8 @@ def ours(name: str, rounds: int) -> None:
         clock.tick(round_.number == rounds, round_.number > rounds // 3)
 
     with tempfile.TemporaryDirectory() as out:
-        result = simulate(plan(name, rounds), out=out, on_round=heard)
-    weight = result.model["w" if name == "W1" else "head.0.weight"]
+        result = simulate(plan(name, rounds, engine, device), out=out, on_round=heard)
+    weight = max(result.model.values(), key=lambda array: array.size)
     clock.report(rounds, engine=result.engine, first_s=first[0], norm=_norm(weight))
 
 
@@ -220,17 +230,53 @@ def bare_w2(rounds: int) -> None:
             torch._foreach_add_(total, at)
         model = [t / COHORT for t in total]
         clock.tick(r == rounds - 1, r >= rounds // 3)
-    weight = model[4].numpy()
+    weight = max(model, key=lambda tensor: tensor.numel()).numpy()
     clock.report(rounds, norm=_norm(weight))
+
+
+def bare_on(name: str, rounds: int, device: str) -> None:
+    """Either on a GPU, client after client: nothing but the model's first weights moves."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from fedml import model as models
+
+    w = WORK[name]
+    shape = (1, SIDE, SIDE) if name == "W2" else (SIDE, SIDE)
+    x = torch.from_numpy(np.load(f"{name}_x.npy")).to(device)
+    x = x.reshape(w["clients"], w["each"], *shape)
+    y, lr, batch = torch.from_numpy(np.load(f"{name}_y.npy")).to(device), w["lr"], w["batch"]
+    net = models.create("cnn" if name == "W2" else "linear", seed=7).to(device)
+    ps = list(net.parameters())
+    at = [p.detach() for p in ps]
+    model = [p.clone() for p in at]
+    plans = cohorts(name, rounds)
+    clock = Clock()
+    for r, clients in enumerate(plans):
+        total = [torch.zeros_like(m) for m in model]
+        for k in clients:
+            torch._foreach_copy_(at, model)
+            for start in range(0, w["each"], batch):
+                loss = cross_entropy(net(x[k, start : start + batch]), y[k, start : start + batch])
+                torch._foreach_add_(at, torch.autograd.grad(loss, ps), alpha=-lr)
+            torch._foreach_add_(total, at)
+        model = [t / COHORT for t in total]
+        torch.cuda.synchronize()
+        clock.tick(r == rounds - 1, r >= rounds // 3)
+    weight = max(model, key=lambda tensor: tensor.numel())
+    clock.report(rounds, norm=_norm(weight.cpu()))
 
 
 def _norm(array: Any) -> float:
     return float(np.linalg.norm(np.asarray(array, np.float64)))
 
 
-def start(role: str, name: str, rounds: int, folder: Path) -> "subprocess.Popen[str]":
+def start(
+    role: str, name: str, rounds: int, folder: Path, engine: str = "auto", device: str = "cpu"
+) -> "subprocess.Popen[str]":
     """A role in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--role", role, name, str(rounds)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--device", device]
+    command += ["--role", role, name, str(rounds), engine]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
@@ -287,6 +333,29 @@ def measure(name: str, rounds: int, times: int, folder: Path) -> float:
     return middle("ours", "per_s")
 
 
+def measure_on(device: str, name: str, rounds: int, times: int, folder: Path) -> None:
+    """One workload on a GPU, by each engine, beside a plain loop there."""
+    roles = {"bare": "auto", "one by one": "inplace", "side by side": "stacked"}
+    found: dict[str, list[dict[str, Any]]] = {role: [] for role in roles}
+    for _ in range(times):
+        for role, engine in roles.items():
+            kind = "bare" if role == "bare" else "ours"
+            found[role].append(end(start(kind, name, rounds, folder, engine, device)))
+    print(f"\n{name} on {device}: {COHORT} of {WORK[name]['clients']} clients, ", end="")
+    print(f"{rounds} rounds, {times} times")
+    print(f"{'':34}{'clients/s':>11}{'of the loop':>13}{'CPU ms a client':>17}{'|weights|':>12}")
+    for role, engine in roles.items():
+        one = {k: statistics.median(f[k] for f in found[role]) for k in ("per_s", "cpu_ms", "norm")}
+        ratio = statistics.median(
+            ours["per_s"] / bare["per_s"]
+            for ours, bare in zip(found[role], found["bare"], strict=True)
+        )
+        label = "plain loop" if role == "bare" else f"ours, {engine}"
+        print(
+            f"{label:34}{one['per_s']:11.1f}{ratio:13.2f}{one['cpu_ms']:17.3f}{one['norm']:12.6f}"
+        )
+
+
 def peer_python(peer: str, packages: list[str], folder: Path) -> Path | None:
     """The interpreter of a peer's own environment, made if need be; None if it cannot be."""
     home = folder / peer
@@ -334,12 +403,15 @@ def main() -> None:
     parser.add_argument("--only", choices=WORK)
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--peers", type=Path, metavar="DIR")
-    parser.add_argument("--role", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", help="cpu, or a GPU: cuda, cuda:N")
+    parser.add_argument("--role", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        role, name, rounds = args.role
+        role, name, rounds, engine = args.role
         if role == "ours":
-            ours(name, int(rounds))
+            ours(name, int(rounds), engine, args.device)
+        elif args.device != "cpu":
+            bare_on(name, int(rounds), args.device)
         else:
             {"W1": bare_w1, "W2": bare_w2}[name](int(rounds))
         return
@@ -351,8 +423,13 @@ def main() -> None:
         os.chdir(folder)
         for name in [args.only] if args.only else WORK:
             make_data(name)
-            (folder / f"{name.lower()}.py").write_text(APP[name])
+            for app, text in APP.items():
+                (folder / f"{app.lower()}.py").write_text(text)
             rounds = WORK[name]["rounds"] // (3 if args.quick else 1)
+            if args.device != "cpu":
+                rounds = ON_GPU[name] // (3 if args.quick else 1)
+                measure_on(args.device, name, rounds, 2 if args.quick else args.times, folder)
+                continue
             rate = measure(name, rounds, 2 if args.quick else args.times, folder)
             if peers is not None:
                 beside_peers(name, rate, 100 if name == "W1" else 5, folder, peers)

@@ -88,6 +88,7 @@ def status_of(daemon: "Daemon") -> dict[str, Any]:
         ],
         "owed": [e.key[0] for e in daemon.journal.owed()],
         "sessions": sorted(daemon.stages.open),
+        "unleased": [use._asdict() for use in sorted(daemon.unleased)],
     }
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
-from fedml_agent import containers, hardware, login, processes, sandbox, systemd, trespass
+from fedml_agent import containers, hardware, login, sandbox, systemd
 from fedml_agent.attic import Attic
 from fedml_agent.control import Control
 from fedml_agent.environments import Environments
@@ -34,6 +34,7 @@ from fedml_agent.policy import Policy, closed
 from fedml_agent.policy_file import load_or_refuse
 from fedml_agent.room import Room, all_names, disk_free, leasable, report, slots
 from fedml_agent.traces import Traces
+from fedml_agent.unleased import Use, unleased
 from fedml_agent.voice import Voice
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec
@@ -74,6 +75,8 @@ class Daemon:
         sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self.nvml = nvml
+        # What tasks use of the machine's accelerators without holding it, as of the last beat.
+        self.unleased: set[Use] = set()
         # Since this process began, by how they ended.
         self.ended_tasks: Counter[TaskState] = Counter()
         self.traces = Traces()
@@ -85,7 +88,6 @@ class Daemon:
         self._tasks: asyncio.TaskGroup | None = None
         self._runs: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._making_room = asyncio.Lock()
-        self._named: set[tuple[str, str]] = set()
         self._background: set[asyncio.Task[None]] = set()
 
         self.voice = Voice(self.membership.address, home.next_boot(), version)
@@ -332,6 +334,25 @@ class Daemon:
             self.heart.now()
         self.intake.refusing = reason
 
+    def _look_at_gpus(self, read: hardware.Readings) -> None:
+        """A task that computes where it may not is named here, and to whoever follows its run."""
+        if not read.gpus:
+            return
+        held = {name: uuids for name, (_, uuids) in self.room.taken.items()}
+        found = unleased(read.gpus, self.jobs.pids() | self.stages.pids(), held)
+        entries = {room_name(entry.offer): entry for entry in self.journal.held()}
+        for use in sorted(found - self.unleased):
+            note = f"computes on {use.gpu}, which it does not hold"
+            log.warning("%s %s", use.task, note)
+            entry = entries.get(use.task)
+            if entry is not None:
+                task, epoch = entry.key
+                self._say(Progress(task=task, epoch=epoch, state=TaskState.RUNNING, note=note))
+            if self.policy.end_trespassers:
+                why = f"it {note} (resources.end_trespassers)"
+                self.jobs.oust(use.task, Cause(fault=Fault.POLICY, message=why))
+        self.unleased = found
+
     def _end_lost(self) -> None:
         """A task that must not run without the broker's word, when that has been silent."""
         silent_s = asyncio.get_running_loop().time() - self.link.confirmed_at
@@ -341,7 +362,7 @@ class Daemon:
 
     def _look_at_use(self, read: hardware.Readings) -> None:
         """What tasks use that they must not."""
-        self._look_for_trespasses(read)
+        self._look_at_gpus(read)
         if read.disk.free < self.policy.disk_reserve // 2 and self.jobs.running():
             self._spawn(self._make_room(read.disk.free), "agent.disk")
 
@@ -355,31 +376,6 @@ class Daemon:
                 cause = full_disk(found[1], free, self.policy)
                 log.warning("%s is ended: %s", found[0], cause.message)
                 self.jobs.oust(found[0], cause)
-
-    def _look_for_trespasses(self, read: hardware.Readings) -> None:
-        """Name tasks that compute on GPUs that they do not hold; each once for each GPU."""
-        running = self.jobs.running() | self.stages.running()
-        if not running or not any(True for _ in trespass.users(read.gpus)):
-            self._named.clear()
-            return
-        children = processes.children_of_all()
-        trees = {
-            name: processes.descendants(tended.facts["guard"]["pid"], children)
-            for name, tended in running.items()
-        }
-        leases = {name: gpus for name, (_, gpus) in self.room.taken.items()}
-        found = trespass.trespasses(read.gpus, leases, trees)
-        for name, gpu, pid in found:
-            if (name, gpu) in self._named:
-                continue
-            held = ", ".join(leases.get(name, ())) or "none"
-            text = f"it uses the GPU {gpu} (process {pid}), which it does not hold; its own: {held}"
-            log.warning("%s: %s", name, text)
-            running[name].say(text)
-            if self.policy.end_trespassers:
-                why = f"{text} (resources.end_trespassers)"
-                self.jobs.oust(name, Cause(fault=Fault.POLICY, message=why))
-        self._named = {(name, gpu) for name, gpu, _ in found}
 
     async def _greet(self) -> None:
         await self.voice.presence(online=True)

@@ -105,6 +105,11 @@ class Stages:
         """Sessions that have a worker."""
         return set(self._sessions)
 
+    def pids(self) -> dict[int, str]:
+        """Whose the processes at the root of each worker are."""
+        workers = ((name, session.tended) for name, session in self._sessions.items())
+        return {pid: name for name, one in workers if one is not None for pid in one.pids}
+
     async def run(self, entry: Entry) -> None:
         """One stage from its offer to its result."""
         current = asyncio.current_task()
@@ -198,11 +203,6 @@ class Stages:
             if now - session.used_at > _IDLE_S and not self._journal.knows_session(name):
                 log.info("the worker of %s was idle for %g s and is ended", name, _IDLE_S)
                 await self._rest(name)
-
-    def running(self) -> dict[str, Tended]:
-        """The workers, by the name under which they hold room."""
-        workers = ((name, one.tended) for name, one in self._sessions.items())
-        return {name: tended for name, tended in workers if tended is not None}
 
     def detach(self) -> None:
         """The agent stops; the workers go on without it."""

@@ -41,6 +41,10 @@ class Heart:
         seen: Callable[[hardware.Readings], None],
         nvml: Any = None,
     ) -> None:
+        """
+        Args:
+            seen: Is handed what was read of the machine for a beat.
+        """
         self.every_s = 10.0
         self._voice = voice
         self._journal = journal

@@ -419,11 +419,6 @@ class Keeper:
                 return
         self._watch(connection)
 
-    def _say_to_reader(self, text: str) -> None:
-        self._write("err", memoryview(f"fedml: {text}\n".encode()))
-        if self._log_event_at is None:
-            self._log_event_at = self._log_event_not_before
-
     def _obey(self, connection: _Connection, line: bytes) -> None:
         try:
             order = json.loads(line)
@@ -433,8 +428,6 @@ class Keeper:
                     self._stop(STOPPED, grace_s)
                 case "kill":
                     self._stop(KILLED, 0.0)
-                case "say":
-                    self._say_to_reader(str(order.get("text", "")))
                 case "ping":
                     connection.say({"event": "pong"})
                 case _:

@@ -178,9 +178,9 @@ class Jobs:
         most, task, size = max(sizes, default=(0, "", 0))
         return (task, size) if most > 0 and size >= over else None
 
-    def running(self) -> dict[str, Tended]:
-        """What runs, by the name under which it holds room."""
-        return {task: tended for (task, _), tended in self._tended.items()}
+    def running(self) -> bool:
+        """Whether any is."""
+        return bool(self._tended)
 
     def oust(self, task: str, why: Cause) -> None:
         """End a job that does what it must not do on this machine."""
@@ -188,6 +188,10 @@ class Jobs:
             if key[0] == task:
                 self._ousted.setdefault(key, why)
                 tended.stop(_OUSTED_S)
+
+    def pids(self) -> dict[int, str]:
+        """Whose the processes at the root of each job are."""
+        return {pid: key[0] for key, tended in self._tended.items() for pid in tended.pids}
 
     def detach(self) -> None:
         """The agent stops; the jobs go on without it."""

@@ -154,6 +154,8 @@ def _of_agent(daemon: "Daemon", now: float) -> Iterator[Number]:
     yield _one("outbox", "gauge", "Results that the broker has not confirmed.", owed)
     shipped = daemon.journal.log_bytes
     yield _one("log_bytes_total", "counter", "Bytes of logs that the broker has taken.", shipped)
+    uses = len(daemon.unleased)
+    yield _one("gpu_unleased", "gauge", "Uses of GPUs by tasks that do not hold them.", uses)
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = used.ru_utime + used.ru_stime
     yield _one("process_cpu_seconds_total", "counter", "Of this process.", cpu)

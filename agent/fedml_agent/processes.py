@@ -8,6 +8,7 @@ boot that both belong to, it does.
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 
 def process_start(pid: int) -> int:
@@ -31,8 +32,20 @@ def boot_id() -> str:
         return file.read().strip()
 
 
-def children_of_all() -> dict[int, list[int]]:
-    """Every process of the machine, under its parent's number."""
+def ancestors(pid: int) -> Iterator[int]:
+    """A process and those above it, as far as /proc shows them."""
+    while pid > 0:
+        yield pid
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
+                fields = file.read()
+        except OSError:  # it has ended, or is not shown to us
+            return
+        pid = int(fields[fields.rindex(b")") + 2 :].split()[1])
+
+
+def descendants(ancestor: int) -> list[int]:
+    """Every process whose parents lead to `ancestor`, itself left out, in no order."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208
         if name.isdigit():
@@ -43,15 +56,6 @@ def children_of_all() -> dict[int, list[int]]:
                 fields = file.read()
                 parent = int(fields[fields.rindex(b")") + 2 :].split()[1])
                 children.setdefault(parent, []).append(int(name))
-    return children
-
-
-def descendants(ancestor: int, children: dict[int, list[int]] | None = None) -> list[int]:
-    """Every process whose parents lead to `ancestor`, itself left out, in no order.
-
-    `children`: from `children_of_all`, for several questions about one moment.
-    """
-    children = children_of_all() if children is None else children
     found: list[int] = []
     ahead = [ancestor]
     while ahead:

@@ -20,8 +20,7 @@ Files in TASKDIR (0600; the task itself cannot see them where directories can be
     shim.err    the traceback of a shim that failed, which should not happen
 
     shim -> agent   {"event": "snapshot", …} at once, then "log" (at most every 20 ms), "ended"
-    agent -> shim   {"do": "stop", "grace_s": 10}, {"do": "kill"}, {"do": "ping"} -> "pong",
-                    {"do": "say", "text": "…"}: a line of its log
+    agent -> shim   {"do": "stop", "grace_s": 10}, {"do": "kill"}, {"do": "ping"} -> "pong"
 """
 
 import os

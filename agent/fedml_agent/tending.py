@@ -226,6 +226,12 @@ class Tended(asyncio.Protocol):
         return LogReader(self.taskdir, stream)
 
     @property
+    def pids(self) -> list[int]:
+        """Its shim, its guard and its first process: whatever it starts descends from one."""
+        roles = (self.facts.get(role) for role in ("shim", "guard", "task"))
+        return [who["pid"] for who in roles if who is not None]
+
+    @property
     def is_over(self) -> bool:
         """Whether the end is known; `ended` then gives it without waiting."""
         return self._end is not None
@@ -236,10 +242,6 @@ class Tended(asyncio.Protocol):
         Once more with a shorter period shortens it. Await `ended()` to see it done.
         """
         self._say({"do": "stop", "grace_s": grace_s})
-
-    def say(self, text: str) -> None:
-        """Put a line of ours into its log, for whoever reads that."""
-        self._say({"do": "say", "text": text[:2000]})
 
     def kill(self) -> None:
         """End it at once."""

@@ -224,6 +224,7 @@ class Broker:
         )
         self.dispatcher = Dispatcher(self.store, self.fleet, self.orders, self.blobs, timing)
         self.dispatcher.on_waiting = self._waits
+        self.dispatcher.on_noted = self.observer.wake
         self.dispatcher.on_ended = self.metrics.ended
         self.dispatcher.on_accepted = self.traces.accepted
         self.dispatcher.on_result = self.traces.ended

@@ -53,6 +53,10 @@ log = logging.getLogger(__name__)
 _LOSS_PAUSE_S = 30.0
 _FAILURE_PAUSE_S = 300.0
 
+# A machine may note so much of one task, each note so long.
+_NOTES = 20
+_NOTE_CHARACTERS = 500
+
 # With more machines than these, a person is told how many of them have each reason.
 _MACHINES_NAMED = 20
 
@@ -98,6 +102,8 @@ class Dispatcher:
         self.on_waiting: Callable[[str], None] = lambda run: None
         # The tasks of one run are about to be offered at once: each may be told of the others.
         self.on_together: Callable[[Sequence[tuple[Task, Machine]]], None] = lambda members: None
+        # Called with a run of which a machine has noted something.
+        self.on_noted: Callable[[str], None] = lambda run: None
         self.on_ended: Callable[[TaskState], None] = lambda state: None
         # Called when a machine has taken a task, and when its result is in the store.
         self.on_accepted: Callable[[Task], None] = lambda task: None
@@ -441,6 +447,14 @@ class Dispatcher:
             if task.offer.deadline_s:
                 task.ends_by = self._fleet.clock() + task.offer.deadline_s
             await self.works[task.kind].running(task)
+        note = told.note[:_NOTE_CHARACTERS]
+        if note and note not in task.noted and len(task.noted) < _NOTES:
+            task.noted.add(note)
+            data: dict[str, object] = {"task": task.id, "name": machine.name, "text": note}
+            if task.terms.nodes > 1:
+                data["rank"] = task.rank
+            await self._store.write(lambda tx: add_event(tx, task.run, "noted", data))
+            self.on_noted(task.run)
 
     async def result(self, machine: Machine, told: Result) -> None:
         """The task has ended. Counted once; acknowledged always, once it is on the disk."""

@@ -47,6 +47,7 @@ class Task:
         recalled: Why its device was told to hand it back; it is queued again. Empty: it was not.
         moments: When it was queued, offered, and its result received, since this process began.
         stopping: Why its device was told to end it; it is not offered again. Empty: it was not.
+        noted: What its devices have noted of it, since this process began.
     """
 
     offer: Offer
@@ -75,6 +76,7 @@ class Task:
     recalled: str = ""
     stopping: str = ""
     moments: dict[str, float] = field(default_factory=dict)
+    noted: set[str] = field(default_factory=set)
 
     @property
     def id(self) -> str:

@@ -8,6 +8,12 @@ from typing import Any
 import click
 
 
+def noted(data: Mapping[str, Any]) -> str:
+    """What a machine has noted of a task that runs there."""
+    who = f"rank {data['rank']}" if "rank" in data else "it"
+    return f"{data['name']}: {who} {data['text']}"
+
+
 class JobView:
     """A launched job: its output, and where it runs."""
 
@@ -32,6 +38,8 @@ class JobView:
             data = item["event"]["data"]
             wished = f"{data['gpus']} × {data['model'] or 'GPU'}"
             click.secho(f"no machine has {wished}: it runs without GPUs", fg="yellow", err=True)
+        elif "event" in item and item["event"]["kind"] == "noted":
+            click.secho(noted(item["event"]["data"]), fg="yellow", err=True)
         elif "event" in item and item["event"]["kind"] == "stopping":
             click.echo(f"{item['event']['data']['by']} stops the run", err=True)
 

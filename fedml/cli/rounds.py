@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedml.cli.following import indented, users_part
+from fedml.cli.job_view import noted
 from fedml.cli.tables import duration, size, worth_showing
 
 _SOURCES = ("devices", "central", "train")
@@ -116,6 +117,8 @@ class RoundsView:
             self._print(row.number - 1)
         elif kind == "client_failed":
             self._client_failed(data)
+        elif kind == "noted":
+            click.secho(noted(data), fg="yellow", err=True)
         elif kind == "stopping":
             click.echo(f"{data['by']} stops the run", err=True)
 

@@ -77,10 +77,26 @@ class Stepper:
         correction: Correction | None = None,
     ) -> dict[str, float]:
         """All epochs of one client; its numbers."""
-        n = len(x)
         change = self._change(correction, bf16=steps.bf16)
-        velocity: list[Tensor] | None = None
-        total: Tensor | None = None
+        velocity = self.at_rest() if steps.momentum else None
+        total = self.nothing()
+
+        def step(xb: Tensor, yb: Tensor) -> None:
+            self.step(xb, yb, steps, velocity, total, change)
+
+        return self.walk(x, y, steps, rng, step, total)
+
+    def walk(
+        self,
+        x: Tensor,
+        y: Tensor,
+        steps: Steps,
+        rng: np.random.Generator,
+        step: Callable[[Tensor, Tensor], None],
+        total: Tensor,
+    ) -> dict[str, float]:
+        """The same with a step, and the sum of losses that it adds to, from outside."""
+        n = len(x)
         for order in steps.orders(n, rng):
             xs, ys = x, y
             if order is not None:
@@ -90,29 +106,46 @@ class Stepper:
                 xb, yb = xs[start : start + steps.batch_size], ys[start : start + steps.batch_size]
                 if self._channels_last and xb.dim() == 4:
                     xb = xb.contiguous(memory_format=torch.channels_last)
-                with self._products(bf16=steps.bf16):
-                    loss = self._loss(self.module(xb), yb)
-                step: Tensors = torch.autograd.grad(loss, self.parameters)
-                if change is not None:
-                    step = change(step, xb, yb)
-                if steps.weight_decay:
-                    step = torch._foreach_add(step, self.values, alpha=steps.weight_decay)
-                if steps.momentum:
-                    if velocity is None:
-                        velocity = [s.clone() for s in step]
-                    else:
-                        torch._foreach_mul_(velocity, steps.momentum)
-                        torch._foreach_add_(velocity, step)
-                    step = velocity
-                torch._foreach_add_(self.values, step, alpha=-steps.lr)
-                part = loss.detach() * len(xb)
-                total = part if total is None else total + part
+                step(xb, yb)
         return {
             "examples": float(n),
             "steps": float(steps.count(n)),
             "lr": steps.lr,
-            "loss": float(total) / (n * steps.epochs) if total is not None else 0.0,
+            "loss": float(total) / (n * steps.epochs) if n else 0.0,
         }
+
+    def step(
+        self,
+        xb: Tensor,
+        yb: Tensor,
+        steps: Steps,
+        velocity: list[Tensor] | None,
+        total: Tensor,
+        change: Any = None,
+    ) -> None:
+        """One step on a batch, all of it in place, velocity and total too."""
+        with self._products(bf16=steps.bf16):
+            loss = self._loss(self.module(xb), yb)
+        step: Tensors = torch.autograd.grad(loss, self.parameters)
+        if change is not None:
+            step = change(step, xb, yb)
+        if steps.weight_decay:
+            step = torch._foreach_add(step, self.values, alpha=steps.weight_decay)
+        if velocity is not None:
+            torch._foreach_mul_(velocity, steps.momentum)
+            torch._foreach_add_(velocity, step)
+            step = velocity
+        torch._foreach_add_(self.values, step, alpha=-steps.lr)
+        total.add_(loss.detach(), alpha=len(xb))
+
+    def at_rest(self) -> list[Tensor]:
+        """The velocity of a client that has not taken a step."""
+        return [torch.zeros_like(value) for value in self.values]
+
+    def nothing(self) -> Tensor:
+        """A sum of losses, empty. MPS has no float64."""
+        wide = torch.float32 if self._kind == "mps" else torch.float64
+        return torch.zeros((), dtype=wide, device=place(self.module))
 
     def gradient(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], float]:
         """Mean gradient and loss over all examples."""

@@ -54,6 +54,7 @@ class Worker:
         self._key: tuple[str, str] | None = None
         self._data: Any = None
         self._module: Any = None
+        self._moved = self._said = False
         self._orders: queue.SimpleQueue[tuple[socket.socket, StageOrder]] = queue.SimpleQueue()
         self._running: tuple[str, int] | None = None
         self._cancelled: set[tuple[str, int]] = set()
@@ -142,12 +143,14 @@ class Worker:
         model = mapped(order.model_path)
         metrics: dict[str, float] = {}
         if spec.evaluate or spec.kind is StageKind.EVALUATE:
+            self._place_for(application.evaluator)
             set_weights(self._module, model)
             found = application.evaluate(self._module, self._data)
             metrics |= {f"eval.{name}": value for name, value in found.items()}
         if spec.kind is StageKind.EVALUATE:
             return StageDone(task=order.task, epoch=order.epoch, metrics=metrics)
         chosen = algorithm.create(spec.algorithm, json.loads(spec.algorithm_config))
+        self._place_for(application.trainer)
         local = UserTraining(application, self._module, self._data)
         algorithm.require_support(chosen, local, f"train() in {spec.app}")
         sent = mapped(order.sent_path) if order.sent_path else {}
@@ -190,6 +193,34 @@ class Worker:
             self._module = application.new_model(spec.seed)
             self._application, self._key = application, (spec.app, spec.config)
         return self._application
+
+    def _place_for(self, function: Any) -> None:
+        """Put the model on the GPU that this run holds, for functions that are built in.
+
+        The user's own find it where they left it, or where `model` has put it.
+        """
+        from fedml.federate.local_sgd import Evaluation, LocalSGD
+
+        if not os.environ.get("CUDA_VISIBLE_DEVICES") or isinstance(self._module, dict):
+            return
+        if not isinstance(function, LocalSGD | Evaluation):
+            if self._moved:
+                self._module.to("cpu")
+                self._moved = False
+            return
+        import torch
+
+        from fedml.simulation import accelerator
+
+        if not torch.cuda.is_available():
+            if not self._said:
+                said = f"torch {torch.__version__} cannot use it: the processors train"
+                sys.stderr.write(f"fedml: this run holds a GPU, and {said}\n")
+            self._said = True
+            return
+        accelerator.prepare("cuda")
+        self._module.to("cuda")
+        self._moved = True
 
     def _state_before(self, round_n: int) -> Any:
         """What this client kept after its last round before this one."""

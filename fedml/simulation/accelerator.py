@@ -142,10 +142,14 @@ def let_go(device: str) -> None:
 
 
 def prepare(device: str) -> None:
-    """Switch off what rounds float32 to ten bits: engines agree with each other to rounding."""
+    """Switch off what rounds float32 to ten bits, and what adds up in whatever order comes.
+
+    So engines agree with each other to rounding, and a run with itself.
+    """
     if device.startswith("cuda"):
         import torch
 
+        torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
 

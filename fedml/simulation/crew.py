@@ -146,7 +146,7 @@ class Crew:
             order: Its clients are divided; places are filled in here.
             report: Hears of clients as they are done, not always one by one. Where a member died,
                 its clients are heard of again.
-            meanwhile: Called once, as soon as there is nothing to do here but wait.
+            meanwhile: Called once, as soon as everybody but this very process is at work.
 
         Returns:
             For each member that had something to do, its place and what it did.
@@ -159,13 +159,12 @@ class Crew:
         # Children first: they work while this process does its own share.
         for place in sorted(busy, key=lambda place: isinstance(self.members[place], _Inside)):
             self.members[place].begin(self._order_for(place, order, shares[place]))
+        if meanwhile is not None:
+            meanwhile()  # what is in this process has only been told, and begins when it is heard
         done: dict[int, list[Done]] = {place: [] for place in busy}
         tries = dict.fromkeys(busy, 1)
         waiting = set(busy)
         while waiting:
-            if meanwhile is not None and not self._own(waiting):
-                meanwhile()
-                meanwhile = None
             for place in self._next_to_hear(waiting):
                 try:
                     found, last = self.members[place].hear()

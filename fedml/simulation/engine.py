@@ -11,7 +11,7 @@ training (`federate.local_sgd`). They add up what clients learned
 while the next client trains, for algorithms whose clients just train and send the difference
 (`averages`); other algorithms walk client by client in any engine, and only their sums differ.
 Where the server looks at each update (`federate.treatment`), nothing may be added up before it
-does, and `exact` runs whatever was asked for.
+does: clients walk one by one, on a device in the way of `inplace`, else in that of `exact`.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def choose(
         model: A model as the user's file makes it.
         algorithm: What is to be run.
         config: The run's, which the built-in training reads.
-        each: Whether the server wants the updates one by one, which none but `exact` keeps.
+        each: Whether the server wants the updates one by one, so that nothing is added up.
         device: Where torch could train (`accelerator.found`).
         insisted: That device was asked for by name, so that `closed_form` will not do.
 
@@ -140,7 +140,9 @@ def choose(
     if wanted == "exact":
         return "exact", "as asked: the bits of a deployed run"
     if each:
-        return "exact", "the server looks at each update, so clients walk one by one"
+        why = "the server looks at each update, so clients walk one by one"
+        elsewhere = device != "cpu" and isinstance(trainer, LocalSGD)
+        return "inplace" if elsewhere and not isinstance(model, dict) else "exact", why
     if not isinstance(trainer, LocalSGD):
         if wanted != "auto":
             raise ConfigError(
@@ -194,6 +196,7 @@ def _objection(wanted: str, trainer: LocalSGD, model: Any, algorithm: Algorithm,
         if linear_names(model) is None:
             return "the model is not one linear map"
         return ""
+    from torch import nn
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.nn.modules.dropout import _DropoutNd
 
@@ -202,6 +205,8 @@ def _objection(wanted: str, trainer: LocalSGD, model: Any, algorithm: Algorithm,
             return f"{name} keeps running statistics, which clients side by side cannot"
         if isinstance(module, _DropoutNd):
             return f"{name} draws random numbers, which clients side by side share"
+        if isinstance(module, nn.RNNBase):
+            return f"{name} is recurrent, and torch does not batch those over clients"
     if not all(p.requires_grad for p in model.parameters()):
         return "some parameters are frozen"
     return ""

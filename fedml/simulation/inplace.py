@@ -15,6 +15,7 @@ from fedml.federate.local_sgd import Loss, Steps, examples_of
 from fedml.federate.torch_sgd import Stepper, tensors
 from fedml.simulation.accelerator import Kept
 from fedml.simulation.engine import Diverged, Rng
+from fedml.simulation.graphs import Graphs, can_record
 
 _BLOCK = 8  # clients: their sum in float32 is good to some parts in ten million
 
@@ -47,6 +48,11 @@ class InPlace:
         self._sum = [torch.zeros_like(t, dtype=torch.float64, device=home) for t in self._tensors]
         self._in_part = 0
         self._kept = Kept(device)
+        self._velocity = self._stepper.at_rest() if steps.momentum else None
+        self._total = self._stepper.nothing()
+        # A loss of the user's own may do what a module of his may do.
+        record = can_record(module, device) and not callable(loss)
+        self._step = Graphs(self._take, record=record)
 
     def begin(self, model: Mapping[str, Array]) -> None:
         """See `engine.Engine`."""
@@ -68,7 +74,10 @@ class InPlace:
         rng = rngs[0]()
         # The draw that `Application.train` seeds everything with.
         seed_everything(int(rng.integers(2**31)))
-        found = self._stepper.train(*prepared, self._steps, rng)
+        self._total.zero_()
+        if self._velocity is not None:
+            torch._foreach_zero_(self._velocity)
+        found = self._stepper.walk(*prepared, self._steps, rng, self._step, self._total)
         floats = [self._tensors[i] for i in self._floats]
         if not bool(torch.isfinite(torch.stack(torch._foreach_norm(floats))).all()):
             raise Diverged
@@ -86,6 +95,9 @@ class InPlace:
         for name, part in zip(self._names, self._sum, strict=True):
             total[name][...] = part.cpu().numpy()
 
+    def _take(self, xb: torch.Tensor, yb: torch.Tensor) -> None:
+        self._stepper.step(xb, yb, self._steps, self._velocity, self._total)
+
     def _flush(self) -> None:
         for total, part in zip(self._sum, self._part, strict=True):
             total.add_(part.to(total.device))
@@ -98,7 +110,8 @@ class InPlace:
 
     def free(self) -> bool:
         """See `engine.Engine`."""
-        return self._kept.free()
+        graphs, examples = self._step.free(), self._kept.free()
+        return graphs or examples
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

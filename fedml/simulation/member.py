@@ -417,7 +417,11 @@ def main() -> None:
     except EOFError:
         return
     except Exception as error:  # the user's file may raise anything when it is imported
-        talk.send(cause_of(error, place))
+        if place not in ("", "cpu") and accelerator.is_out_of_memory(error):
+            full = f"{place} has no memory for it: is it full of others (`nvidia-smi`)?"
+            talk.send((f"{full} --device cpu trains without it", ""))
+            return
+        talk.send(cause_of(error))
         return
     talk.send("ready")
     while True:

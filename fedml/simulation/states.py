@@ -36,11 +36,12 @@ class States:
         beside = file.with_suffix(".new")
         write(beside)
         beside.replace(file)
-        # One from before the last checkpoint, should the run be resumed there, and the latest one.
+        # One from before the last checkpoint, should the run be resumed there; the latest one; and
+        # the one before it: a checkpoint of that time may be written while this turn is walked.
         turns = sorted(self._turns(client))
-        safe = [n for n in turns if n <= kept][-1:]
+        safe = [n for n in turns if n <= kept][-1:] + turns[-2:]
         for old in turns:
-            if old != turns[-1] and old not in safe:
+            if old not in safe:
                 self.of(client, old).unlink()
 
     def _turns(self, client: int) -> list[int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,20 +39,32 @@ def walk(run: Simulation) -> None:
     """Walk a simulation of a synchronous algorithm to its last round."""
     stages = run.algorithm.stages
     known: dict[int, _Cohort] = {}
+    # The end of a round, which is written down while others train in the next one.
+    ended: list[Callable[[], None]] = []
 
-    def choose_next() -> None:
+    def meanwhile() -> None:
+        while ended:
+            ended.pop()()
+        run.listener.begins(run.turn // stages + 1, len(taken.clients) * run.passes)
         # With devices it depends on when this round ends.
         if run.plan.devices is None:
             known[run.turn // stages + 1] = _cohort(run, run.turn // stages + 1)
 
     taken = _Cohort((), 0, run.clock)
-    while run.turn < run.plan.rounds * stages:
-        stage, index = run.turn % stages, run.turn // stages
-        if stage == 0:
-            taken = known.pop(index) if index in known else _cohort(run, index)
-        good = _turn(run, taken, choose_next, first=stage == 0, last=stage == stages - 1)
-        # All stages of a round are served by the same clients.
-        taken = _Cohort(tuple(one.client for one in good), taken.asked, taken.ends)
+    try:
+        while run.turn < run.plan.rounds * stages:
+            stage, index = run.turn % stages, run.turn // stages
+            if stage == 0:
+                taken = known.pop(index) if index in known else _cohort(run, index)
+            good, made = _turn(run, taken, meanwhile, first=stage == 0)
+            # All stages of a round are served by the same clients.
+            asked = taken.asked
+            taken = _Cohort(tuple(one.client for one in good), asked, taken.ends)
+            if stage == stages - 1:
+                ended.append(partial(run.ended, index + 1, good, asked, made.metrics, made.told))
+    finally:
+        while ended:
+            ended.pop()()
 
 
 def _turn(
@@ -60,14 +73,13 @@ def _turn(
     meanwhile: Callable[[], None],
     *,
     first: bool,
-    last: bool,
-) -> list[Done]:
+) -> tuple[list[Done], Made]:
     plan = run.plan
     number = run.turn // run.algorithm.stages + 1
     evaluate = first and run.evaluates_clients and (number - 1) % plan.every == 0
     least = min(plan.minimum, len(taken.clients))
-    run.listener.begins(number, len(taken.clients) * run.passes)
     if run.nested is not None:
+        meanwhile()
         good, made = grouped.turn(run, number, taken.clients, least=least, evaluate=evaluate)
     else:
         order = Order(
@@ -90,9 +102,7 @@ def _turn(
     run.publish(0)
     if evaluate:
         run.add_devices(number - 1, good)
-    if last:
-        run.ended(number, good, taken.asked, made.metrics, made.told)
-    return good
+    return good, made
 
 
 def _each(

@@ -328,6 +328,37 @@ async def test_from_offer_to_result(place: Place) -> None:
     assert place.dispatcher.of_run("r-1") == []
 
 
+async def test_what_a_machine_notes_of_a_task_is_written_down_once_and_not_without_end(
+    place: Place,
+) -> None:
+    rung: list[str] = []
+    place.dispatcher.on_noted = rung.append
+    one = await place.device("one")
+    await place.queue(job())
+    await one.run("t-1", 1)
+
+    async def note(text: str, epoch: int = 1) -> None:
+        await one.say(Progress(task="t-1", epoch=epoch, state=RUNNING, note=text))
+
+    await note("computes on GPU-b, which it does not hold")
+    await note("computes on GPU-b, which it does not hold")
+    await note("of an older attempt", epoch=2)
+    for n in range(40):
+        await note(f"{n} " + "x" * 1000)
+
+    kept = await place.store.read(
+        lambda tx: [row.data for row in tx.execute(sa.select(tables.events)) if row.kind == "noted"]
+    )
+    assert kept[0] == {
+        "task": "t-1",
+        "name": "one",
+        "text": "computes on GPU-b, which it does not hold",
+    }
+    assert len(kept) == len(rung) == 20
+    assert max(len(data["text"]) for data in kept) == 500
+    assert place.effects.running_ == [("t-1", 1)]
+
+
 async def test_a_machine_never_has_more_tasks_than_slots(place: Place) -> None:
     one = await place.device("one")
     await place.queue(*(job(f"t-{n}") for n in range(4)))

@@ -57,9 +57,8 @@ def test_a_job_on_a_gpu_that_it_does_not_hold_is_named_and_ended_if_its_owner_wa
 ) -> None:
     run = up(place, "sleep 100", labels={"who": "one"}, needs={"gpus": 1})
     computing(place, run, "GPU-2")
-    says = "it uses the GPU GPU-2 (process "
-    found = place.until(run, lambda item: says in item.get("log", {}).get("text", ""), logs=True)
-    assert "which it does not hold; its own: GPU-1" in found["log"]["text"]
+    found = place.until(run, lambda item: item.get("event", {}).get("kind") == "noted")
+    assert found["event"]["data"]["text"] == "computes on GPU-2, which it does not hold"
     place.client.call("POST", f"/v1/runs/{run}/stop")
     assert place.end(run)["state"] == "STOPPED"
 
@@ -135,7 +134,9 @@ def test_a_job_that_fills_the_disk_is_ended_and_its_neighbour_goes_on(
         one = place.launch("head -c 200000000 /dev/zero > file", labels={"who": "small"})
         cause = place.end(one)["cause"]
         assert cause["fault"] == "task"
-        assert "ended by SIGXFSZ); it wrote a file of more than the 0.08" in cause["message"]
+        # By the limit of one file; or, on a busy machine, by the next look at the disk.
+        too_large = "ended by SIGXFSZ); it wrote a file of more than the 0.08"
+        assert too_large in cause["message"] or "its files grew to 0.08" in cause["message"]
         many = "for i in 1 2 3 4 5 6 7 8; do head -c 10400000 /dev/zero > $i; done; sleep 100"
         cause = place.end(place.launch(many, labels={"who": "small"}))["cause"]
         assert (cause["fault"], "computing.disk" in cause["hint"]) == ("task", True)

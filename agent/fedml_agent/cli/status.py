@@ -84,6 +84,10 @@ def _show(
                 row("tasks", "none")
         if isinstance(found["sessions"], list) and found["sessions"]:
             row("workers", ", ".join(found["sessions"]))
+        if isinstance(found["unleased"], list):
+            for use in found["unleased"]:
+                text = f"{use['task']} computes on {use['gpu']}, which it does not hold"
+                row("GPUs", text, "yellow")
         if isinstance(found["owed"], list) and found["owed"]:
             row("owed", f"{len(found['owed'])} results wait for the broker")
         if found["refusing"]:

@@ -22,6 +22,7 @@ from fedml.federate.algorithm import names
 from fedml.simulation import Listener, Round, Simulation, simulate
 from fedml.simulation.checkpoint import Checkpoint
 from fedml.simulation.plan import read
+from fedml.simulation.states import States
 from fedml.simulation.sweep import parse
 from tests.fedml.simulation import apps
 from tests.fedml.simulation.bits import same_bits
@@ -270,3 +271,15 @@ def test_importing_fedml_imports_neither_numpy_nor_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_a_checkpoint_that_is_written_during_a_turn_finds_what_clients_kept_before_it(
+    tmp_path: Path,
+) -> None:
+    states = States(tmp_path)
+    for turn in range(4):
+        states.keep(7, turn, -1, lambda file, turn=turn: file.write_text(str(turn)))
+    before = states.before(7, 3)
+    assert before is not None
+    assert before.read_text() == "2"
+    assert len(list(tmp_path.glob("7/*"))) == 2
