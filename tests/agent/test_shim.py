@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -283,6 +284,15 @@ def test_term_to_the_shim_stops_the_task_and_is_recorded(task: Shim) -> None:
     next(events)
     os.kill(task.pid("shim"), signal.SIGTERM)
     assert next(events)["exit"]["reason"] == "stopped"
+
+
+def test_whoever_hears_of_bytes_finds_their_place_in_the_order(task: Shim) -> None:
+    """Also who comes between a line and the next time that all are told of lines."""
+    task.start("sh", "-c", "while :; do echo x; sleep 0.002; done")
+    for _ in range(40):
+        told = next(task.connect())["logs"]["out"]["size"]
+        noted = [end for _, end in struct.iter_unpack("<QQ", task.read_log("order"))]
+        assert max(noted, default=0) >= told
 
 
 def test_a_flood_is_capped_and_what_was_dropped_is_counted(task: Shim) -> None:

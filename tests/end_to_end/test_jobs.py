@@ -112,6 +112,7 @@ def test_a_task_of_skypilot_runs_with_its_own_variables(place: Place) -> None:
 
 
 def test_a_dry_run_says_of_each_machine_what_it_lacks(place: Place, tmp_path: Path) -> None:
+    place.finishes(place.launch("true", needs={"gpus": 1}))  # that machine is there
     told = json.loads(launch(place, "sky", "--dry-run", "--json").stdout)
     assert [(m["name"], m["fits"], m["rank"], m["why"]) for m in told["machines"]] == [
         ("gpus", "now", 0, "0 of its 2 places are taken"),

@@ -109,6 +109,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with Place(tmp_path_factory.mktemp("place")) as place:
         place.agent("one")
         place.agent("two")
+        place.finishes(place.launch("true", nodes=2))  # both are there
         yield place
 
 

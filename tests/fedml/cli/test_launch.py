@@ -142,7 +142,7 @@ def test_a_dry_run_of_several_machines_names_that_of_each_rank(fedml: "Fedml") -
     rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
     assert rows[0] == ["MACHINE", "FITS", "RANK", "WHY"]
     assert sorted(row[2] for row in rows[1:]) == ["0", "1"]
-    assert all(row[3].startswith("it goes here: 0 of its ") for row in rows[1:])
+    assert all(row[3].startswith("it goes here: ") for row in rows[1:])
     first, second = (row[0] for row in sorted(rows[1:], key=lambda row: row[2]))
     assert f"it would run on {first}, {second};" in done.stderr
     told = json.loads(fedml("launch", job, "--dry-run", "--json").stdout)
