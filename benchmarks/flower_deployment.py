@@ -28,6 +28,7 @@ from fedml_broker.identity import Identity
 
 VERSION = "1.41.0"
 FLOWER = f"Flower {VERSION}"
+_AT_ONCE = 5  # SuperNodes that start
 
 _PROJECT = """
 [build-system]
@@ -124,9 +125,15 @@ class FlowerRounds:
 
 
 class Flower:
-    """One installation; each measurement is a deployment of its own."""
+    """One installation; each measurement is a deployment of its own.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For its virtual environment and all that it writes.
+        most: Nodes that it is to be measured with.
+    """
+
+    def __init__(self, folder: Path, *, most: int = 50) -> None:
+        self.most = most
         self._bin = folder / "venv" / "bin"
         self._app = folder / "app"
         self._folder = folder
@@ -168,8 +175,10 @@ class Flower:
                 node += ["--root-certificates", str(self._identity.ca_file)]
                 node += ["--node-config", f"partition-id={n} num-partitions={clients}"]
                 tree.start(f"node-{n}", "flower-supernode", *node)
-            for n in range(clients):
-                tree.wait(f"node-{n}", "SuperNode ID", 400)
+                # A few at a time: fifty at once find the SuperLink so busy that they give up.
+                if n % _AT_ONCE == _AT_ONCE - 1 or n == clients - 1:
+                    for started in range(n - n % _AT_ONCE, n + 1):
+                        tree.wait(f"node-{started}", "SuperNode ID", 120)
             return self._run(tree, home, clients, int(mb * 1e6 / 4), count)
 
     def _run(

@@ -60,6 +60,10 @@ SOCKET = "worker.sock"
 _DEATHS = 3
 # Of this round and the one before: a model, and what the algorithm sends with it.
 _MODELS_KEPT = 4
+# What a stage frees, up to so much, stays with its worker: the next stage asks for it again, and
+# memory that comes from the system is cleared page by page first.
+_KEPT_FREE_BYTES = 256 << 20
+_ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # of the GNU C library
 # How long a worker has to give up a stage that nobody waits for.
 _GIVE_UP_S = 5.0
 # A worker that nobody has used for so long gives its memory back.
@@ -291,14 +295,14 @@ class Stages:
         file = folder / f"{blob.sha256}.safetensors"
         if not file.exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # The worker has mapped what it uses. Kept longer, quick rounds would fill the disk.
+            newest = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
+            for old in newest[: 1 - _MODELS_KEPT]:
+                old.unlink(missing_ok=True)
             try:
                 await patiently(lambda: self._https().fetch(blob, file))
             except BlobChanged as error:
                 raise BadPackage(f"the model is not the one that was offered: {error}") from error
-            # The worker has mapped what it uses. Kept longer, quick rounds would fill the disk.
-            newest = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
-            for old in newest[:-_MODELS_KEPT]:
-                old.unlink(missing_ok=True)
         else:
             file.touch()  # used again: not the oldest any more
         return str(file)
@@ -385,6 +389,7 @@ class Stages:
             # else.
             "OMP_NUM_THREADS": os.environ.get("FEDML_WORKER_THREADS", "1"),
             "PYTHONUNBUFFERED": "1",
+            **{name: os.environ.get(name, str(_KEPT_FREE_BYTES)) for name in _ALLOCATOR},
         }
         if "OPENBLAS_CORETYPE" in os.environ:  # without it, some builds compute wrong results
             extra["OPENBLAS_CORETYPE"] = os.environ["OPENBLAS_CORETYPE"]

@@ -28,7 +28,7 @@ from sqlalchemy import Connection
 
 from fedml_broker import audit, runs
 from fedml_broker.accounts import Accounts
-from fedml_broker.audit import Refusals
+from fedml_broker.audit import Refusals, SignInRefused
 from fedml_broker.blobs import Blobs
 from fedml_broker.clusters import Clusters
 from fedml_broker.devices import Devices
@@ -191,6 +191,7 @@ class Broker:
                 tasks = [
                     loops.create_task(self.dispatcher.serve(), name="broker.dispatch"),
                     loops.create_task(self._keep_house(), name="broker.house"),
+                    loops.create_task(self.refusals.serve(), name="broker.refusals"),
                 ]
                 if config.forward_mlflow:
                     forwarder = Forwarder(self.store, config.forward_mlflow)
@@ -334,6 +335,7 @@ class Broker:
             authenticate=self._authenticate,
             may_publish=topics.may_publish,
             may_subscribe=topics.may_subscribe,
+            refused=self._refused,
             host=self.config.host,
             port=self.config.mqtt_port or int(await self._setting("mqtt_port") or 0),
             ssl_context=self.identity.mqtt_context(),
@@ -375,6 +377,16 @@ class Broker:
         if name is None or not known:
             return Refusal(text="this device is not known here: revoked, or removed")
         return name
+
+    def _refused(self, peer: Mapping[str, Any] | None, why: str, address: str) -> None:
+        """An MQTT client was not let in."""
+        try:
+            whose = topics.parse_client_id(common_name(peer) or "")
+        except MalformedMessage:  # a certificate that is missing, not ours, or of no device
+            refused = SignInRefused(403, why)
+        else:
+            refused = SignInRefused(403, why, tenant=whose.tenant, thing=whose.device)
+        self.refusals.note_soon(refused, address)
 
     async def _setting(self, name: str) -> Any:
         return await self.store.read(lambda tx: _setting(tx, name))

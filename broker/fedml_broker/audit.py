@@ -13,6 +13,7 @@ or that all of it was made anew, only a hash shows that somebody kept elsewhere 
 Entries hold no secrets: neither tokens nor keys, nor a job's command and environment.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -45,6 +46,10 @@ _DETAILS_MAX = 4000
 # Of refused sign-ins: so many are written at once, then one a minute.
 _BURST = 20
 _REFILL_S = 60.0
+# The same one again (from there, with that, for this reason) within so long is only counted.
+_SAME_S = 3600.0
+# So many different ones are told apart; and so many may wait to be written.
+_KNOWN = 1000
 
 
 class Broken(Exception):
@@ -222,10 +227,21 @@ def _short(value: Any) -> Any:
     return value
 
 
+@dataclass(slots=True)
+class _Repeats:
+    """One kind of refused sign-in that was noted, and how often it has come since."""
+
+    noted_at: float
+    refused: SignInRefused
+    address: str
+    count: int = 0
+
+
 class Refusals:
     """Notes refused sign-ins, so few of them that a flood does not fill the disk.
 
-    What is not written is counted, and the count goes into the next entry that is.
+    The first of each kind is written when it comes, its repeats as a number after an hour. Of many
+    kinds at once some are not written but counted, and the count goes into the next entry that is.
     """
 
     def __init__(self, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -234,18 +250,51 @@ class Refusals:
         self._left = float(_BURST)
         self._filled_at = clock()
         self._unwritten = 0
+        self._repeats: dict[tuple[str, str, str, str], _Repeats] = {}
+        self._waiting: asyncio.Queue[tuple[SignInRefused, str]] = asyncio.Queue(_KNOWN)
 
     async def note(self, refused: SignInRefused, address: str) -> None:
         """Write it down, or count it. A full disk does not change what the client is told."""
-        if not self._may_write():
+        kind = (refused.tenant, refused.thing, refused.title, address)
+        known = self._repeats.get(kind)
+        if known is not None:
+            known.count += 1
+        elif not self._may_write():
             self._unwritten += 1
-            return
-        await self._write(refused.tenant, refused.thing, {"why": refused.title, "from": address})
+        else:
+            if len(self._repeats) < _KNOWN:
+                self._repeats[kind] = _Repeats(self._clock(), refused, address)
+            await self._write_one(refused, address)
+
+    def note_soon(self, refused: SignInRefused, address: str) -> None:
+        """As `note`, for whom may not wait; `serve` writes it."""
+        try:
+            self._waiting.put_nowait((refused, address))
+        except asyncio.QueueFull:
+            self._unwritten += 1
+
+    async def serve(self) -> None:
+        """Write what was noted in passing, for ever."""
+        while True:
+            await self.note(*await self._waiting.get())
+            self._waiting.task_done()
 
     async def flush(self) -> None:
-        """Write the count of those that were not written; called once a minute."""
+        """Write the counts that are due; called once a minute."""
+        for kind, known in list(self._repeats.items()):
+            if self._clock() - known.noted_at < _SAME_S:
+                break  # in the order in which they came
+            del self._repeats[kind]
+            if known.count and self._may_write():
+                await self._write_one(known.refused, known.address, times=known.count)
+            else:
+                self._unwritten += known.count
         if self._unwritten and self._may_write():
             await self._write(DEFAULT_TENANT, "", {"why": "a flood"})
+
+    async def _write_one(self, refused: SignInRefused, address: str, **more: Detail) -> None:
+        details: dict[str, Detail] = {"why": refused.title, "from": address, **more}
+        await self._write(refused.tenant, refused.thing, details)
 
     async def _write(self, tenant: str, thing: str, details: dict[str, Detail]) -> None:
         unwritten, self._unwritten = self._unwritten, 0

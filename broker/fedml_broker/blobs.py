@@ -298,7 +298,13 @@ class Blobs:
         await response.prepare(request)
         at = part.start
         while at < part.stop:
-            piece = await self._in_thread(reader.read, at, min(_CHUNK, part.stop - at))
+            length = min(_CHUNK, part.stop - at)
+            # What the page cache has is copied in less time than a thread needs to wake up.
+            piece: bytes | bytearray = reader.cached(at, length)
+            if piece:
+                await asyncio.sleep(0)  # who takes as fast as we send leaves no other pause
+            else:
+                piece = await self._in_thread(reader.read, at, length)
             if not piece:
                 raise OSError(errno.EIO, f"the file of a blob ends at byte {at} of {reader.size}")
             at += len(piece)
@@ -518,6 +524,15 @@ class _Reader:
     def read(self, at: int, length: int) -> bytes:
         with self._mutex:
             return os.pread(self._file.fileno(), length, at)
+
+    def cached(self, at: int, length: int) -> bytearray:
+        """As much of that as can be had without waiting for the disk; perhaps nothing."""
+        into = bytearray(length)
+        try:
+            del into[os.preadv(self._file.fileno(), [into], at, os.RWF_NOWAIT) :]
+        except OSError:  # EAGAIN, or a file system that cannot tell; `read` reports what is wrong
+            into.clear()
+        return into
 
     def close(self) -> None:
         with self._mutex:

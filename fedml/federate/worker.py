@@ -135,7 +135,7 @@ class Worker:
     def _stage(self, order: StageOrder, out: Path) -> StageDone:
         from fedml.federate import algorithm, cohort, hierarchical
         from fedml.federate.application import UserTraining, set_weights
-        from fedml.federate.tensor_file import mapped, write
+        from fedml.federate.tensor_file import mapped
         from fedml.federate.treatment import Treatment
 
         spec = order.spec
@@ -163,7 +163,7 @@ class Worker:
             )
         treatment = Treatment.parse(spec.treatment)
         update = treatment.client_update(chosen, model, sent, before, local, rng)
-        write(out / "update.safetensors", update.arrays)
+        self._write_update(out / "update.safetensors", update.arrays)
         self._keep_state(spec.round, update.client_state)
         return StageDone(
             task=order.task,
@@ -172,6 +172,20 @@ class Worker:
             metrics={**metrics, **update.metrics},
             weight=update.weight,
         )
+
+    def _write_update(self, path: Path, arrays: Any) -> None:
+        """Write over the update before, if the agent has deleted it: the broker has that one."""
+        from fedml.federate.tensor_file import write
+
+        before = self._root / "update-before.safetensors"
+        with contextlib.suppress(OSError):  # there is none, or no second name for a file here
+            if before.stat().st_nlink == 1:
+                before.rename(path)
+            else:
+                before.unlink()
+        write(path, arrays, over=True)
+        with contextlib.suppress(OSError):
+            before.hardlink_to(path)
 
     def _prepared(self, spec: StageSpec) -> Any:
         """The user's code imported and his data loaded, once for a session."""

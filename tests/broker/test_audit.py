@@ -2,8 +2,10 @@
 """The audit: what is done leaves one entry, and whoever changes an entry is found."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from typing import Any
 import msgspec
 import pytest
 import sqlalchemy as sa
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection
 
+from fedml_agent.login import _csr
 from fedml_broker import audit, runs
 from fedml_broker.accounts import Accounts, User
 from fedml_broker.app import Broker, Settings
@@ -20,12 +25,16 @@ from fedml_broker.audit import CLI, GENESIS, Broken, Head, Refusals, SignInRefus
 from fedml_broker.fleet import Machine
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.match import Capacity
+from fedml_broker.mqtt.endpoint import Endpoint
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
+from fedml_broker.tables import DEFAULT_TENANT
 from fedml_broker.tables import audit as table
 from fedml_protocol.keys import Scope, parse_login_key
 from fedml_protocol.tasks import TaskState
 from fedml_protocol.topics import Address
+from tests.broker.mqtt.certificates import Authority, Pair
+from tests.broker.mqtt.peer import Peer
 
 ANN = User("ann", "acme", "admin")
 
@@ -239,8 +248,9 @@ async def test_a_flood_of_refused_sign_ins_is_counted_not_written(store: Store) 
     now = [1000.0]
     refusals = Refusals(store, clock=lambda: now[0])
     refused = SignInRefused(403, "this login key was revoked", tenant="acme", thing="k-1")
-    for _ in range(500):
-        await refusals.note(refused, "10.0.0.7")
+    await refusals.note(refused, "10.0.0.7")
+    for n in range(499):
+        await refusals.note(refused, f"10.1.0.{n}")
     written = await _all(store)
     assert len(written) == 20
     assert {(e["tenant"], e["actor"], e["object"]) for e in written} == {("acme", "nobody", "k-1")}
@@ -254,6 +264,24 @@ async def test_a_flood_of_refused_sign_ins_is_counted_not_written(store: Store) 
     assert [e["details"].get("not_written_before") for e in await _all(store)] == [None] * 20 + [
         480
     ]
+
+
+async def test_a_machine_that_is_refused_again_and_again_is_noted_once_an_hour(
+    store: Store,
+) -> None:
+    now = [1000.0]
+    refusals = Refusals(store, clock=lambda: now[0])
+    revoked = SignInRefused(403, "revoked", tenant="acme", thing="d-1")
+    for minute in range(90):
+        await refusals.note(revoked, "10.0.0.7")
+        if not minute:
+            await refusals.note(revoked, "10.0.0.8")  # somebody else has its key
+        now[0] += 60
+        await refusals.flush()
+    first, elsewhere, after_an_hour, again = await _all(store)
+    assert first["details"] == again["details"] == {"why": "revoked", "from": "10.0.0.7"}
+    assert elsewhere["details"] == {"why": "revoked", "from": "10.0.0.8"}
+    assert after_an_hour["details"] == {"why": "revoked", "from": "10.0.0.7", "times": 59}
 
 
 async def test_a_store_that_cannot_write_changes_no_answer(
@@ -327,6 +355,52 @@ async def test_a_new_ca_and_new_signing_keys_are_noted_once(tmp_path: Path) -> N
             ("broker", "signing-key.new", second),
             ("broker", "signing-key.new", third),
         ]
+
+
+async def test_machines_that_mqtt_does_not_let_in_are_noted(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "broker", https_port=0, mqtt_port=0, disk_reserve_bytes=0)
+    async with Broker.running(settings) as broker:
+        assert isinstance(broker.post, Endpoint)
+
+        def context(files: Pair | None) -> ssl.SSLContext:
+            trusting = ssl.create_default_context(cafile=broker.identity.ca_file)
+            if files is not None:
+                trusting.load_cert_chain(files.certificate, files.key)
+            return trusting
+
+        ours = _device_files(broker, tmp_path, "acme/d/ghost")  # removed, or a forgotten backup
+        ghost = await Peer.open(broker.post.port, context(ours))
+        await ghost.connect("acme.d.ghost")
+        assert ghost.connack.reason_code == 0x87
+        await ghost.close()
+        for files in (Authority(tmp_path).issue("acme/d/ghost"), None):
+            stranger = await Peer.open(broker.post.port, context(files))
+            with contextlib.suppress(OSError):
+                await stranger.ended()
+        await broker.refusals._waiting.join()
+
+        found = await _all(broker.store, action="sign-in.refused")
+
+    assert [(e["tenant"], e["object"]) for e in found] == [
+        ("acme", "ghost"),
+        (DEFAULT_TENANT, ""),
+        (DEFAULT_TENANT, ""),
+    ]
+    assert {(e["actor"], e["details"]["from"]) for e in found} == {("nobody", "127.0.0.1")}
+    assert [e["details"]["why"] for e in found] == [
+        "this device is not known here: revoked, or removed",
+        "its certificate was not accepted: unable to get local issuer certificate",
+        "it came without a certificate",
+    ]
+
+
+def _device_files(broker: Broker, folder: Path, name: str) -> Pair:
+    key = Ed25519PrivateKey.generate()
+    files = Pair(folder / "device.pem", folder / "device.key")
+    files.certificate.write_bytes(broker.identity.issue(_csr(key).encode(), name))
+    pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    files.key.write_bytes(key.private_bytes(*pem, serialization.NoEncryption()))
+    return files
 
 
 async def test_no_entry_holds_a_secret(tmp_path: Path) -> None:

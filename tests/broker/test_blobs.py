@@ -236,6 +236,18 @@ async def test_what_is_put_can_be_got(api: Api, size: int) -> None:
     assert api.blobs.size(sha(data)) == size
 
 
+async def test_what_no_cache_holds_any_more_comes_from_the_disk(api: Api) -> None:
+    data = content(2 * MB + 17)
+    await api.put(data)
+    # A piece in the middle that is nobody's but the disk's.
+    with api.blobs.path(sha(data)).open("rb") as file:
+        os.posix_fadvise(file.fileno(), MB // 2, MB, os.POSIX_FADV_DONTNEED)
+
+    _, _, body = await api.ask("GET", sha(data))
+
+    assert body == data
+
+
 async def test_a_body_of_unknown_length_is_taken(api: Api) -> None:
     data = content(2 * MB + 5)
 

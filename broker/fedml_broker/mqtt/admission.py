@@ -27,6 +27,7 @@ Authenticate = Callable[[mqtt5.ConnectPacket, dict[str, Any] | None], "str | Ref
 
 NOT_AUTHORISED, CLIENT_ID_INVALID, BUSY, BAD_METHOD, NO_QOS_2 = 0x87, 0x85, 0x89, 0x8C, 0x9B
 UNSPECIFIED = 0x80
+_NOT_ITS_FAULT = (BUSY, UNSPECIFIED)
 _KEEP_ALIVE_FACTOR = 1.5  # MQTT 5, 3.1.2.10
 
 
@@ -43,6 +44,7 @@ class Admission:
         authenticate: Authenticate,
         may_publish: Callable[[str, str], bool],
         may_subscribe: Callable[[str, str], bool],
+        refused: Callable[[Connection, str], None],
     ) -> None:
         self._share = share
         self._router = router
@@ -51,6 +53,7 @@ class Admission:
         self._authenticate = authenticate
         self._may_publish = may_publish
         self._may_subscribe = may_subscribe
+        self._refused = refused
 
     def admit(self, connection: Connection, packet: mqtt5.ConnectPacket) -> bytes:
         """Give a connection its session, or not; the CONNACK.
@@ -149,7 +152,10 @@ class Admission:
 
     def _refuse(self, connection: Connection, refusal: Refusal) -> bytes:
         self._share.counters.refused += 1
-        log.info("refused %s: %s", connection.peer, refusal.text or f"0x{refusal.reason:02X}")
+        why = refusal.text or f"0x{refusal.reason:02X}"
+        log.info("refused %s: %s", connection.peer, why)
+        if refusal.reason not in _NOT_ITS_FAULT:
+            self._refused(connection, why)
         return mqtt5.ConnAckPacket(
             reason_code=mqtt5.ConnAckReasonCode(refusal.reason), reason_str=refusal.text or None
         ).write()

@@ -9,6 +9,7 @@ Everything a client can do wrong ends here, as a `Violation` with the reason cod
 from __future__ import annotations
 
 import logging
+import ssl
 from collections import deque
 from typing import Protocol
 
@@ -43,6 +44,8 @@ class Host(Rights, Pool, Protocol):
     def opened(self, connection: Connection) -> bool: ...
 
     def admit(self, connection: Connection, packet: mqtt5.ConnectPacket) -> bytes: ...
+
+    def refused(self, connection: Connection, why: str) -> None: ...
 
     def left(self, connection: Connection, *, will: bool, expiry_s: int | None) -> None: ...
 
@@ -114,6 +117,12 @@ class Connection(Pipe):
             log.exception("internal error while serving %s; its connection is closed", self.peer)
             self.close(UNSPECIFIED, "internal error")
         return len(data)
+
+    def tls_failed(self, error: ssl.SSLError) -> None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            self._host.refused(self, f"its certificate was not accepted: {error.verify_message}")
+        elif error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+            self._host.refused(self, "it came without a certificate")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave(will=True)

@@ -21,7 +21,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from fedml_broker.mqtt import Handler, Refused, Unavailable
 from fedml_broker.mqtt.admission import Admission, Authenticate
@@ -61,6 +61,8 @@ class Endpoint:
         may_publish: Whether an identity may publish to a topic.
         may_subscribe: Whether an identity may subscribe to a filter; for a shared subscription it
             is asked about the filter inside. Asked again whenever a session is resumed.
+        refused: Is told of who was not let in for a reason of his own: his verified certificate
+            (see `authenticate`), why, and the address. Called in the event loop: quick.
         host: Address to listen on. Anything but loopback needs `ssl_context`.
         port: 0 lets the system choose; `.port` tells.
         ssl_context: Decides about certificates, the clients' too.
@@ -76,6 +78,9 @@ class Endpoint:
         authenticate: Authenticate,
         may_publish: Callable[[str, str], bool],
         may_subscribe: Callable[[str, str], bool],
+        refused: Callable[
+            [dict[str, Any] | None, str, str], None
+        ] = lambda certificate, why, address: None,
         host: str = "127.0.0.1",
         port: int = 0,
         ssl_context: ssl.SSLContext | None = None,
@@ -101,8 +106,10 @@ class Endpoint:
             authenticate=authenticate,
             may_publish=self.may_publish,
             may_subscribe=self.may_subscribe,
+            refused=self.refused,
         )
         self.admit = self._admission.admit
+        self._on_refused = refused
         self._address = host, port
         self._ssl_context = ssl_context
         self._server: asyncio.Server | None = None
@@ -246,6 +253,10 @@ class Endpoint:
         self.counters.connections += 1
         most = self.share.limits.max_connections * _UNKNOWN_FACTOR + _UNKNOWN_EXTRA
         return self._server is not None and self.counters.connections <= most
+
+    def refused(self, connection: Connection, why: str) -> None:
+        """Somebody was not let in."""
+        self._on_refused(connection.certificate, why, connection.address.rpartition(":")[0])
 
     def left(self, connection: Connection, *, will: bool, expiry_s: int | None) -> None:
         """A client's connection is over: what becomes of its will and its session."""

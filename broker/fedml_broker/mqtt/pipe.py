@@ -81,6 +81,9 @@ class Pipe(asyncio.BufferedProtocol):
         """
         raise NotImplementedError
 
+    def tls_failed(self, error: ssl.SSLError) -> None:
+        """What the peer sent is no TLS, or its certificate is missing or not accepted."""
+
     def send(self, frame: bytes) -> None:
         """Write a packet at the end of this turn of the event loop."""
         out = self._out
@@ -161,6 +164,7 @@ class Pipe(asyncio.BufferedProtocol):
             return tls.receive(data)
         except ssl.SSLError as error:
             log.info("TLS with %s failed: %s", self.address, error.reason or error)
+            self.tls_failed(error)
             self.closing = True
             return b""
         finally:

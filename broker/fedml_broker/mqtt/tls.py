@@ -42,8 +42,8 @@ class Tls:
 
     @property
     def certificate(self) -> dict[str, Any] | None:
-        """The peer's verified certificate, None without one."""
-        return self._object.getpeercert() or None
+        """The peer's verified certificate, None without one, or before it is verified."""
+        return (self._object.getpeercert() or None) if self.established else None
 
     def receive(self, data: memoryview) -> bytes:
         """Take what came over the wire; the protocol's bytes in it. See `pending` afterwards.

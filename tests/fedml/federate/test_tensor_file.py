@@ -45,6 +45,18 @@ def test_every_type_that_numpy_has_is_read_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded[name], array)
 
 
+@pytest.mark.parametrize("before", [0, 10, 5_000_000])
+def test_written_over_another_file_nothing_of_that_remains(tmp_path: Path, before: int) -> None:
+    arrays = {"w": np.arange(700_001, dtype=np.float32), "b": np.ones(3)}
+    (tmp_path / "over").write_bytes(b"x" * before)
+    there = (tmp_path / "over").stat().st_ino
+
+    write(tmp_path / "over", arrays, over=True)
+
+    assert (tmp_path / "over").read_bytes() == save(arrays)
+    assert (tmp_path / "over").stat().st_ino == there
+
+
 def test_a_mapped_file_holds_the_same_and_cannot_be_written(tmp_path: Path) -> None:
     arrays = {"w": np.arange(6.0).reshape(2, 3), "none": np.empty((0, 2)), "one": np.array(7.0)}
     save_file(arrays, tmp_path / "f")

@@ -167,6 +167,24 @@ def test_a_stage_that_is_asked_for_again_is_not_trained_again(warm: Warm) -> Non
     assert warm.lines("trained") == "x"
 
 
+def test_an_update_that_the_agent_has_deleted_is_written_over(warm: Warm) -> None:
+    with closing(warm.connect()) as agent:
+        orders = [warm.order(number) for number in (1, 2, 3)]
+        updates = [Path(order.out_dir) / "update.safetensors" for order in orders]
+        agent.ask(orders[0])
+        first = updates[0].stat()
+        agent.ask(orders[1])
+        # The broker does not have it yet.
+        assert updates[0].stat().st_mtime_ns == first.st_mtime_ns
+        second = updates[1].stat().st_ino
+        assert second != first.st_ino
+        updates[1].unlink()
+        agent.ask(orders[2])
+    assert updates[2].stat().st_ino == second
+    for update in (updates[0], updates[2]):
+        np.testing.assert_array_equal(load_file(update)["w"], np.ones(3))
+
+
 def test_data_are_loaded_once_for_many_rounds(warm: Warm) -> None:
     with closing(warm.connect()) as agent:
         for number in (1, 2, 3):
