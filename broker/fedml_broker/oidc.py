@@ -109,6 +109,7 @@ class _Pending:
     browser: bytes
     ends_at: float
     terminal: Terminal | None
+    to_dashboard: bool
 
 
 class SignIns:
@@ -136,11 +137,14 @@ class SignIns:
         self._keys_at = 0.0
         self._fetching = asyncio.Lock()
 
-    async def start(self, terminal: Terminal | None = None) -> tuple[str, str]:
+    async def start(
+        self, terminal: Terminal | None = None, *, to_dashboard: bool = False
+    ) -> tuple[str, str]:
         """Where the browser goes, and what its cookie holds meanwhile.
 
         Args:
             terminal: Where the person has begun, if it was not in the browser.
+            to_dashboard: He wants to be signed in there, and no key.
 
         Raises:
             Problem: 502 the provider does not answer, 503 too many sign-ins.
@@ -152,7 +156,9 @@ class SignIns:
         if len(self._pending) >= _MAX_PENDING:
             raise Problem(503, "too many sign-ins at once", "try again in some minutes")
         state, nonce, verifier, browser = (secrets.token_urlsafe(32) for _ in range(4))
-        self._pending[state] = _Pending(nonce, verifier, _sha256(browser), now + _STATE_S, terminal)
+        self._pending[state] = _Pending(
+            nonce, verifier, _sha256(browser), now + _STATE_S, terminal, to_dashboard
+        )
         challenge = base64.urlsafe_b64encode(_sha256(verifier)).decode().rstrip("=")
         query = {
             "response_type": "code",
@@ -171,6 +177,11 @@ class SignIns:
         """Where the person has begun who comes back from the provider."""
         pending = self._pending.get(query.get("state", ""))
         return None if pending is None else pending.terminal
+
+    def to_dashboard(self, query: Mapping[str, str]) -> bool:
+        """Whether he wants to go there."""
+        pending = self._pending.get(query.get("state", ""))
+        return pending is not None and pending.to_dashboard
 
     async def key(self, user: User) -> str:
         """A key of somebody who has signed in."""

@@ -119,6 +119,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("GET", "/v1/health", ANYBODY, itself.health),
         Route("GET", "/v1/openapi.json", ANYBODY, describe),
         Route("GET", "/v1/ca", ANYBODY, itself.ca),
+        Route("GET", "/v1/oidc", ANYBODY, provider.show),
         Route("GET", "/v1/oidc/start", ANYBODY, provider.start),
         Route("GET", "/v1/oidc/callback", ANYBODY, provider.callback),
         Route("POST", "/v1/oidc/key", ANYBODY, provider.key, oidc.KeyBody),

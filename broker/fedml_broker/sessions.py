@@ -42,7 +42,7 @@ class Session:
 
     user: User
     secret: str
-    expires_at: float
+    lasts_s: float
 
 
 class Sessions:
@@ -68,13 +68,28 @@ class Sessions:
             raise SignInRefused(
                 401, "unknown or expired key", "the broker does not know this key", _ASK
             )
-        secret, now = secrets.token_urlsafe(32), time.time()
+        return await self.open(user, request, token=token)
+
+    async def open(
+        self,
+        user: User,
+        request: web.Request,
+        *,
+        token: bytes | None = None,
+        lasts_s: float = LASTS_S,
+    ) -> Session:
+        """A session of somebody who has proved who he is.
+
+        Args:
+            token: By which he did; the session ends with it.
+        """
+        secret, now, lasts_s = secrets.token_urlsafe(32), time.time(), min(lasts_s, LASTS_S)
         row = {
             "secret_sha256": _hash(secret.encode()),
             "user": user.name,
-            "token_sha256": _hash(token),
+            "token_sha256": None if token is None else _hash(token),
             "created_at": now,
-            "expires_at": now + LASTS_S,
+            "expires_at": now + lasts_s,
         }
 
         def insert(tx: Connection) -> None:
@@ -86,7 +101,7 @@ class Sessions:
             )
 
         await self._store.write(insert)
-        return Session(user, secret, now + LASTS_S)
+        return Session(user, secret, lasts_s)
 
     async def caller(self, secret: str, request: web.Request) -> User:
         """The user of a session, if the request is really his.
@@ -176,6 +191,19 @@ class Sessions:
                 f"it comes from {origin or 'nowhere'}, not from {request.host}",
                 hint="behind a proxy: have it pass on the header Host",
             )
+
+
+def set_cookie(response: web.Response, session: Session) -> None:
+    """Hand a session to the browser."""
+    response.set_cookie(
+        COOKIE,
+        session.secret,
+        max_age=int(session.lasts_s),
+        path="/",
+        secure=True,
+        httponly=True,
+        samesite="Strict",
+    )
 
 
 def csrf_token(secret: str) -> str:

@@ -307,6 +307,22 @@ async def test_a_browser_signs_in_at_a_real_broker_and_the_key_works(
             key = page.partition("fedml login ")[2].partition("<")[0]
             again = await browser.get(url + "/v1/oidc/callback", params=query)
             assert again.status == 400
+            # The dashboard wants no key, but to be signed in.
+            async with browser.get(url + "/v1/oidc") as told:
+                assert (await told.json())["provider"] == provider.issuer.partition("//")[2]
+            start = await browser.get(url + "/v1/oidc/start?to=dashboard", allow_redirects=False)
+            query = provider.approve(start.headers["Location"])
+            done = await browser.get(url + "/v1/oidc/callback", params=query, allow_redirects=False)
+            assert (done.status, done.headers["Location"]) == (302, "/")
+            cookie = done.cookies["__Host-fedml"]
+            assert (cookie["secure"], cookie["httponly"], cookie["samesite"]) == (
+                True,
+                True,
+                "Strict",
+            )
+            assert int(cookie["max-age"]) == 12 * 3600
+            async with browser.get(url + "/v1/session") as mine:
+                assert (await mine.json())["name"] == "lee"
         lee = await asyncio.to_thread(session.login, tmp_path / "lee", key)
         who = await asyncio.to_thread(Client(lee).call, "GET", "/v1/whoami")
         assert who.pop("expires_at") == pytest.approx(time.time() + 12 * 3600, abs=60)

@@ -39,6 +39,7 @@ LEAST = {
     "GET /v1/health": ("anybody", True),
     "GET /v1/openapi.json": ("anybody", True),
     "GET /v1/ca": ("anybody", True),
+    "GET /v1/oidc": ("anybody", True),
     "GET /v1/oidc/start": ("anybody", True),
     "GET /v1/oidc/callback": ("anybody", True),
     "POST /v1/oidc/key": ("anybody", True),

@@ -149,7 +149,7 @@ def test_a_session_ends_with_the_token_that_it_was_begun_with(
     expire(place, "admin")
     assert caller.ask("GET", "/v1/whoami", **headers)[0] == 401
     status, said, _ = caller.ask("POST", "/v1/session", {"key": mine})
-    assert (status, said["title"]) == (401, "unknown or expired key")
+    assert (status, said["title"]) == (401, "this token has expired")
 
 
 def expire(place: Place, user: str) -> None:
@@ -197,7 +197,7 @@ def test_a_browser_whose_token_has_expired_is_asked_to_sign_in_again(desk: Desk)
     expect(page.get_by_label("Your key")).to_be_focused()
     page.get_by_label("Your key").fill(key)
     page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("unknown or expired key")
+    expect(page.get_by_role("alert")).to_contain_text("this token has expired")
     expect(page.get_by_role("navigation")).to_be_hidden()
     sign_in(page, desk.admin_key)
     expect(page.get_by_role("heading", level=1)).to_have_text("Runs")

@@ -3,6 +3,7 @@
 
 from html import escape
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
@@ -11,6 +12,7 @@ from fedml_broker.api.call import Call
 from fedml_broker.audit import SignInRefused
 from fedml_broker.handover import Handovers, terminal
 from fedml_broker.problems import Problem
+from fedml_broker.sessions import set_cookie
 
 if TYPE_CHECKING:
     from fedml_broker.app import Broker
@@ -44,9 +46,19 @@ class Handlers:
         self._broker = broker
         self._handovers = Handovers()
 
+    async def show(self, call: Call) -> Any:
+        """Where people may sign in: the provider's host, if this broker knows one."""
+        known = self._broker.sign_ins
+        return {"provider": None if known is None else urlsplit(known.provider.issuer).netloc}
+
     async def start(self, call: Call) -> Any:
-        """Send the browser to the provider. Query, of `fedml login`: `port challenge state`."""
-        where, secret = await self._sign_ins().start(terminal(call.http.query))
+        """Send the browser to the provider.
+
+        Query: of `fedml login`, `port challenge state`; of the dashboard, `to=dashboard`.
+        """
+        query = call.http.query
+        to_dashboard = query.get("to") == "dashboard"
+        where, secret = await self._sign_ins().start(terminal(query), to_dashboard=to_dashboard)
         response = web.Response(status=302, headers={"Location": where, **_NOT_KEPT})
         response.set_cookie(
             _COOKIE, secret, max_age=600, path="/", secure=True, httponly=True, samesite="Lax"
@@ -54,9 +66,9 @@ class Handlers:
         return response
 
     async def callback(self, call: Call) -> Any:
-        """The browser comes back; it gets a page with a key, or goes on to the terminal."""
+        """The browser comes back: a page with a key, or on to the terminal or the dashboard."""
         sign_ins, http = self._sign_ins(), call.http
-        begun_at = sign_ins.terminal(http.query)
+        begun_at, to_dashboard = sign_ins.terminal(http.query), sign_ins.to_dashboard(http.query)
         try:
             user = await sign_ins.finish(http.query, http.cookies.get(_COOKIE, ""))
         except SignInRefused as refused:
@@ -67,6 +79,11 @@ class Handlers:
         if begun_at is not None:
             ca = self._broker.identity.ca_sha256.hex()
             return _on(begun_at.url(code=self._handovers.code(user, begun_at), ca=ca))
+        if to_dashboard:
+            response = _on("/")
+            lasts_s = sign_ins.provider.token_days * 86400
+            set_cookie(response, await self._broker.sessions.open(user, http, lasts_s=lasts_s))
+            return response
         key, hours = await sign_ins.key(user), sign_ins.provider.token_days * 24
         known = {"name": user.name, "role": user.role, "tenant": user.tenant, "key": key}
         page = _PAGE.format(hours=hours, **{name: escape(text) for name, text in known.items()})
@@ -99,7 +116,7 @@ _NOT_KEPT = {
 
 
 def _on(url: str) -> web.Response:
-    """The browser goes on to the terminal."""
+    """The browser goes on to where he has begun."""
     return _without_cookie(web.Response(status=302, headers={"Location": url, **_NOT_KEPT}))
 
 

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from fedml_broker.accounts import User
 from fedml_broker.api.call import Call
-from fedml_broker.sessions import COOKIE, LASTS_S, csrf_token
+from fedml_broker.sessions import COOKIE, csrf_token, set_cookie
 
 if TYPE_CHECKING:
     from fedml_broker.app import Broker
@@ -30,15 +30,7 @@ class Handlers:
         """Begin a session: sets a cookie, and answers with the CSRF token for what changes."""
         session = await self._broker.sessions.begin(call.body.key, call.http)
         response = _json(_describe(session.user, session.secret))
-        response.set_cookie(
-            COOKIE,
-            session.secret,
-            max_age=int(LASTS_S),
-            path="/",
-            secure=True,
-            httponly=True,
-            samesite="Strict",
-        )
+        set_cookie(response, session)
         return response
 
     async def show(self, call: Call) -> Any:

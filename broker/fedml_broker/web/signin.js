@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Signing in: paste a key, get a cookie.
 
-import { call } from "./api.js";
+import { call, getIfThere } from "./api.js";
 import { field, trouble } from "./dialog.js";
 import { fill, h } from "./dom.js";
 
@@ -13,6 +13,11 @@ export function signIn(main, why = null) {
     name: "key", type: "password", autocomplete: "current-password", required: true, spellcheck: "false",
   });
   const button = h("button", { class: "primary" }, "Sign in");
+  const elsewhere = h("span");
+  // A form that cannot say so is still a form.
+  getIfThere("/v1/oidc").then(({ provider }) => {
+    if (provider) fill(elsewhere, h("a", { class: "button", href: "/v1/oidc/start?to=dashboard" }, `Sign in with ${provider}`));
+  }, () => {});
   return new Promise((resolve) => {
     const form = h(
       "form",
@@ -35,7 +40,7 @@ export function signIn(main, why = null) {
       h("h1", {}, "Sign in to fedml"),
       said,
       field("Your key", input, "It starts with fedml1u_. An admin makes one: fedml-broker users token NAME; the broker's own admin finds it in admin.key."),
-      h("div", { class: "actions" }, button),
+      h("div", { class: "actions" }, button, elsewhere),
     );
     fill(main, h("div", { class: "signin" }, form));
     input.focus();
