@@ -91,7 +91,9 @@ class _Listener(HTTPServer):
 
 class _Asked(BaseHTTPRequestHandler):
     server: _Listener
-    timeout = 10.0
+    timeout = (
+        2.0  # a browser may open a connection that it does not use, and we serve one at a time
+    )
 
     def do_GET(self) -> None:
         query = dict(parse_qsl(urlsplit(self.path).query))

@@ -178,8 +178,11 @@ class Accounts:
         )
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
 
-    async def authenticate(self, secret: bytes) -> User | None:
-        """The user behind a token, or his job; None when it is unknown.
+    async def authenticate(self, secret: bytes, *, jobs: bool = False) -> User | None:
+        """The user behind a token; None when it is unknown.
+
+        Args:
+            jobs: Whoever asks minds `User.run`: the key of a run is good, too.
 
         Raises:
             SignInRefused: 401, it has expired.
@@ -190,7 +193,7 @@ class Accounts:
             .where(tokens.c.secret_sha256 == _hash(secret))
         )
         row = await self._store.read(lambda tx: tx.execute(query).first())
-        if row is None:
+        if row is None or (row.run is not None and not jobs):
             return None
         if row.expires_at is not None and row.expires_at < time.time():
             raise SignInRefused(

@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from fedml_broker.accounts import Accounts, Enrolment, User, check_labels, use_key
+from fedml_broker.accounts import (
+    ROLES,
+    Accounts,
+    Enrolment,
+    User,
+    check_labels,
+    forget_run_key,
+    use_key,
+)
 from fedml_broker.audit import CLI, SignInRefused
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
-from fedml_broker.tables import login_keys, tokens
+from fedml_broker.tables import DEFAULT_TENANT, login_keys, tokens
 from fedml_protocol.errors import BadKey
 from fedml_protocol.keys import Scope, parse_login_key
 
@@ -147,6 +155,23 @@ async def test_a_key_fits_only_the_broker_as_it_is_now(accounts: Accounts, store
     assert not accounts.still_fits(machines)
     assert not Accounts(store, url=URL + "4", ca_sha256=CA).still_fits(token)
     assert not Accounts(store, url=URL, ca_sha256=bytes(32)).still_fits(token)
+
+
+async def test_the_key_of_a_run_is_nobodys_unless_jobs_are_asked_for(
+    accounts: Accounts, store: Store
+) -> None:
+    await accounts.create_user("ann", "admin", by=CLI)
+    ann = User("ann", DEFAULT_TENANT, "admin")
+    key, keep = accounts.run_key(ann, "r-12345678")
+    secret = secret_of(key, Scope.RUN)
+    assert await accounts.authenticate(secret, jobs=True) is None
+    await store.write(keep)
+    assert await accounts.authenticate(secret) is None
+    job = await accounts.authenticate(secret, jobs=True)
+    assert job == User("ann", DEFAULT_TENANT, "run", "r-12345678")
+    assert not any(job.may(role) for role in ROLES)
+    await store.write(lambda tx: forget_run_key(tx, "r-12345678"))
+    assert await accounts.authenticate(secret, jobs=True) is None
 
 
 # ---------------------------------------------------------------------- login keys

@@ -67,7 +67,8 @@ class Callers:
         scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             try:
-                user = await self._broker.accounts.authenticate(bytes.fromhex(secret))
+                token = bytes.fromhex(secret)
+                user = await self._broker.accounts.authenticate(token, jobs=True)
             except ValueError:
                 user = None
             if user is None:
