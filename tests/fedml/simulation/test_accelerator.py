@@ -352,6 +352,23 @@ train = LocalSGD(batch_size=4)
         np.testing.assert_allclose(beside.model[key], array, rtol=0, atol=1e-12)
 
 
+def test_a_model_that_cannot_be_trained_side_by_side_is_told_the_engine_that_can(
+    tmp_path: Path,
+) -> None:
+    asks = """
+class Asks(nn.Sequential):
+    def forward(self, x):
+        z = super().forward(x)
+        return z if z.sum().item() < 1e9 else -z
+
+"""
+    text = apps.IMAGES.replace("\ndef model", f"{asks}def model", 1)
+    text = text.replace("return nn.Sequential(", "return Asks(")
+    run(plan(tmp_path, text), engine="inplace")
+    with pytest.raises(ClientFailed, match=r"side by side, --engine inplace does without: .*vmap"):
+        run(plan(tmp_path, text), engine="stacked")
+
+
 def test_only_modules_known_to_decide_nothing_in_python_are_recorded() -> None:
     class Own(nn.Linear):
         """It might."""
