@@ -94,10 +94,14 @@ class Graphs:
         if recorded is None:
             self._met[key] += 1
             open_ = self._record_any and len(self._recorded) < _MOST
-            if open_ and self._met[key] == _WARM:
-                self._record_any = _is_fit(lambda: self._step(*inputs))
+            if not open_ or self._met[key] < _WARM:
+                self._step(*inputs)
                 return
-            recorded = self._record(inputs) if open_ and self._met[key] > _WARM else None
+            with torch.cuda.device(inputs[0].device):  # not all of torch asks the tensors for it
+                if self._met[key] == _WARM:
+                    self._record_any = _is_fit(lambda: self._step(*inputs))
+                    return
+                recorded = self._record(inputs)
             if recorded is None:
                 self._step(*inputs)
                 return

@@ -345,6 +345,8 @@ def cause_of(error: Exception, place: str = "") -> tuple[str, str]:
         other = "" if place == "cpu" else ", or --device cpu"
         return f"out of memory on {place} with this client alone: a smaller batch_size{other}", ""
     text = f"{type(error).__name__}: {error}"
+    if "vmap" in text:  # only `stacked` uses it, and on a GPU that may have been our choice
+        text = f"the model cannot be trained side by side, --engine inplace does without: {text}"
     ours = isinstance(
         error,
         ApplicationError

@@ -517,3 +517,33 @@ with hardware.nvml_held_open():
     assert [one["uuid"] for one in before] == ["GPU-1", "GPU-2"]
     assert before[1]["instances"] == [{"uuid": "MIG-1", "profile": "1g.10gb", "memory": 10 * GIB}]
     assert [one["fault"] for one in after] == ["GPU is lost", None]
+
+
+def test_the_command_shows_each_gpu_with_what_it_knows_and_who_computes_there(
+    tmp_path: Path,
+) -> None:
+    gpus = tmp_path / "gpus.json"
+    whole = {"uuid": "GPU-a", "used": 3_000_000_000, "utilisation": 97, "power": 512.4}
+    whole |= {"processes": [[4242, 2_500_000_000], [77, None]]}
+    cut = {
+        "uuid": "GPU-b",
+        "mig": [{"uuid": "MIG-1"}],
+        "fails": {"nvmlDeviceGetPowerUsage": "UNKNOWN"},
+    }
+    gpus.write_text(json.dumps({"gpus": [whole, cut]}))
+    shown = subprocess.run(
+        [sys.executable, "-c", "from fedml_agent.cli import main; main()", "hardware"],
+        env={**os.environ, "FEDML_HOME": str(tmp_path), **environment(gpus)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    at = next(n for n, line in enumerate(lines) if line.startswith("GPU 0"))
+    assert lines[at:] == [
+        "GPU 0 NVIDIA H100 80GB HBM3, 86 GB, GPU-a, 3.0 GB used, 97 % busy, 30 °C, 512 W",
+        "process 4242, 2.5 GB",
+        "process 77",
+        "GPU 1 NVIDIA H100 80GB HBM3, 86 GB, GPU-b, MIG on, 0.0 GB used, 30 °C",
+        "MIG 1g.10gb, 11 GB, MIG-1",
+    ]

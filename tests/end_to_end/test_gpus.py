@@ -159,6 +159,7 @@ def test_hardware_tells_of_a_gpu_what_torch_tells_of_it(torch: Any, place: Place
     assert mine["memory"] is None or mine["memory"] >= ballast.numel()
     shown = agent(place, "box", "hardware").stdout
     assert f"{one.name}, {gpu['memory'] / 1e9:.0f} GB, {gpu['uuid']}" in shown
+    assert f"process {os.getpid()}" in shown
     del ballast
 
 

@@ -48,16 +48,33 @@ def hardware(home: Home, as_json: bool) -> None:
     for gpu in accelerators.gpus:
         now = busy.get(gpu.index)
         text = f"{gpu.name}, {(gpu.memory or 0) / GB:.0f} GB, {gpu.uuid}"
+        if gpu.mig is not None:
+            text += f", MIG {'on' if gpu.mig else 'off'}"
         if gpu.fault:
             text += f", out of order: {gpu.fault}"
         elif now is not None:
-            text += f", {now.utilisation or 0} % busy, {now.temperature or '?'} °C"
+            text += _busy(now)
         rows.append((f"GPU {gpu.index}", text))
         rows.extend(
             ("", f"MIG {i.profile}, {(i.memory or 0) / GB:.0f} GB, {i.uuid}") for i in gpu.instances
         )
+        for process in (now.processes or ()) if now is not None else ():
+            took = f", {process.memory / GB:.1f} GB" if process.memory is not None else ""
+            rows.append(("", f"process {process.pid}{took}"))
     for name, text in rows:
         click.echo(f"{name:<14}{text}")
+
+
+def _busy(now: reading.GpuReading) -> str:
+    """What a GPU says of its present; in MIG mode it does not know how busy it is."""
+    used = None if now.memory_used is None else now.memory_used / GB
+    told = (
+        (used, "{:.1f} GB used"),
+        (now.utilisation, "{:.0f} % busy"),
+        (now.temperature, "{:.0f} °C"),
+        (now.power, "{:.0f} W"),
+    )
+    return "".join(f", {text.format(value)}" for value, text in told if value is not None)
 
 
 def _speed(speed: int | None) -> str:

@@ -10,6 +10,7 @@ is for CUDA.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,23 @@ train = LocalSGD(batch_size=4)
         np.testing.assert_allclose(beside.model[key], array, rtol=0, atol=1e-12)
 
 
+def test_a_model_that_cannot_be_trained_side_by_side_is_told_the_engine_that_can(
+    tmp_path: Path,
+) -> None:
+    asks = """
+class Asks(nn.Sequential):
+    def forward(self, x):
+        z = super().forward(x)
+        return z if z.sum().item() < 1e9 else -z
+
+"""
+    text = apps.IMAGES.replace("\ndef model", f"{asks}def model", 1)
+    text = text.replace("return nn.Sequential(", "return Asks(")
+    run(plan(tmp_path, text), engine="inplace")
+    with pytest.raises(ClientFailed, match=r"side by side, --engine inplace does without: .*vmap"):
+        run(plan(tmp_path, text), engine="stacked")
+
+
 def test_only_modules_known_to_decide_nothing_in_python_are_recorded() -> None:
     class Own(nn.Linear):
         """It might."""
@@ -367,6 +385,49 @@ def test_only_modules_known_to_decide_nothing_in_python_are_recorded() -> None:
     hooked = nn.Linear(4, 2)
     hooked.register_forward_hook(lambda *_: None)
     assert not recorded(hooked)
+
+
+def test_a_shape_is_recorded_at_its_third_step_and_none_after_memory_ran_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    total, done = torch.zeros(()), []
+
+    class Replayed:
+        """What a graph does, as far as this can be had on the CPU: the step, on kept tensors."""
+
+        def __init__(self, places: Any) -> None:
+            self.places = places
+
+        def replay(self) -> None:
+            done.append("replayed")
+            step(*self.places)
+
+    def step(x: torch.Tensor) -> None:
+        total.add_(x.sum())
+
+    def record(self: Any, inputs: Any) -> Any:
+        places = tuple(torch.empty_like(tensor) for tensor in inputs)
+        return graphs._Recorded(Replayed(places), places)  # type: ignore[arg-type]
+
+    def is_fit(take: Any) -> bool:
+        take()
+        return True
+
+    monkeypatch.setattr(graphs, "_is_fit", is_fit)
+    monkeypatch.setattr(graphs.Graphs, "_record", record)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    steps = graphs.Graphs(step, record=True)
+    for n in range(1, 6):
+        steps(torch.full((2,), float(n)))
+        steps(torch.full((n,), 1.0))  # each but one of a shape that is not met again
+    assert float(total) == 2 * 15 + 15
+    assert done == ["replayed"] * 4  # the third to the sixth of two
+    assert steps.free()
+    assert not steps.free()
+    for _ in range(4):
+        steps(torch.ones(2))
+    assert float(total) == 45 + 8
+    assert len(done) == 4
 
 
 # ---------------------------------------------------------------------- memory runs out
