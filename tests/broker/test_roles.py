@@ -15,6 +15,7 @@ import urllib3
 from aiohttp import web
 
 from fedml import session
+from fedml.errors import BrokerRefused
 from fedml_broker import accounts
 from fedml_broker.app import Broker
 from fedml_broker.cli import users
@@ -326,6 +327,8 @@ def test_a_jobs_key_ends_with_its_run_and_is_no_users_token(askers: Askers) -> N
     askers.pools["own"] = askers.pools["nobody"]
     whose = askers.ask("own", "GET /v1/whoami", {})[1]
     assert whose == {"name": "admin", "tenant": "default", "role": "run", "run": run}
+    with pytest.raises(BrokerRefused, match="unknown or expired key"):
+        call("POST", "/v1/session", {"key": secret})  # else a job would be its user in a browser
     users = call("GET", "/v1/users")["users"]
     assert next(u for u in users if u["name"] == "admin")["tokens"] == before
     assert askers.ask("own", "POST /v1/runs/{run}/stop", {"run": run})[0] == 200
