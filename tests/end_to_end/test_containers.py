@@ -268,3 +268,45 @@ def test_the_user_that_an_owner_gives_to_jobs_is_the_one_in_the_container(place:
     end, text = ends(place, run)
     assert end["state"] == "FINISHED", (end["cause"], text)
     assert text["stdout"] == f"{pwd.getpwnam('nobody').pw_uid}\nwrote\n"
+
+
+def test_what_a_job_in_a_container_records_and_leaves_arrives(place: Place) -> None:
+    record = '{"kind": "metrics", "at": 1.0, "step": 0, "metrics": {"loss": 0.5}}'
+    run = job(
+        place,
+        f"echo '{record}' >> $FEDML_MLOPS_DIR/records.ndjson; echo best=0.5 >> $FEDML_OUTPUT; "
+        "echo bytes > $FEDML_OUTPUT_DIR/model",
+    )
+    place.finishes(run)
+    (series,) = place.client.call("GET", f"/v1/runs/{run}/metrics")["series"]
+    assert (series["name"], series["points"][0][:2]) == ("loss", [0, 0.5])
+    left = place.client.call("GET", f"/v1/runs/{run}")["outputs"]
+    assert left["values"] == {"best": "0.5"}
+    assert [file["path"] for file in left["files"]] == ["model"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("debootstrap") is None, reason="debootstrap is not installed")
+@pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap wants root")
+def test_debian_itself_is_an_image(place: Place, store: dict[str, str], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    made = subprocess.run(
+        ["debootstrap", "--variant=minbase", "--include=python3-minimal", "stable", str(root)],
+        capture_output=True,
+        text=True,
+    )
+    if made.returncode:
+        pytest.skip(f"there is no mirror of Debian's to be had: {made.stdout[-300:]}")
+    with tarfile.open(tmp_path / "debian.tar", "w") as tar:
+        tar.add(root, ".", filter=lambda one: None if one.isdev() else one)
+    image = "localhost/debian:1"
+    taken = podman("import", str(tmp_path / "debian.tar"), image, env=store)
+    assert taken.returncode == 0, taken.stderr
+    command = """
+. /etc/os-release; echo "$ID"; python3 -c 'print(sum(range(5)))'; id -u; apt-get --version >&2
+dpkg -l > /var/tmp/list && echo writes
+"""
+    end, text = ends(place, job(place, command, image=image, box={"image": image}))
+    assert end["exit_code"] == 0, text
+    assert text["stdout"].splitlines() == ["debian", "10", "0", "writes"]
