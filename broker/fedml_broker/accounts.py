@@ -66,6 +66,11 @@ class Enrolment:
     key: str
 
 
+# With every run: made once.
+_INSERT = tokens.insert()
+_FORGET = tokens.delete().where(tokens.c.run == sa.bindparam("run_"))
+
+
 class Accounts:
     """Makes and checks secrets; `url` and `ca_sha256` go into each key."""
 
@@ -221,7 +226,7 @@ class Accounts:
         }
 
         def keep(tx: Connection) -> None:
-            tx.execute(tokens.insert().values(row))
+            tx.execute(_INSERT, row)
 
         return self._key(Scope.RUN, secret), keep
 
@@ -332,7 +337,7 @@ class Accounts:
 
 def forget_run_key(tx: Connection, run: str) -> None:
     """The key of a run is good no more; again is harmless."""
-    tx.execute(tokens.delete().where(tokens.c.run == run))
+    tx.execute(_FORGET, {"run_": run})
 
 
 def use_key(tx: Connection, secret: bytes, *, again: bool) -> Enrolment:

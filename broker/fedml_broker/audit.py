@@ -40,6 +40,10 @@ NOBODY = "nobody"  # who could not say who he is
 
 GENESIS = "0" * 64
 
+# With every run: made once.
+_INSERT = audit.insert()
+_LAST = sa.select(audit.c.n, audit.c.hash).order_by(audit.c.n.desc()).limit(1)
+
 _TEXT_MAX = 200
 _DETAILS_MAX = 4000
 
@@ -130,13 +134,12 @@ def note(
         "object": _short(thing),
         "details": text,
     }
-    tx.execute(audit.insert(), {**row, "hash": _hash(before.hash, row)})
+    tx.execute(_INSERT, {**row, "hash": _hash(before.hash, row)})
 
 
 def head(tx: Connection) -> Head:
     """The last entry."""
-    query = sa.select(audit.c.n, audit.c.hash).order_by(audit.c.n.desc()).limit(1)
-    row = tx.execute(query).first()
+    row = tx.execute(_LAST).first()
     return Head(0, GENESIS) if row is None else Head(row.n, row.hash)
 
 

@@ -31,6 +31,9 @@ from fedml_protocol.ids import check_id
 _BATCH = 1 << 20
 
 
+_INSERT = events.insert()
+
+
 class RunState(Protocol):
     """What `follow` asks of whoever keeps the runs."""
 
@@ -41,7 +44,7 @@ class RunState(Protocol):
 
 def add_event(tx: Connection, run: str, kind: str, data: dict[str, Any]) -> None:
     """Write down that something happened, in the transaction in which it does."""
-    tx.execute(events.insert(), {"run": run, "at": time.time(), "kind": kind, "data": data})
+    tx.execute(_INSERT, {"run": run, "at": time.time(), "kind": kind, "data": data})
 
 
 class _Reading:

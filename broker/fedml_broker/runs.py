@@ -43,6 +43,21 @@ from fedml_protocol.federate import StageSpec
 from fedml_protocol.tasks import FINAL, Offer, Result, TaskState
 
 _FINAL_NAMES = [s.name for s in FINAL]
+# With every run: made once.
+_SUBMITTED = sa.select(runs.c.tenant, runs.c.user, runs.c.spec).where(
+    runs.c.id == sa.bindparam("id_")
+)
+_END = (
+    runs.update()
+    .where(runs.c.id == sa.bindparam("id_"), runs.c.state.not_in(_FINAL_NAMES))
+    .values(
+        state=sa.bindparam("state_"),
+        cause=sa.bindparam("cause_"),
+        exit_code=sa.bindparam("exit_code_"),
+        ended_at=sa.bindparam("ended_at_"),
+    )
+    .returning(runs.c.tenant)
+)
 # The kind of a run that its own program drives: nothing of it is scheduled here.
 TRACKED = "tracked"
 
@@ -319,10 +334,10 @@ def create(
 
 
 def _submitted(tx: Connection, user: User, run: str, spec: dict[str, Any]) -> bool:
-    row = tx.execute(sa.select(runs).where(runs.c.id == run)).mappings().first()
+    row = tx.execute(_SUBMITTED, {"id_": run}).first()
     if row is None:
         return False
-    if (row["tenant"], row["user"], row["spec"]) != (user.tenant, user.name, spec):
+    if tuple(row) != (user.tenant, user.name, spec):
         raise Problem(409, "this run's id is taken", run, hint="leave it out: one is chosen")
     return True
 
@@ -347,25 +362,23 @@ def end(
     exit_code: int | None = None,
 ) -> bool:
     """The run's final state with its cause; False when it had ended before."""
-    changed = tx.execute(
-        runs.update()
-        .where(runs.c.id == run, runs.c.state.not_in(_FINAL_NAMES))
-        .values(
-            state=state.name,
-            cause=cause_json(cause),
-            exit_code=exit_code,
-            ended_at=time.time(),
-        )
-    ).rowcount
-    if changed:
+    values = {
+        "id_": run,
+        "state_": state.name,
+        "cause_": cause_json(cause),
+        "exit_code_": exit_code,
+        "ended_at_": time.time(),
+    }
+    tenant = tx.execute(_END, values).scalar()
+    if tenant is not None:
         forget_run_key(tx, run)
         data = {"state": state.name, "cause": cause_json(cause), "exit_code": exit_code}
         add_event(tx, run, "state", data)
         # Not the cause's text: a task's traceback shows what the task had in its hands.
         fault = None if cause is None else cause.fault.name.lower()
         facts = {"state": state.name, "fault": fault, "exit_code": exit_code}
-        audit.note(tx, _tenant(tx, run), audit.BROKER, "run.end", run, **facts)
-    return bool(changed)
+        audit.note(tx, tenant, audit.BROKER, "run.end", run, **facts)
+    return tenant is not None
 
 
 def reopen(tx: Connection, run: str, by: str) -> bool:
@@ -430,6 +443,8 @@ def refer(tx: Connection, sha256: str, owner: str) -> None:
 
 def refer_all(tx: Connection, blobs: Iterable[str], owner: str) -> None:
     """Keep blobs as long as `owner` is there; again is harmless."""
+    if not (blobs := list(blobs)):
+        return
     kept = set(
         tx.execute(sa.select(blob_refs.c.sha256).where(blob_refs.c.owner == owner)).scalars()
     )

@@ -25,6 +25,24 @@ from fedml_protocol.tasks import FINAL, HELD, Offer, Result, TaskState
 
 _FINAL = [int(s) for s in FINAL]
 _HELD = [int(s) for s in HELD]
+# With every task: made once.
+_END = (
+    tasks.update()
+    .where(
+        tasks.c.id == sa.bindparam("id_"),
+        tasks.c.epoch == sa.bindparam("epoch_"),
+        tasks.c.state.not_in(_FINAL),
+        # Without a device: whatever it is, also none.
+        tasks.c.device.is_not_distinct_from(
+            sa.func.coalesce(sa.bindparam("device_", type_=sa.String), tasks.c.device)
+        ),
+    )
+    .values(
+        state=sa.bindparam("state_"),
+        result=sa.bindparam("result_"),
+        ended_at=sa.bindparam("ended_at_"),
+    )
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -242,20 +260,15 @@ def of_run(tx: Connection, run: str) -> list[tuple[TaskState, int, Result | None
 
 def ended(tx: Connection, device: str | None, result: Result) -> bool:
     """To the result's final state, if (task, epoch, device) is current; else False: refused."""
-    fence = [
-        tasks.c.id == result.task,
-        tasks.c.epoch == result.epoch,
-        tasks.c.state.not_in(_FINAL),
-    ]
-    if device is not None:
-        fence.append(tasks.c.device == device)
-    return _step(
-        tx,
-        sa.and_(*fence),
-        state=int(result.state),
-        result=serialise(result),
-        ended_at=time.time(),
-    )
+    values = {
+        "id_": result.task,
+        "epoch_": result.epoch,
+        "device_": device,
+        "state_": int(result.state),
+        "result_": serialise(result),
+        "ended_at_": time.time(),
+    }
+    return bool(tx.execute(_END, values).rowcount)
 
 
 def stop_queued(tx: Connection, run: str) -> list[str]:
