@@ -273,8 +273,8 @@ class Jobs:
             self._reporter.ended(entry, _stopped(entry))
             return None
         told = self._spec(entry, spec, work, venv)
-        if told.user is not None:
-            await asyncio.to_thread(_give_to, told.user, work.parent)
+        if (owner := _owner(spec, self._policy())) is not None:
+            await asyncio.to_thread(_give_to, owner, work.parent)
         tended = await tending.start(work.parent, told)
         self._reporter.started(entry)
         return tended
@@ -365,9 +365,6 @@ class Jobs:
         engine, device = _engine(), self._home.membership().device
         env = {"HOME": containers.WORKSPACE, "TMPDIR": containers.SCRATCH, **extra}
         name, limits = container_name(device, entry), limits_of(entry, self._policy())
-        user = _user(self._policy())
-        if user is not None and not engine.rootless:
-            _give_to(user, work.parent)
         words = containers.command(
             engine,
             container,
@@ -379,7 +376,7 @@ class Jobs:
             limits=limits,
             network=not spec.offline,
             script=_SCRIPT,
-            user=user,
+            user=_user(self._policy()),
         )
         return TaskSpec(
             argv=words,
@@ -516,6 +513,11 @@ def limits_of(entry: Entry, policy: Policy, *, disk_free: int | None = None) -> 
 def _user(policy: Policy) -> tuple[int, int] | None:
     """As whom jobs run; None: as the agent itself."""
     return None if policy.user is None else sandbox.ids_of(policy.user)
+
+
+def _owner(spec: LaunchSpec, policy: Policy) -> tuple[int, int] | None:
+    """Who must own what a job works in; None: the agent. Of rootless engines it is root there."""
+    return None if spec.container is not None and _engine().rootless else _user(policy)
 
 
 def _give_to(user: tuple[int, int], folder: Path) -> None:
