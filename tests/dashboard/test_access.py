@@ -5,7 +5,7 @@ Each page is put to axe-core in `test_pages.py`.
 """
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.dashboard.conftest import Desk, violations
 
@@ -72,3 +72,19 @@ def test_a_new_page_begins_at_its_heading(desk: Desk) -> None:
     page.locator("body").press("Home")
     page.get_by_role("link", name="Skip to the content").press("Enter")
     expect(page.get_by_role("heading", level=1)).to_be_focused()
+
+
+def test_who_goes_on_while_a_page_loads_is_not_called_back_to_its_heading(desk: Desk) -> None:
+    """Else the Enter that was meant for the next link would go nowhere."""
+    page = desk.window(as_="admin")
+    held: list[Route] = []
+    page.route("**/v1/audit*", lambda route: held.append(route))
+    desk.go(page, "about")
+    page.get_by_role("link", name="Audit").press("Enter")
+    page.get_by_role("heading", level=1, name="Audit").wait_for()
+    link = page.get_by_role("link", name="Queue")
+    link.focus()
+    with page.expect_response("**/v1/audit*"):
+        held[0].continue_()
+    page.locator('main[data-shown="#/audit"]').wait_for()
+    expect(link).to_be_focused()

@@ -32,6 +32,7 @@ class Page {
   constructor(name, rest, query) {
     Object.assign(this, { name, rest, query, session });
     this.address = location.hash;
+    this.from = document.activeElement;
     this.ends = [];
     this.controller = new AbortController();
     this.signal = this.controller.signal;
@@ -147,9 +148,13 @@ function title(page, text) {
   fill(page.root, page.heading(text));
 }
 
-/** Whoever came by keyboard or with a screen reader starts at the new heading. */
+/**
+ * Whoever came by keyboard or with a screen reader starts at the new heading; but whoever went on
+ * while the page was still loading, to another link perhaps, stays there.
+ */
 function arrive(page) {
-  if (document.activeElement === document.body || document.activeElement === main || document.activeElement?.closest("#nav")) {
+  const at = document.activeElement;
+  if (at === document.body || at === main || (at === page.from && at?.closest("#nav"))) {
     page.root.querySelector("h1")?.focus({ preventScroll: true });
   }
   main.dataset.shown = page.address;
