@@ -210,6 +210,33 @@ def _mounts(loader: yaml.SafeLoader, node: yaml.Node) -> list[dict[str, Any]]:
     return found
 
 
+def _port(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    if not 0 < (port := whole(loader, node)) < 65536:
+        raise Unfit(f"must be a port from 1 to 65535, and is {port}")
+    return port
+
+
+def _probe(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, Any]:
+    """What answers once it is ready, as `/ready`; SkyPilot's mapping has the seconds in it too."""
+    if not isinstance(node, yaml.MappingNode):
+        return {"path": _url_path(text(loader, node))}
+    found: dict[str, Any] = {}
+    for key, value in node.value:
+        if key.value == "path":
+            found["path"] = _url_path(text(loader, value))
+        elif key.value == "initial_delay_seconds":
+            found["within_s"] = number(loader, value)
+        elif key.value != "timeout_seconds":
+            raise Unfit(f"has the key {key.value!r}; `path` and `initial_delay_seconds` are known")
+    return found
+
+
+def _url_path(written: str) -> str:
+    if written and not written.startswith("/"):
+        raise Unfit(f"must be a path such as /ready, and is {written!r}")
+    return written
+
+
 # ---------------------------------------------------------------------- the format
 
 _NO_CLOUD = "jobs run on machines that have joined; nothing is rented"
@@ -247,11 +274,9 @@ KEYS: dict[str, Any] = {
     "grace": number,
     # FedML's.
     "job_type": _one_of(
-        ("train",),
+        ("train", "deploy", "serve"),
         {
             "federate": "federated runs have a file of their own, for `fedml federate`",
-            "deploy": "models are not served yet",
-            "serve": "models are not served yet",
             "dev-environment": "log in to the machine by other means, such as SSH",
         },
     ),
@@ -278,6 +303,16 @@ KEYS: dict[str, Any] = {
     "*_args": _section,
     "*_params": _section,
     "network": _one_of(("full", "none"), {}),
+    "service": {
+        "port": _port,
+        "readiness_probe": _probe,
+        # SkyPilot's.
+        "replicas": _unless("1", "a job is one service; launch it as often as you need it"),
+        "replica_policy": "a job is one service; launch it as often as you need it",
+        "load_balancing_policy": "a job is one service; nothing stands before it",
+        "ports": _port,
+        "tls": "the job itself speaks TLS, or does not",
+    },
     "containerize": flag,
     "docker": {
         "image": text,
@@ -290,7 +325,7 @@ KEYS: dict[str, Any] = {
     "framework_type": "a job brings its own framework",
     "fedml_env": _NO_PROJECTS,
     "job_args": "there are no stored jobs",
-    "serving_args": "models are not served yet",
+    "serving_args": "there are no stored models: the workspace, or `data`, brings what is served",
     "server_job": "a launched job has no server; federated runs are for `fedml federate`",
     # SkyPilot's.
     "resources": {
@@ -315,7 +350,6 @@ KEYS: dict[str, Any] = {
     },
     "file_mounts": _ONLY_THE_WORKSPACE,
     "volumes": _ONLY_THE_WORKSPACE,
-    "service": "models are not served yet",
 }
 # Other names of the same.
 ALIASES = {
@@ -382,6 +416,11 @@ job: |
 
 # Labels that the machine must wear, such as `site: north`.
 #labels: {}
+
+# A job that stays up: it listens on the port in $PORT, and is ready when GET /ready answers 200.
+# See docs/deploy.md.
+#service:
+#  readiness_probe: /ready
 
 # On how many machines at once, one task on each: all start, or none. Each knows the others by
 # MASTER_ADDR, RANK, WORLD_SIZE ...; `torchrun train.py` needs no options.
@@ -476,6 +515,8 @@ def read_job(
         request["requirements"] = requirements
     if found.get("network"):
         request["network"] = found["network"]
+    if (service := _service(file, found)) is not None:
+        request["service"] = service
     if (container := _container(file, found)) is not None:
         request["container"] = container
     return request, workspace
@@ -532,6 +573,24 @@ def _secret_variables(
 def _one_way(file: Path, found: Mapping[str, Any], name: str, other: str) -> None:
     if name in found:
         raise ConfigError(f"{file}: `{other}` says the same as `{name}`", "keep one of them")
+
+
+def _service(file: Path, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How a job that stays up answers; None: it does its work and ends."""
+    said = found.get("service")
+    if said is None:
+        if (kind := found.get("job_type")) in ("deploy", "serve"):
+            raise ConfigError(
+                f"{file}: `job_type` is {kind}, and there is no `service`: where the job answers",
+                "write `service: {readiness_probe: /ready}`; the job listens on the port in $PORT",
+            )
+        return None
+    if "port" in said and "ports" in said:
+        raise ConfigError(f"{file}: `service.ports` says the same as `service.port`")
+    if found.get("network") == "none":
+        raise ConfigError(f"{file}: a service needs the network, and `network` is none")
+    port = said.get("port") or said.get("ports")
+    return ({} if port is None else {"port": port}) | said.get("readiness_probe", {})
 
 
 def _container(file: Path, found: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -165,6 +165,12 @@ class Run(RunFacts):
         found: Mapping[str, str] = self.details.get("outputs", {}).get("values", {})
         return dict(found)
 
+    @property
+    def url(self) -> str | None:
+        """Of a service: where it answers, when that was last looked at; None: nowhere."""
+        endpoint = self.details.get("endpoint")
+        return None if endpoint is None else str(endpoint["url"])
+
     def refresh(self) -> Run:
         """Look again; itself."""
         self.details = dict(self._client.call("GET", f"/v1/runs/{self.id}"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workflow files: jobs and federated runs that wait for each other, checked before anything runs.
+"""Workflow files: jobs, federated runs and services that wait for each other, checked beforehand.
 
 The tables below are the format. What is said of each key in docs/workflow.md is the same.
 """
@@ -52,17 +52,20 @@ def _when(loader: yaml.SafeLoader, node: yaml.Node) -> When:
 STEP_KEYS: dict[str, Any] = {
     "job": _file_or_mapping,
     "federate": _file_or_mapping,
+    "deploy": _file_or_mapping,
     "needs": _names,
     "when": _when,
     "inputs": texts,
     "env": texts,
     "config": as_json,
 }
+KINDS = ("job", "federate", "deploy")
 KEYS: dict[str, Any] = {"name": text, "steps": {"*": STEP_KEYS}}
 
 # What `fedml workflow init` writes.
 EXAMPLE = """\
-# A workflow: jobs and federated runs that wait for each other.  `fedml workflow run workflow.yaml`
+# A workflow: jobs, federated runs and services that wait for each other.
+# `fedml workflow run workflow.yaml`
 # Every key: docs/workflow.md.  What it looks like: `fedml workflow show workflow.yaml`
 
 steps:
@@ -88,6 +91,11 @@ steps:
 #    config:
 #      rows: ${{ steps.prepare.outputs.rows }}
 
+#  serve:                               # stays up; has finished when it answers
+#    inputs:
+#      model.safetensors: train/model.safetensors
+#    deploy: serve.yaml                 # a job file with `service`, see docs/deploy.md
+
 #  sorry:
 #    needs: [report]
 #    when: failed                       # or always; what is not said is finished
@@ -100,7 +108,7 @@ class Step:
     """One step, checked.
 
     Attributes:
-        kind: `job` or `federate`.
+        kind: One of `KINDS`.
         file: The file that says what it does; the workflow's own where it stands in there.
         request: What the broker is asked; what its workspace holds is not there yet.
     """
@@ -145,13 +153,14 @@ def _step(file: Path, reader: Reader, name: str, said: Mapping[str, Any]) -> Ste
 
     if _STEP_NAME.fullmatch(name) is None:
         raise wrong(f"{name!r} is no name of a step: a-z, A-Z, 0-9, _ and -")
-    kinds = [kind for kind in ("job", "federate") if kind in said]
+    kinds = [kind for kind in KINDS if kind in said]
     if len(kinds) != 1:
-        raise wrong(f"the step {name} has one of `job` and `federate`")
+        raise wrong(f"the step {name} has one of `job`, `federate` and `deploy`")
     kind = kinds[0]
-    for key, of in (("env", "job"), ("config", "federate")):
-        if key in said and kind != of:
-            raise wrong(f"`{key}` is for steps with `{of}`", key)
+    if "env" in said and kind == "federate":
+        raise wrong("`env` is for steps with `job` or `deploy`", "env")
+    if "config" in said and kind != "federate":
+        raise wrong("`config` is for steps with `federate`", "config")
     source = said[kind]
     path = file.parent / source if isinstance(source, str) else file
     if not path.is_file():
@@ -169,11 +178,17 @@ def _step(file: Path, reader: Reader, name: str, said: Mapping[str, Any]) -> Ste
             config=json.loads(said.get("config", "{}")),
         )
     except BadReference as error:
-        raise wrong(str(error), "env" if kind == "job" else "config") from error
+        raise wrong(str(error), "config" if kind == "federate" else "env") from error
+    except NoService as error:
+        raise wrong(str(error), kind, hint=error.hint) from error
 
 
 class BadReference(ValueError):
     """Something between ``${{`` and ``}}`` that means nothing."""
+
+
+class NoService(ConfigError):
+    """What is to be deployed ends by itself, or what is to end stays up."""
 
 
 def make_step(
@@ -191,7 +206,7 @@ def make_step(
     """A step from its file; what it gets from another step, it needs.
 
     Args:
-        kind: `job` or `federate`.
+        kind: One of `KINDS`.
         within: What it does is not all of the file, but this mapping in it.
         env: More variables of a job.
         config: More of the configuration of a federated run.
@@ -199,14 +214,16 @@ def make_step(
     Raises:
         ConfigError: The file is wrong.
         BadReference: A reference to another step is.
+        NoService: It is a job that stays up and is not deployed, or the other way round.
     """
     request, workspace = _read(kind, file, within)
-    if kind == "job":
-        request["env"] = request["env"] | dict(env or {})
-        values = list(request["env"].values())
-    else:
+    if kind == "federate":
         request["config"] = json.dumps(json.loads(request["config"]) | dict(config or {}))
         values = [request["config"]]
+    else:
+        _check_service(name, kind, file, request)
+        request["env"] = request["env"] | dict(env or {})
+        values = list(request["env"].values())
     sources = [source.partition("/")[0] for source in (inputs or {}).values()]
     return Step(
         name=name,
@@ -221,9 +238,22 @@ def make_step(
 
 
 def _read(kind: str, file: Path, within: yaml.Node | None) -> tuple[dict[str, Any], Path | None]:
-    if kind == "job":
+    if kind != "federate":
         return jobfile.read_job(file, within=within)
     return read_run(file) if within is None else runfile.read_federated(file, within=within)
+
+
+def _check_service(name: str, kind: str, file: Path, request: Mapping[str, Any]) -> None:
+    if kind == "deploy" and "service" not in request:
+        raise NoService(
+            f"the step {name} has `deploy`, and {file} has no `service`: it would end by itself",
+            "write `service: {readiness_probe: /ready}` there; what ends is a step with `job`",
+        )
+    if kind == "job" and "service" in request:
+        raise NoService(
+            f"the step {name} would never end: {file} has `service`",
+            "write `deploy` in place of `job`: that step has finished when the service answers",
+        )
 
 
 def _referred(values: list[str]) -> Iterator[str]:

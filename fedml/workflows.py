@@ -166,7 +166,7 @@ class WorkflowRun:
 
 def sent_request(client: Client, step: Step, told: Told = silent) -> dict[str, Any]:
     """What a step asks of the broker; its workspace is there."""
-    if step.kind == "job":
+    if step.kind != "federate":
         request = sent(client, step.request, step.workspace, step.file, told)
         return {**request, "name": step.name, "follow": False}
     assert step.workspace is not None

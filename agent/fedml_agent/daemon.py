@@ -133,6 +133,7 @@ class Daemon:
             free_slots=lambda: self.room.slots - len(self.room.taken),
             draining=lambda: self.intake.draining,
             seen=self._look_at_use,
+            port_of=lambda entry: self.jobs.port(entry),
             nvml=nvml,
         )
         self.link = Link(
@@ -443,6 +444,10 @@ class Daemon:
         """A job runs."""
         self.journal.running(entry)
         self._say(Progress(task=entry.key[0], epoch=entry.key[1], state=TaskState.RUNNING))
+
+    def serves(self) -> None:
+        """A service answers, or no longer does: a heartbeat says so."""
+        self.heart.now()
 
     def ended(self, entry: Entry, result: Result) -> None:
         """A task has ended: written down first, then sent."""

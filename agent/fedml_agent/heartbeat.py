@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedml_agent import hardware
-from fedml_agent.journal import Journal
+from fedml_agent.journal import Entry, Journal
 from fedml_agent.link import LinkDown
 from fedml_protocol.devices import GpuReading, Heartbeat, TaskBeat
 
@@ -39,11 +39,13 @@ class Heart:
         free_slots: Callable[[], int],
         draining: Callable[[], bool],
         seen: Callable[[hardware.Readings], None],
+        port_of: Callable[[Entry], int],
         nvml: Any = None,
     ) -> None:
         """
         Args:
             seen: Is handed what was read of the machine for a beat.
+            port_of: Where a task answers, if it is a service that does.
         """
         self.every_s = 10.0
         self._voice = voice
@@ -54,6 +56,7 @@ class Heart:
         self._draining = draining
         self._nvml = nvml
         self._seen = seen
+        self._port_of = port_of
         self._last: hardware.Readings | None = None
         self._now = asyncio.Event()
         self._count = 0
@@ -93,7 +96,7 @@ class Heart:
         return Heartbeat(
             free_slots=max(self._free_slots(), 0),
             tasks=tuple(
-                TaskBeat(task=task, epoch=epoch, state=entry.state)
+                TaskBeat(task=task, epoch=epoch, state=entry.state, port=self._port_of(entry))
                 for (task, epoch), entry in entries.items()
             ),
             disk_free_bytes=read.disk.free,

@@ -250,6 +250,7 @@ class Intake:
             disk=needs.disk_bytes,
             deadline_s=offer.deadline_s or None,
             network=isinstance(spec, LaunchSpec) and not spec.offline,
+            serves=isinstance(spec, LaunchSpec) and spec.service is not None,
             image="" if container is None else containers.full_name(container.image),
             mounts=()
             if container is None

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from fedml_agent import belongings, containers, outputs, records, sandbox, tending
+from fedml_agent import belongings, containers, deploy, outputs, records, sandbox, tending
 from fedml_agent.attic import Attic
 from fedml_agent.containers import NoImage
 from fedml_agent.environments import CannotBuild, Environments, Wanted
@@ -32,7 +32,7 @@ from fedml_agent.packages import BadPackage, Packages
 from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.room import disk_free, size_of
 from fedml_agent.secret_names import secrets_of
-from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
+from fedml_agent.tending import End, Ended, Gone, TaskSpec, Tended
 from fedml_agent.traces import Traces
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
@@ -72,6 +72,10 @@ class Reporter(Protocol):
         """It has ended; the result is to be written down and sent."""
         ...
 
+    def serves(self) -> None:
+        """A service answers, or no longer does."""
+        ...
+
 
 class Jobs:
     """The launched jobs of this machine."""
@@ -97,6 +101,7 @@ class Jobs:
         self._https = https
         self._reporter = reporter
         self._policy = policy
+        self._services = deploy.Services(lambda: self._reporter.serves())
         self._tended: dict[tuple[str, int], Tended] = {}
         self._shippers: dict[tuple[str, int], LogShipper] = {}
         self._stops: dict[tuple[str, int], float] = {}
@@ -189,6 +194,13 @@ class Jobs:
                 self._ousted.setdefault(key, why)
                 tended.stop(_OUSTED_S)
 
+    def port(self, entry: Entry) -> int:
+        """Where a task answers at this moment, if it is a service; 0: nowhere."""
+        spec = entry.offer.spec
+        if entry.result is not None or not isinstance(spec, LaunchSpec) or spec.service is None:
+            return 0
+        return self._services.port(self._folder(entry))
+
     def pids(self) -> dict[int, str]:
         """Whose the processes at the root of each job are."""
         return {pid: key[0] for key, tended in self._tended.items() for pid in tended.pids}
@@ -237,6 +249,8 @@ class Jobs:
         outputs.prepare(work)
         (folder / "bootstrap.sh").write_text(spec.bootstrap)
         (folder / "job.sh").write_text(spec.command)
+        if spec.service is not None:
+            deploy.choose_port(folder, spec.service)
         if spec.container is not None:
             await self._pull(entry, spec.container)
         if not spec.requirements.strip():
@@ -323,6 +337,8 @@ class Jobs:
             "CUDA_VISIBLE_DEVICES": ",".join(entry.gpus),
             "NVIDIA_VISIBLE_DEVICES": ",".join(entry.gpus) or "void",
         }
+        if spec.service is not None:
+            extra["PORT"] = str(deploy.port_of(self._folder(entry)))
         now = datetime.datetime.now().astimezone().time()
         deadline_s = time_limit_s(policy, now, offer.deadline_s or None)
         if spec.container is not None:
@@ -402,7 +418,7 @@ class Jobs:
             async with asyncio.TaskGroup() as both:
                 name = f"log.{entry.key[0]}"
                 shipping = both.create_task(self._ship(entry, tended), name=name)
-                found = await tended.ended()
+                found = await self._served(entry, tended)
                 # A result does not wait for its log. What the job has recorded is looked for as
                 # soon as it has ended, so that gets a moment.
                 if records.Records(self._folder(entry)).size():
@@ -417,6 +433,22 @@ class Jobs:
         finally:
             self._tended.pop(entry.key, None)
             self._stops.pop(entry.key, None)
+
+    async def _served(self, entry: Entry, tended: Tended) -> End:
+        """Its end; as long as it runs, whether it answers is looked at."""
+        spec = entry.offer.spec
+        if not isinstance(spec, LaunchSpec) or spec.service is None:
+            return await tended.ended()
+        watching = asyncio.create_task(
+            self._services.watch(
+                self._folder(entry), spec.service, lambda why: self.oust(entry.key[0], why)
+            ),
+            name=f"service.{entry.key[0]}",
+        )
+        try:
+            return await tended.ended()
+        finally:
+            watching.cancel()
 
     async def ship_rest(self, entry: Entry) -> None:
         """The log of a job that has ended, when a former agent did not get to it."""

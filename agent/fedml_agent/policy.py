@@ -52,6 +52,7 @@ class Policy:
     max_epsilon: float | None = None
     federated_network: bool = False
     jobs_network: bool = True
+    services: bool = True
     containers: bool = False
     images: tuple[str, ...] = ("*",)
     mounts: tuple[str, ...] = ()
@@ -94,6 +95,7 @@ class Request:
         secure_aggregation: What leaves the machine is masked.
         epsilon: Privacy that it costs; None: it does not promise any.
         network: It is to have the network.
+        serves: It is a service: it answers on a port of this machine.
         image: The container image that it runs in, with its registry; empty: none.
         mounts: What of the machine its container is to see, and whether it may write there.
 
@@ -120,6 +122,7 @@ class Request:
     secure_aggregation: bool = False
     epsilon: float | None = None
     network: bool = False
+    serves: bool = False
     image: str = ""
     mounts: tuple[tuple[str, bool], ...] = ()
 
@@ -217,6 +220,8 @@ def explain(policy: Policy, request: Request) -> Iterator[Ruling]:
     ok = federated or p.jobs_network or not r.network
     allowed = "network" if p.jobs_network else "none (`network: none` in the job file)"
     yield Ruling("network.jobs", ok, asked if federated or ok else "network", allowed)
+    asked, allowed = (("a service" if one else "no service") for one in (r.serves, p.services))
+    yield Ruling("network.services", p.services or not r.serves, asked, allowed)
 
     asked = f"a container of {r.image}" if r.image else "no container"
     allowed = "containers" if p.containers else "no container"

@@ -195,6 +195,9 @@ max_epsilon = 2.0
 federated = false
 # May launched jobs use it? If not, only those that ask for none (`network: none`) run.
 jobs = true
+# May they be services (`service` in a job file), which stay up and answer on a port of this
+# machine? Any job that has the network can open a port: who reaches it is your firewall's to say.
+services = true
 
 [containers]
 # May jobs bring a container image, which Podman or Docker runs here?
@@ -384,6 +387,7 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "privacy.max_epsilon": ("max_epsilon", _NUMBER),
     "network.federated": ("federated_network", _BOOL),
     "network.jobs": ("jobs_network", _BOOL),
+    "network.services": ("services", _BOOL),
     "containers.allow": ("containers", _BOOL),
     "containers.images": ("images", _TEXTS),
     "containers.mounts": ("mounts", _Kind(_must(_all(_is_mount), _MOUNTS, tuple))),

@@ -251,6 +251,7 @@ class Broker:
         self.federation.on_round = self.metrics.round
         self.federation.on_answer = self.metrics.asked
         self.dispatcher.on_together = self.launcher.together
+        self.dispatcher.on_serves = self.launcher.serves
         self.dispatcher.works = {"launch": self.launcher, "federate": self.federation}
         self.workflows = Workflows(
             self.store,

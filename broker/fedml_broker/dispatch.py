@@ -17,7 +17,7 @@ from typing import Protocol
 
 from sqlalchemy import Connection
 
-from fedml_broker import match, tasks
+from fedml_broker import deploy, match, tasks
 from fedml_broker.backlog import Backlog
 from fedml_broker.blobs import Blobs
 from fedml_broker.fleet import Fleet, Machine
@@ -104,6 +104,8 @@ class Dispatcher:
         self.on_together: Callable[[Sequence[tuple[Task, Machine]]], None] = lambda members: None
         # Called with a run of which a machine has noted something.
         self.on_noted: Callable[[str], None] = lambda run: None
+        # Called when a service answers on a port of its machine; 0: when it no longer does.
+        self.on_serves: Callable[[Task, Machine, int], Awaitable[None]]
         self.on_ended: Callable[[TaskState], None] = lambda state: None
         # Called when a machine has taken a task, and when its result is in the store.
         self.on_accepted: Callable[[Task], None] = lambda task: None
@@ -383,6 +385,9 @@ class Dispatcher:
                     task.state = move(task.state, TaskState.LEASED)
                     task.accepted_seq = seq
                 task.lease_until = self._fleet.clock() + self.timing.lease_s
+                if task.serves and told.port != task.port and told.state is TaskState.RUNNING:
+                    task.port = told.port
+                    await self.on_serves(task, machine, told.port)
                 # Its Cancel was lost, it may be.
                 if (task.stopping or task.recalled) and told.state not in FINAL:
                     self._send(machine.address, _cancel(task))
@@ -558,6 +563,8 @@ class Dispatcher:
 
         def commit(tx: Connection) -> bool:
             again = tasks.queued_again(tx, task.id, epoch, tries, restarts)
+            if again and task.serves:
+                deploy.forget(tx, task.run)
             if again and task.kind == "launch":
                 rank = {"rank": task.rank} if task.terms.nodes > 1 else {}
                 add_event(tx, task.run, "again", {"why": why, "device": task.device, **rank})
@@ -568,7 +575,7 @@ class Dispatcher:
             return
         self._let_go(task)
         task.tries_left, task.restarts_left, task.recalled = tries, restarts, ""
-        task.state = move(task.state, TaskState.QUEUED)
+        task.state, task.port = move(task.state, TaskState.QUEUED), None
         task.moments = {"queued": time.time()}
         self._backlog.add(task)
         if not task.bound:

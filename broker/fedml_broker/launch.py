@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 from sqlalchemy import Connection
 
-from fedml_broker import match, packages, runs, tasks
+from fedml_broker import deploy, match, packages, runs, tasks
 from fedml_broker.accounts import RUN_KEY, Accounts, User
 from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
@@ -25,7 +25,7 @@ from fedml_broker.store import Store
 from fedml_broker.tasks import Task
 from fedml_broker.traces import Traces
 from fedml_protocol.errors import MalformedMessage
-from fedml_protocol.launch import Container, LaunchSpec, Mount, looks_secret
+from fedml_protocol.launch import Container, LaunchSpec, Mount, Service, looks_secret
 from fedml_protocol.tasks import (
     FINAL,
     TRACEPARENT,
@@ -83,6 +83,14 @@ class ContainerBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Container(**told | {"mounts": tuple(Mount(**one) for one in told["mounts"])})
 
 
+class ServiceBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a job that stays up answers; as `fedml_protocol.launch.Service`."""
+
+    port: int = 0
+    path: str = ""
+    within_s: float = 600.0
+
+
 class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A job, as `fedml launch` sends it.
 
@@ -90,7 +98,8 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     No log shows the values of variables that are named in `secrets`. With `gpus_optional`, it goes
     without GPUs where no machine has those that it needs. `restarts`: how often it is started again
     when its command fails; `retries` is for machines. `preemptible`: None leaves it to the
-    priority: below 0 it is. `network` is `full` or `none`.
+    priority: below 0 it is. `network` is `full` or `none`. With `service`, it stays up and answers
+    on a port of its machine.
     """
 
     command: str
@@ -103,6 +112,7 @@ class LaunchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     needs: NeedsBody = NeedsBody()
     network: Literal["full", "none"] = "full"
     container: ContainerBody | None = None
+    service: ServiceBody | None = None
     gpus_optional: bool = False
     labels: dict[str, str] = {}
     nodes: int = 1
@@ -263,6 +273,9 @@ class Launcher:
                 "this job cannot be",
                 f"it takes 1 to {MAX_NODES} machines, and may start again 0 times or more often",
             )
+        if request.service is not None and request.nodes > 1:
+            detail = "each of several machines would answer at an address of its own"
+            raise Problem(422, "a service runs on one machine", detail, hint="launch it as often")
         preemptible = request.preemptible
         return Terms(
             priority=request.priority,
@@ -340,6 +353,8 @@ class Launcher:
         """The run ends as its task did; how long its logs are is known first."""
         for stream, size in (("stdout", result.stdout_bytes), ("stderr", result.stderr_bytes)):
             self._observer.finish(task.run, LogFile(task.id, result.epoch, stream), size)
+        if task.serves:
+            deploy.forget(tx, task.run)
         if task.rank == 0:
             left = [artifact.blob.sha256 for artifact in result.artifacts]
             runs.refer_all(tx, left, f"run/{task.run}/outputs")
@@ -385,6 +400,19 @@ class Launcher:
         await self._store.write(commit)
         self._observer.ring(task.run)
 
+    async def serves(self, task: Task, machine: Machine, port: int) -> None:
+        """A service answers on a port of its machine, or no longer does."""
+        device = machine.address.device
+        endpoint = deploy.endpoint(device, machine.name, machine.host, port)
+
+        def commit(tx: Connection) -> bool:
+            if not port:
+                return deploy.silent(tx, task.run)
+            return deploy.answers(tx, task.run, task.id, task.epoch, endpoint)
+
+        if await self._store.write(commit):
+            self._observer.ring(task.run)
+
 
 def _spec(request: LaunchRequest, env: dict[str, str]) -> LaunchSpec:
     """What its machine is told to do, with these variables.
@@ -405,6 +433,9 @@ def _spec(request: LaunchRequest, env: dict[str, str]) -> LaunchSpec:
         secrets=tuple(dict.fromkeys((*request.secrets, *(n for n in (RUN_KEY,) if n in env)))),
         offline=request.network == "none",
         container=None if request.container is None else request.container.container(),
+        service=None
+        if request.service is None
+        else Service(**msgspec.to_builtins(request.service)),
     )
 
 

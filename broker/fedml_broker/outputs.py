@@ -2,7 +2,7 @@
 """What a run that has ended leaves for others: files by their path, and values by name.
 
 Of a job, what its first task has written into $FEDML_OUTPUT_DIR and $FEDML_OUTPUT. Of a federated
-run, its latest model and the metrics of that.
+run, its latest model and the metrics of that. Of a service, as long as it answers, where it does.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from fedml_broker import deploy
 from fedml_broker.blobs import Blobs
 from fedml_broker.store import Store
 from fedml_broker.tables import rounds, tasks
@@ -46,9 +47,12 @@ class Outputs:
 
 
 async def of_run(store: Store, blobs: Blobs, run: Mapping[str, Any]) -> Outputs:
-    """What a run has left; nothing as long as it goes on."""
+    """What a run has left; as long as it goes on, only where a service answers."""
     if run["kind"] == "federate":
         return await store.read(lambda tx: _of_federated(tx, run["id"]))
+    if run["ended_at"] is None:
+        found = (await deploy.endpoints(store, [run["id"]])).get(run["id"])
+        return Outputs() if found is None else Outputs(values=found.values(run["id"]))
     result = await store.read(lambda tx: _first_result(tx, run["id"]))
     if result is None:
         return Outputs()

@@ -26,12 +26,14 @@ from fedml_protocol.package import Package
 from fedml_protocol.workflow import BadGraph, Graph, Node, When, check
 
 MAX_STEPS = 200
+_DEPLOY = "write `deploy` in place of `job`: that step has finished when the service answers"
+_A_SERVICE = "write `service` into its job file; what ends by itself is a step `job`"
 _STEP_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
 T = TypeVar("T")
 
 
 class StepBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One step; one of the kinds (`job`, `federate`) says what it is.
+    """One step; one of the kinds (`job`, `federate`, `deploy`) says what it is.
 
     Attributes:
         needs: The steps that must be over before it runs.
@@ -42,6 +44,7 @@ class StepBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     job: LaunchRequest | None = None
     federate: FederateRequest | None = None
+    deploy: LaunchRequest | None = None
     needs: list[str] = []
     when: When = When.FINISHED
     inputs: dict[str, str] = {}
@@ -62,7 +65,7 @@ class Kind(Protocol):
 
 
 class JobStep:
-    """A launched job."""
+    """A launched job; `deploy` says the same of one that stays up."""
 
     def __init__(self, launcher: Launcher, blobs: Blobs) -> None:
         self._launcher = launcher
@@ -70,17 +73,31 @@ class JobStep:
 
     async def check(self, user: User, body: StepBody) -> Uploaded | None:
         """See `Kind`."""
-        return await self._launcher.check(user, _required(body.job))
+        if body.job is not None and body.job.service is not None:
+            raise Problem(422, f"{body.name} would never end", "it is a service", _DEPLOY)
+        return await self._launcher.check(user, _launched(body))
 
     async def submit(self, user: User, run: str, name: str, body: StepBody, left: Left) -> None:
         """See `Kind`. All values that it may use are in its FEDML_INPUTS, as JSON."""
-        job = _required(body.job)
+        job = _launched(body)
         env = {variable: inputs.fill(text, left) for variable, text in job.env.items()}
         if values := {step: dict(its.values) for step, its in left.items() if its.values}:
             env.setdefault("FEDML_INPUTS", msgspec.json.encode(values).decode())
         package = await _with_files(self._blobs, user, job.package, body.inputs, left)
         request = msgspec.structs.replace(job, run=run, name=name, env=env, package=package)
         await self._launcher.submit(user, request)
+
+
+class DeployStep(JobStep):
+    """A service: the step has finished when it answers. It stays up."""
+
+    async def check(self, user: User, body: StepBody) -> Uploaded | None:
+        """See `Kind`."""
+        if _launched(body).service is None:
+            raise Problem(
+                422, f"{body.name} is no service", "what is deployed stays up", _A_SERVICE
+            )
+        return await super().check(user, body)
 
 
 class FederateStep:
@@ -110,7 +127,12 @@ class FederateStep:
 
 def kinds(launcher: Launcher, federation: Federation, blobs: Blobs) -> dict[str, Kind]:
     """The kinds of steps, as fields of `StepBody` are called."""
-    return {"job": JobStep(launcher, blobs), "federate": FederateStep(federation, blobs)}
+    launched = JobStep(launcher, blobs)
+    return {
+        "job": launched,
+        "federate": FederateStep(federation, blobs),
+        "deploy": DeployStep(launcher, blobs),
+    }
 
 
 async def _with_files(
@@ -149,8 +171,9 @@ def graph_of(bodies: Sequence[StepBody]) -> Graph:
             wrong = "is there twice" if body.name in graph else "is none"
             detail = f"{body.name[:80]!r} {wrong}; names are of a-z, A-Z, 0-9, _ and -"
             raise Problem(422, "not the name of a step", detail)
-        if (body.job is None) is (body.federate is None):
-            raise Problem(422, "not a step", f"{body.name} is a job or a federated run")
+        if [body.job, body.federate, body.deploy].count(None) != 2:
+            what = "a job, a federated run or a service"
+            raise Problem(422, "not a step", f"{body.name} is {what}: one of them")
         graph[body.name] = Node(tuple(body.needs), body.when)
     try:
         check(graph)
@@ -179,8 +202,8 @@ def _check_inputs(body: StepBody) -> None:
 
 def _texts(body: StepBody) -> Iterator[str]:
     """Where values of other steps may stand."""
-    if body.job is not None:
-        yield from body.job.env.values()
+    if body.federate is None:
+        yield from _launched(body).env.values()
     if body.federate is not None:
         try:
             yield from inputs.texts_in(body.federate.config)
@@ -195,4 +218,10 @@ def body_of(step: Step) -> StepBody:
 
 def kind_of(body: StepBody) -> str:
     """The name of its kind."""
+    if body.deploy is not None:
+        return "deploy"
     return "job" if body.job is not None else "federate"
+
+
+def _launched(body: StepBody) -> LaunchRequest:
+    return _required(body.job or body.deploy)

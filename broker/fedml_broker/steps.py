@@ -42,6 +42,11 @@ class Step:
     ended_at: float | None
 
     @property
+    def stays(self) -> bool:
+        """Whether its run is a service, which stays when the step is over."""
+        return self.definition.get("deploy") is not None
+
+    @property
     def node(self) -> Node:
         """As the graph sees it."""
         return Node(tuple(self.definition["needs"]), When(self.definition["when"]))

@@ -131,6 +131,18 @@ runs = Table(
     Index("runs_by_state", "state"),
 )
 
+# Launched jobs that answer at this moment.
+services = Table(
+    "services",
+    metadata,
+    Column("run", String, primary_key=True),
+    Column("device", String, nullable=False),
+    Column("name", String, nullable=False),  # the machine's
+    Column("host", String, nullable=False),
+    Column("port", Integer, nullable=False),
+    Column("since", Float, nullable=False),
+)
+
 tasks = Table(
     "tasks",
     metadata,

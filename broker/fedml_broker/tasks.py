@@ -66,6 +66,7 @@ class Task:
         moments: When it was queued, offered, and its result received, since this process began.
         stopping: Why its device was told to end it; it is not offered again. Empty: it was not.
         noted: What its devices have noted of it, since this process began.
+        port: Where it answers, if it is a service; 0: nowhere; None: its device has not said.
     """
 
     offer: Offer
@@ -95,6 +96,7 @@ class Task:
     stopping: str = ""
     moments: dict[str, float] = field(default_factory=dict)
     noted: set[str] = field(default_factory=set)
+    port: int | None = None
 
     @property
     def id(self) -> str:
@@ -110,6 +112,11 @@ class Task:
     def kind(self) -> str:
         """The word that asked for it."""
         return "launch" if isinstance(self.offer.spec, LaunchSpec) else "federate"
+
+    @property
+    def serves(self) -> bool:
+        """Whether it is a service."""
+        return isinstance(self.offer.spec, LaunchSpec) and self.offer.spec.service is not None
 
     @property
     def room(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedml_broker import runs, steps
+from fedml_broker import deploy, runs, steps
 from fedml_broker.inputs import Missing
 from fedml_broker.outputs import Outputs, of_run
 from fedml_broker.problems import Problem
@@ -30,7 +30,11 @@ log = logging.getLogger(__name__)
 # After a full disk, how long until the store is asked again.
 _DISK_PAUSE_S = 5.0
 
+# Of the run of a service, beside a run's states: it answers; it has ended and should not have.
+ANSWERS, ENDED = "ANSWERS", "ENDED"
 _OF_RUN = {
+    ANSWERS: StepState.FINISHED,
+    ENDED: StepState.FAILED,
     "FINISHED": StepState.FINISHED,
     "FAILED": StepState.FAILED,
     "LOST": StepState.FAILED,
@@ -106,6 +110,7 @@ def moves(
         graph: The steps.
         states: Of each step.
         found: Of the steps that have a run in this try, its state; None: there is no such run.
+            Of services also `ANSWERS` and `ENDED`.
         stopping: Whether somebody has stopped the workflow.
     """
     made: list[Move] = []
@@ -119,7 +124,8 @@ def moves(
         elif state is StepState.RUNNING and run is None:
             made.append(Settle(name, StepState.FAILED, "its run was deleted"))
         elif state is StepState.RUNNING and run in _OF_RUN:
-            made.append(Settle(name, _OF_RUN[run]))
+            why = "it ended before it answered" if run == ENDED else ""
+            made.append(Settle(name, _OF_RUN[run], why))
     now = plan(graph, states, stopping=stopping)
     settled = {move.step for move in made if isinstance(move, Settle)}
     # What is skipped first: a step that runs because of it begins after that.
@@ -172,6 +178,11 @@ class Walker:
         self._all.at_work(self._workflow, self, at_work)
         rows = await self._all.runs.named(list(at_work))
         found = {name: rows[run]["state"] if run in rows else None for run, name in at_work.items()}
+        services = [s.run for s in its if s.run in at_work and s.stays]
+        answering = await deploy.endpoints(self._all.store, services)
+        for run in services:
+            if run in answering or found[at_work[run]] == "FINISHED":
+                found[at_work[run]] = ANSWERS if run in answering else ENDED
         states = {step.name: step.state for step in its}
         made = moves(graph, states, found, stopping=row["stopped_by"] is not None)
         for move in made:
@@ -197,7 +208,7 @@ class Walker:
             case Submit(), Step():
                 await self._submit(step, its, row)
             case Settle(state=state, why=why), Step():
-                await self._settle(step, state, why)
+                await self._settle(step, state, why, row)
 
     async def _end(self, state: StepState) -> None:
         await self._all.store.write(lambda tx: steps.end(tx, self._workflow, state))
@@ -215,26 +226,29 @@ class Walker:
         except (Problem, Missing, ProtocolError) as error:
             hint = getattr(error, "hint", "")
             why = f"it could not start: {error}" + (f" ({hint})" if hint else "")
-            await self._settle(step, StepState.FAILED, why)
+            await self._settle(step, StepState.FAILED, why, row)
 
-    async def _settle(self, step: Step, state: StepState, why: str) -> None:
+    async def _settle(self, step: Step, state: StepState, why: str, row: Mapping[str, str]) -> None:
         workflow, write = self._workflow, self._all.store.write
         run = (await self._all.runs.named([step.run])).get(step.run)
         if run is None:
             await write(lambda tx: steps.settle_without_run(tx, workflow, step, state, why))
             return
-        why, outputs = why or _why(run), Outputs()
+        why = why or ("" if state is StepState.FINISHED else _why(run))
+        outputs = Outputs()
         if state is StepState.FINISHED:
             outputs = await of_run(self._all.store, self._all.blobs, run)
+            if step.stays and not outputs.values:
+                return  # it answers no longer: the next turn sees that
+            for former in filter(None, step.runs[:-1] if step.stays else ()):
+                await self._all.stop_run(former, row["user"])  # the service that this one replaces
         await write(lambda tx: steps.settle(tx, workflow, step, state, why, outputs))
 
 
 def _why(run: Mapping[str, object]) -> str:
-    """The cause of a run's end, in words; empty: it finished."""
+    """Why a run did not finish, in words."""
     cause = run["cause"]
     message = str(cause["message"]) if isinstance(cause, Mapping) else ""
-    if run["state"] == "FINISHED":
-        return ""
     if run["stopped_by"]:
         return f"stopped by {run['stopped_by']}"
     return message or str(run["state"]).lower()

@@ -159,7 +159,7 @@ __all__ = [
     "workflow_wait",
 ]
 
-_SERVING = "models are not served yet"
+_SERVING = "there are no model cards; a job file with `service` serves one"
 # Names of FedML's that are not here, and why.
 _NOT_HERE = {
     "device_bind": "a machine joins by its own command, `fedml-agent login KEY`",

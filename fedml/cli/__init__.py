@@ -43,7 +43,9 @@ _VERBS = {
 _AS_FEDML_SPELLS = {"token_normalize_func": lambda token: token.replace("_", "-")}
 
 # FedML's verbs that are not here, and why.
-_NOT_HERE = {"model": "models are not served yet"}
+_NOT_HERE = {
+    "model": "there are no model cards; a job file with `service` serves one (docs/deploy.md)"
+}
 
 
 class _Verbs(click.Group):

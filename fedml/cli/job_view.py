@@ -30,6 +30,12 @@ class JobView:
             again = f", attempt {data['epoch']}" if data["epoch"] > 1 else ""
             again += f", as rank {data['rank']}" if "rank" in data else ""
             click.secho(f"runs on {data['name']}{again}", dim=True, err=True)
+        elif "event" in item and item["event"]["kind"] in ("answers", "silent"):
+            url = item["event"]["data"]["url"]
+            if item["event"]["kind"] == "answers":
+                click.secho(f"it answers at {url}", fg="green", err=True)
+            else:
+                click.secho(f"it no longer answers at {url}", fg="yellow", err=True)
         elif "event" in item and item["event"]["kind"] == "again":
             data = item["event"]["data"]
             rank = f"rank {data['rank']} is" if "rank" in data else "it is"

@@ -150,6 +150,8 @@ def show(run_id: str, home: Path, as_json: bool) -> None:
         + (f", exit code {code}" if (code := found["exit_code"]) else "")
         + (f", stopped by {who}" if (who := found["stopped_by"]) else ""),
     }
+    if found["ended_at"] is None and "endpoint" in found:
+        facts["service"] = _answers(found)
     if found["waiting"]:
         facts["waits"] = found["waiting"].replace("; ", "\n")
     if found["cause"]:
@@ -184,18 +186,22 @@ def show(run_id: str, home: Path, as_json: bool) -> None:
 def status(run_id: str, home: Path, as_json: bool) -> None:
     """Print the state of a run: QUEUED, RUNNING, FINISHED, FAILED, STOPPED or LOST.
 
-    What it waits for goes to stderr.
+    What it waits for, and where a service answers, goes to stderr.
 
     \b
     Examples:
       fedml run status r-1c0ffee123
+      fedml run status r-1c0ffee123 --json | jq -r .endpoint.url   # of a service
       test $(fedml run status r-1c0ffee123) = FINISHED && echo done
     """
     found = connect(home).call("GET", f"/v1/runs/{run_id}")
     if as_json:
-        print_json({k: found[k] for k in ("id", "state", "waiting", "exit_code", "cause")})
+        told = ("id", "state", "waiting", "exit_code", "cause")
+        print_json({k: found[k] for k in (*told, *(k for k in ("endpoint",) if k in found))})
         return
     click.echo(found["state"])
+    if found["ended_at"] is None and "endpoint" in found:
+        click.secho(_answers(found), dim=True, err=True)
     if found["waiting"]:
         click.secho(f"waits: {found['waiting']}", dim=True, err=True)
 
@@ -401,11 +407,19 @@ def _plot(numbers: list[float]) -> str:
 
 def _left(found: dict[str, Any]) -> dict[str, str]:
     """What a job has left for others."""
-    if found["kind"] != "launch" or "outputs" not in found:
+    if found["kind"] != "launch" or "outputs" not in found or found["ended_at"] is None:
         return {}
     lines = [f"{name}={value}" for name, value in found["outputs"]["values"].items()]
     lines += [f"{file['path']} ({size(file['size'])})" for file in found["outputs"]["files"]]
     return {"left": "\n".join(lines)} if lines else {}
+
+
+def _answers(found: dict[str, Any]) -> str:
+    """Where a service is."""
+    endpoint = found["endpoint"]
+    if endpoint is None:
+        return "it does not answer (yet)"
+    return f"answers at {endpoint['url']} since {when(endpoint['since'])}"
 
 
 def _took(found: dict[str, Any]) -> str:

@@ -50,9 +50,15 @@ def watch(client: Client, workflow: str, *, as_json: bool) -> int:
 def rows(steps: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table of a workflow's steps."""
     return [
-        (name, step["state"], step["run"] or "–", took(step), step["cause"] or step["waiting"])
+        (name, step["state"], step["run"] or "–", took(step), _said(step))
         for name, step in steps.items()
     ]
+
+
+def _said(step: Mapping[str, Any]) -> str:
+    """Why it is where it is; of a service, where it answers."""
+    where = step["outputs"]["values"].get("url", "") if step["kind"] == "deploy" else ""
+    return str(step["cause"] or step["waiting"] or where)
 
 
 def took(what: Mapping[str, Any]) -> str:

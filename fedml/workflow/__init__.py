@@ -13,27 +13,24 @@
 That is what `fedml workflow run` does with a file. See docs/workflow.md.
 """
 
-from typing import Any
-
+from fedml.workflow.customized_jobs.model_deploy_job import ModelDeployJob
+from fedml.workflow.customized_jobs.model_inference_job import ModelInferenceJob
 from fedml.workflow.customized_jobs.train_job import TrainJob
-from fedml.workflow.file_jobs import FederateJob, LaunchJob
+from fedml.workflow.file_jobs import DeployJob, FederateJob, LaunchJob
 from fedml.workflow.jobs import Job, JobStatus, NullJob
 from fedml.workflow.workflow import Workflow, WorkflowFailed, WorkflowType
 
 __all__ = [
+    "DeployJob",
     "FederateJob",
     "Job",
     "JobStatus",
     "LaunchJob",
+    "ModelDeployJob",
+    "ModelInferenceJob",
     "NullJob",
     "TrainJob",
     "Workflow",
     "WorkflowFailed",
     "WorkflowType",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("ModelDeployJob", "ModelInferenceJob"):
-        raise AttributeError(f"fedml.workflow has no {name}: models are not served yet")
-    raise AttributeError(f"module 'fedml.workflow' has no attribute {name!r}")

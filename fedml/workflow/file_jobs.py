@@ -65,7 +65,7 @@ class FileJob(Job):
             ConfigError: Its file is wrong.
         """
         env = dict(self.env)
-        if self.kind == "job" and self.input_data_dict:
+        if self.kind != "federate" and self.input_data_dict:
             env.setdefault("FEDML_INPUTS", json.dumps(self.input_data_dict))
         return make_step(
             name or self.name,
@@ -120,6 +120,22 @@ class LaunchJob(FileJob):
 
     kind = "job"
     _word = "launch"
+
+
+class DeployJob(FileJob):
+    """A job file with `service`: it has finished when the service answers, and stays up."""
+
+    kind = "deploy"
+    _word = "launch"
+
+    def status(self) -> JobStatus:
+        """Finished as soon as it answers."""
+        if self.run_id is None:
+            return super().status()
+        found = self._found()
+        if found.details.get("endpoint") is not None:
+            return JobStatus.FINISHED
+        return JobStatus.FAILED if found.ended else JobStatus.RUNNING
 
 
 class FederateJob(FileJob):

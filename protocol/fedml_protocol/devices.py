@@ -8,7 +8,7 @@ agent -> broker   Heartbeat   topic `up/hb`
 from dataclasses import dataclass
 
 from fedml_protocol.errors import MalformedMessage
-from fedml_protocol.ids import check_id
+from fedml_protocol.ids import check_id, check_port
 from fedml_protocol.tasks import TaskState
 
 # An agent that has lost the broker tries again after at most so many heartbeat intervals: so a
@@ -50,14 +50,20 @@ class GpuReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskBeat:
-    """One task that the agent holds."""
+    """One task that the agent holds.
+
+    Attributes:
+        port: Of a service, where it answers at this moment; 0: nowhere.
+    """
 
     task: str
     epoch: int
     state: TaskState
+    port: int = 0
 
     def __post_init__(self) -> None:
         check_id(self.task, "task")
+        check_port(self.port)
         if self.epoch < 1:
             raise MalformedMessage(f"epoch must be >= 1, got {self.epoch}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that travel: ids that are safe in a topic, a path and a URL, and content hashes."""
+"""Names that travel: ids that are safe in a topic, a path and a URL; content hashes; ports."""
 
 import re
 
@@ -28,6 +28,17 @@ def check_sha256(value: str) -> str:
     """
     if not _SHA256.fullmatch(value):
         raise MalformedMessage(f"not a SHA-256 in lower-case hex: {value[:80]!r}")
+    return value
+
+
+def check_port(value: int) -> int:
+    """`value`, which is a TCP port, or 0 for none.
+
+    Raises:
+        MalformedMessage: It is not.
+    """
+    if not 0 <= value <= 65535:
+        raise MalformedMessage(f"a port is a number from 1 to 65535, not {value}")
     return value
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a launched job is, as the agent is told it."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedml_protocol.errors import MalformedMessage
+from fedml_protocol.ids import check_port
 
 # How the artifacts of a job's result are called: lines NAME=VALUE, and what is below the folder.
 OUTPUT_VALUES = "values"
@@ -27,6 +29,8 @@ def looks_secret(name: str) -> bool:
 # What a registry takes (the OCI distribution specification). No reference begins with a dash: it
 # becomes a word of the engine's command line.
 _REFERENCE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._:/@-]{0,500}")
+# Of a URL, as RFC 3986 has it, with a query perhaps: it becomes a line of a request.
+_PATH = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/?-]{0,500}")
 _REGISTRY = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.:/_-]{0,250}")
 
 
@@ -81,6 +85,29 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A job that stays up and answers on a port of its machine.
+
+    Attributes:
+        port: Where; 0: the machine chooses one that is free. The job finds it in PORT.
+        path: What `GET` on this machine answers with 200 once it is ready, such as `/ready`; empty:
+            it is ready once it takes connections.
+        within_s: Seconds in which it must be ready for the first time.
+    """
+
+    port: int = 0
+    path: str = ""
+    within_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        check_port(self.port)
+        if self.path and _PATH.fullmatch(self.path) is None:
+            raise MalformedMessage(f"not the path of a URL, such as /ready: {self.path[:200]!r}")
+        if not 0 < self.within_s < math.inf:
+            raise MalformedMessage(f"a service is ready within some seconds, not {self.within_s}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
     """Shell lines to run in the unpacked workspace.
 
@@ -93,6 +120,7 @@ class LaunchSpec:
         secrets: Names of variables in `env` whose values no log may show.
         offline: It has no network.
         container: What it runs in; None: the machine itself.
+        service: How it answers others; None: it does its work and ends.
     """
 
     command: str
@@ -102,8 +130,11 @@ class LaunchSpec:
     secrets: tuple[str, ...] = ()
     offline: bool = False
     container: Container | None = None
+    service: Service | None = None
 
     def __post_init__(self) -> None:
+        if self.service is not None and self.offline:
+            raise MalformedMessage("a service needs the network, and this job is to have none")
         if not self.command.strip():
             raise MalformedMessage("a job needs a command")
         for name, value in self.env.items():

@@ -149,14 +149,16 @@ class GpuReading(_message.Message):
     def __init__(self, uuid: _Optional[str] = ..., utilisation_percent: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., temperature_c: _Optional[float] = ...) -> None: ...
 
 class TaskBeat(_message.Message):
-    __slots__ = ("task", "epoch", "state")
+    __slots__ = ("task", "epoch", "state", "port")
     TASK_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
     task: str
     epoch: int
     state: TaskState
-    def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[TaskState, str]] = ...) -> None: ...
+    port: int
+    def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[TaskState, str]] = ..., port: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("free_slots", "tasks", "disk_free_bytes", "clock_ms", "draining", "cpu_percent", "memory_used_bytes", "gpus", "refusing")
@@ -406,7 +408,7 @@ class ResultAck(_message.Message):
     def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class LaunchSpec(_message.Message):
-    __slots__ = ("bootstrap", "command", "env", "requirements", "secrets", "offline", "container")
+    __slots__ = ("bootstrap", "command", "env", "requirements", "secrets", "offline", "container", "service")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -421,6 +423,7 @@ class LaunchSpec(_message.Message):
     SECRETS_FIELD_NUMBER: _ClassVar[int]
     OFFLINE_FIELD_NUMBER: _ClassVar[int]
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
     bootstrap: str
     command: str
     env: _containers.ScalarMap[str, str]
@@ -428,7 +431,18 @@ class LaunchSpec(_message.Message):
     secrets: _containers.RepeatedScalarFieldContainer[str]
     offline: bool
     container: Container
-    def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., requirements: _Optional[str] = ..., secrets: _Optional[_Iterable[str]] = ..., offline: _Optional[bool] = ..., container: _Optional[_Union[Container, _Mapping]] = ...) -> None: ...
+    service: Service
+    def __init__(self, bootstrap: _Optional[str] = ..., command: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., requirements: _Optional[str] = ..., secrets: _Optional[_Iterable[str]] = ..., offline: _Optional[bool] = ..., container: _Optional[_Union[Container, _Mapping]] = ..., service: _Optional[_Union[Service, _Mapping]] = ...) -> None: ...
+
+class Service(_message.Message):
+    __slots__ = ("port", "path", "within_s")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_S_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    path: str
+    within_s: float
+    def __init__(self, port: _Optional[int] = ..., path: _Optional[str] = ..., within_s: _Optional[float] = ...) -> None: ...
 
 class Container(_message.Message):
     __slots__ = ("image", "registry", "username", "password", "mounts")

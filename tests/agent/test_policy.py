@@ -145,6 +145,12 @@ TABLE: list[tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
         {"network": False},
         {"network": True},
     ),
+    (
+        "network.services",
+        {"services": False},
+        {"network": True},
+        {"network": True, "serves": True},
+    ),
     ("containers.allow", {}, {}, {"image": "docker.io/library/python:3"}),
     (
         "containers.images",
@@ -279,7 +285,7 @@ def test_what_closes_the_whole_machine_is_said_before_anybody_asks(
 def test_explain_lists_every_rule_with_its_verdict() -> None:
     policy = Policy(commands=False, gpus=())
     rulings = {one.rule: one.ok for one in explain(policy, asked(commands=True, gpus=1))}
-    assert len(rulings) == 20
+    assert len(rulings) == 21
     assert {rule for rule, ok in rulings.items() if not ok} == {"tasks.commands", "resources.gpus"}
 
 
@@ -396,6 +402,7 @@ policies = st.builds(
     max_epsilon=st.none() | st.floats(0, 2),
     federated_network=st.booleans(),
     jobs_network=st.booleans(),
+    services=st.booleans(),
     containers=st.booleans(),
     images=some(st.sampled_from(["*", "a*", "b"])),
     mounts=some(st.sampled_from(["/a", "/a:rw", "/b"])),
@@ -434,6 +441,7 @@ requests = st.builds(
     secure_aggregation=st.booleans(),
     epsilon=st.none() | st.floats(0, 2),
     network=st.booleans(),
+    serves=st.booleans(),
     image=st.sampled_from(["", "a", "b"]),
     mounts=some(st.tuples(st.sampled_from(["/a", "/b"]), st.booleans())),
 )
@@ -485,6 +493,7 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "max_epsilon": lower,
     "federated_network": lambda _, value: False,
     "jobs_network": lambda _, value: False,
+    "services": lambda _, value: False,
     "containers": lambda _, value: False,
     "images": fewer,
     "mounts": fewer,

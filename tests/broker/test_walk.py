@@ -8,7 +8,19 @@ makes it, and the walker may die after each: the next one begins with what is in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedml_broker.walk import Begin, End, Move, Running, Settle, Skip, Stop, Submit, moves
+from fedml_broker.walk import (
+    ANSWERS,
+    ENDED,
+    Begin,
+    End,
+    Move,
+    Running,
+    Settle,
+    Skip,
+    Stop,
+    Submit,
+    moves,
+)
 from fedml_protocol.workflow import Graph, Node, StepState, When
 from tests.protocol.test_workflow import graphs
 
@@ -88,7 +100,7 @@ def _walk(world: World, dies: st.SearchStrategy[bool], data: st.DataObject) -> N
     raise AssertionError(f"it never ended: {world.states}")
 
 
-_ENDS = st.sampled_from(["FINISHED", "FINISHED", "FAILED", "LOST"])
+_ENDS = st.sampled_from(["FINISHED", "FINISHED", "FAILED", "LOST", ANSWERS, ENDED])
 
 
 @given(graphs(), st.data())

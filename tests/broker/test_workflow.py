@@ -246,7 +246,7 @@ async def test_a_step_that_could_never_run_is_named_and_nothing_is_kept(yard: Ya
         ([], "it has 1 to 200 steps"),
         ([step("a"), step("a")], "'a' is there twice"),
         ([step("a b")], "names are of a-z"),
-        ([StepBody(name="a")], "a job or a federated run"),
+        ([StepBody(name="a")], "a job, a federated run or a service"),
         ([step("a", "b")], "the step a needs b, which is no step"),
         ([step("a", "b"), step("b", "a")], "a → b → a"),
         ([step("a", when=When.ALWAYS)], "names none in `needs`"),

@@ -114,6 +114,26 @@ def test_the_readmes_run_file_is_one(tmp_path: Path) -> None:
     assert (request["rounds"], request["clients"]) == (10, {"count": 3})
 
 
+# ---------------------------------------------------------------------- docs/deploy.md
+
+
+def test_the_service_of_the_page_is_one(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "serve.yaml").write_text(block("docs/deploy.md", "# serve.yaml"))
+    assert read_job(tmp_path / "serve.yaml")[0]["service"] == {"path": "/ready"}
+
+
+def test_what_the_page_deploys_is_asked_by_its_other_step(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "page.yaml").write_text(block("docs/deploy.md", "steps:"))
+    _bash("fedml workflow run page.yaml", tmp_path, env)
+    assert _bash("fedml workflow logs page ask", tmp_path, env).strip().endswith("200")
+    said = json.loads(_bash("fedml workflow status page --json", tmp_path, env))
+    (serve,) = [step for step in said["steps"] if step["name"] == "serve"]
+    _bash(f"fedml run stop {serve['run']} --wait", tmp_path, env)
+
+
 # ---------------------------------------------------------------------- docs/launch.md
 
 

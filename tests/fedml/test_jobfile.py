@@ -63,6 +63,16 @@ def _job(folder: Path, text: str) -> Path:
         ("job: a\nsecrets: [NOT_SET_HERE]\n", "`secrets.NOT_SET_HERE` has no value here"),
         ("job: a\nsecrets: {A: abc}\n", "`secrets.A` is too short to be hidden"),
         ("job: a\nsecrets: A\n", "line 2: `secrets` must be a list of names"),
+        ("job: echo\njob_type: serve\n", "`job_type` is serve, and there is no `service`"),
+        ("job: echo\nservice: {port: 0}\n", "line 2: `service.port` must be a port from 1"),
+        ("job: echo\nservice: {port: 80, ports: 80}\n", "`service.ports` says the same"),
+        ("job: echo\nservice: {readiness_probe: up}\n", "must be a path such as /ready"),
+        ("job: echo\nservice: {readiness_probe: {url: /}}\n", "has the key 'url'"),
+        (
+            "job: echo\nservice: {prot: 80}\n",
+            "line 2: unknown key `service.prot`; did you mean `port`",
+        ),
+        ("job: echo\nservice: {}\nnetwork: none\n", "a service needs the network"),
         ("job: echo\njob_type: federate\n", "line 2: `job_type` is 'federate', and cannot be"),
     ],
 )
@@ -159,6 +169,7 @@ def test_what_the_example_names_may_all_be_switched_on(tmp_path: Path) -> None:
         "FEDML_ENV_TRAINING_PARAMS_EPOCHS": "3",
     }
     assert request["secrets"] == ["DEMO_PASSWORD"]
+    assert request["service"] == {"path": "/ready"}
     assert workspace == tmp_path
     bare, none = read_job(_job(tmp_path, EXAMPLE))
     assert (bare["needs"], bare["env"], none) == ({"gpus": 0}, {}, None)
@@ -260,6 +271,25 @@ run: echo go
         "memory_bytes": 16 * GIB,
         "disk_bytes": 100 * GIB,
     }
+
+
+@pytest.mark.parametrize(
+    ("service", "asked"),
+    [
+        ("", {}),
+        ("{port: 2345}", {"port": 2345}),
+        ("{port: 80, readiness_probe: /ready}", {"port": 80, "path": "/ready"}),
+        (
+            "{ports: 80, replicas: 1, readiness_probe: {path: /up, initial_delay_seconds: 30}}",
+            {"port": 80, "path": "/up", "within_s": 30.0},
+        ),
+    ],
+)
+def test_a_service_says_where_it_answers_and_when_it_is_ready(
+    tmp_path: Path, service: str, asked: dict[str, Any]
+) -> None:
+    request, _ = read_job(_job(tmp_path, f"job: serve\nservice: {service}\n"))
+    assert request["service"] == asked
 
 
 @pytest.mark.parametrize(

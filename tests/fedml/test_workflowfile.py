@@ -73,6 +73,7 @@ def test_the_example_is_a_workflow(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("app: app.py\nrounds: 1\nclients: {count: 1}\n")
     (tmp_path / "app.py").touch()
     (tmp_path / "clean.yaml").write_text("job: echo\n")
+    (tmp_path / "serve.yaml").write_text("job: echo\nservice: {}\n")
     steps = read_workflow(write(tmp_path, switched_on))[1]
     assert [step.name for step in steps] == ["prepare", "report", "train", "sorry"]
 
@@ -85,7 +86,7 @@ def test_mistakes_are_named_with_their_lines(tmp_path: Path) -> None:
             "line 3: unknown key `steps.a.jobb`; did you mean `job`?",
             "",
         ),
-        ("steps:\n  a: {needs: []}\n", "line 2: the step a has one of `job` and `federate`", ""),
+        ("steps:\n  a: {needs: []}\n", "line 2: the step a has one of `job`, `federate`", ""),
         (f"steps:\n  a b: {{{job}}}\n", "line 2: 'a b' is no name of a step", ""),
         (
             f"steps:\n  train: {{{job}}}\n  b:\n    needs: [trian]\n    {job}\n",
@@ -97,6 +98,16 @@ def test_mistakes_are_named_with_their_lines(tmp_path: Path) -> None:
             f"  b: {{needs: [c], {job}}}\n  c: {{needs: a, {job}}}\n",
             "line 2: steps need each other in a circle: a → b → c → a",
             "",
+        ),
+        (
+            "steps:\n  a:\n    deploy: {job: echo}\n",
+            "line 3: the step a has `deploy`, and",
+            "write `service: {readiness_probe: /ready}` there; what ends is a step with `job`",
+        ),
+        (
+            "steps:\n  a:\n    job: {job: echo, service: {}}\n",
+            "line 3: the step a would never end",
+            "write `deploy` in place of `job`: that step has finished when the service answers",
         ),
         ("steps:\n  a:\n    job: gone.yaml\n", "line 3: there is no file gone.yaml", ""),
         (f"steps:\n  a: {{when: sometimes, {job}}}\n", "must be finished, failed, always", ""),

@@ -67,6 +67,7 @@ def show(output: Path | None, home: Home) -> None:
 )
 @click.option("--publisher", default="somebody", show_default=True, help="Who asks.")
 @click.option("--requirements", is_flag=True, help="Packages are to be installed for it.")
+@click.option("--service", is_flag=True, help="It stays up and answers on a port.")
 @click.option("--gpus", default=0, show_default=True, help="GPUs that are asked for.")
 @click.option("--cpus", default=0.0, show_default=True, help="CPUs that are asked for.")
 @click.option("--memory-gb", default=0.0, show_default=True, help="Memory that is asked for.")
@@ -79,6 +80,7 @@ def check(
     kind: str,
     publisher: str,
     requirements: bool,
+    service: bool,
     gpus: int,
     cpus: float,
     memory_gb: float,
@@ -115,6 +117,7 @@ def check(
         memory=int(memory_gb * 1e9),
         deadline_s=deadline or None,
         network=kind == "launch",
+        serves=service,
     )
     rulings = list(rules.explain(found, request))
     taken = all(one.ok for one in rulings)

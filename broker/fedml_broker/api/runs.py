@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
-from fedml_broker import audit, launch, observe, outputs, runs
+from fedml_broker import audit, deploy, launch, observe, outputs, runs
 from fedml_broker.api import logs as logs_api
 from fedml_broker.api.call import Call, number
 from fedml_broker.problems import Problem
@@ -116,7 +116,10 @@ class Handlers:
                 row["priority"] = self._broker.dispatcher.priority(run["id"])
                 queued = self._broker.dispatcher.queued(call.user.tenant)
                 row["position"] = queued.index(run["id"]) + 1 if run["id"] in queued else None
-        if run["ended_at"] is not None:
+        if service := run["spec"].get("service"):
+            answering = await deploy.endpoints(self._broker.store, [run["id"]])
+            row["endpoint"] = answering[run["id"]].shown() if answering else None
+        if run["ended_at"] is not None or service:
             store, blobs = self._broker.store, self._broker.blobs
             row["outputs"] = (await outputs.of_run(store, blobs, run)).shown()
         if run["kind"] == "federate":

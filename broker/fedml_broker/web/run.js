@@ -68,6 +68,7 @@ export async function show(page) {
         ["id", run.id],
         ["kind", run.kind],
         ["user", run.user],
+        ["answers at", run.endpoint?.url],
         ["priority", run.priority],
         ["place in the queue", run.position],
         ["asked for", when(run.created_at)],
@@ -197,6 +198,10 @@ export async function show(page) {
     switch (event.kind) {
       case "state": return `is ${data.state.toLowerCase()}${data.exit_code === null || data.exit_code === undefined ? "" : `, exit code ${data.exit_code}`}`;
       case "started": return `started on ${data.name}${data.epoch > 1 ? `, attempt ${data.epoch}` : ""}`;
+      case "answers": return `answers at ${data.url}`;
+      case "silent": return `no longer answers at ${data.url}`;
+      case "again": return `is queued again: ${data.why}`;
+      case "noted": return `${data.name} says: ${data.text}`;
       case "stopping": return `${data.by} asked to stop it`;
       case "round_begins": return `round ${data.round} begins with ${plural(data.clients, "client")}`;
       case "round_ends": return `round ${data.round} ends: ${[`${data.replies} answers`, bytes(data.received_bytes), metrics(data.metrics)].filter(Boolean).join(", ")}`;

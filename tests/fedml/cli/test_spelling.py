@@ -33,4 +33,4 @@ def test_a_key_is_good_for_one_command(fedml: Fedml, tmp_path: Path) -> None:
 
 
 def test_what_is_not_here_says_why(fedml: Fedml) -> None:
-    assert "models are not served yet" in fedml("model", "deploy", "x", code=2).stderr
+    assert "there are no model cards" in fedml("model", "deploy", "x", code=2).stderr

@@ -49,7 +49,7 @@ from fedml_protocol.federate import (
 )
 from fedml_protocol.ids import uuid7
 from fedml_protocol.keys import sign
-from fedml_protocol.launch import Container, LaunchSpec, Mount
+from fedml_protocol.launch import Container, LaunchSpec, Mount, Service
 from fedml_protocol.tasks import (
     Accept,
     Cancel,
@@ -180,6 +180,15 @@ _ORDERS: Mapping[str, _What] = {
             ),
         ),
     ),
+    "offer-service": Offer(
+        task=TASK,
+        epoch=1,
+        run="r-42",
+        spec=LaunchSpec(
+            command="python serve.py",
+            service=Service(port=2345, path="/ready", within_s=90.0),
+        ),
+    ),
 }
 
 _BODIES: Mapping[str, Body] = {
@@ -211,6 +220,10 @@ _BODIES: Mapping[str, Body] = {
             ),
         ),
         refusing="the disk is nearly full",
+    ),
+    "heartbeat-service": Heartbeat(
+        free_slots=0,
+        tasks=(TaskBeat(task=TASK, epoch=2, state=TaskState.RUNNING, port=2345),),
     ),
     "accept": Accept(task=TASK, epoch=2),
     "reject": Reject(task=TASK, epoch=2, reason=RejectReason.DISK, detail="3 GB free, 5 needed"),
