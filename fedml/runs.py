@@ -166,8 +166,8 @@ class Run(RunFacts):
         return dict(found)
 
     @property
-    def url(self) -> str | None:
-        """Of a service: where it answers, when that was last looked at; None: nowhere."""
+    def endpoint(self) -> str | None:
+        """Of a service: the URL where it answered when that was last looked at; None: nowhere."""
         endpoint = self.details.get("endpoint")
         return None if endpoint is None else str(endpoint["url"])
 

@@ -384,6 +384,8 @@ class Dispatcher:
                 if task.state is TaskState.OFFERED:  # its Accept was lost
                     task.state = move(task.state, TaskState.LEASED)
                     task.accepted_seq = seq
+                if told.state is TaskState.RUNNING and task.state is TaskState.LEASED:
+                    await self._begins(task)  # its Progress was lost
                 task.lease_until = self._fleet.clock() + self.timing.lease_s
                 if task.serves and told.port != task.port and told.state is TaskState.RUNNING:
                     task.port = told.port
@@ -448,10 +450,7 @@ class Dispatcher:
         if task is None or not self._is_current(task, machine, told.epoch):
             return
         if task.state in (TaskState.OFFERED, TaskState.LEASED):
-            task.state = move(task.state, TaskState.RUNNING)
-            if task.offer.deadline_s:
-                task.ends_by = self._fleet.clock() + task.offer.deadline_s
-            await self.works[task.kind].running(task)
+            await self._begins(task)
         note = told.note[:_NOTE_CHARACTERS]
         if note and note not in task.noted and len(task.noted) < _NOTES:
             task.noted.add(note)
@@ -460,6 +459,12 @@ class Dispatcher:
                 data["rank"] = task.rank
             await self._store.write(lambda tx: add_event(tx, task.run, "noted", data))
             self.on_noted(task.run)
+
+    async def _begins(self, task: Task) -> None:
+        task.state = move(task.state, TaskState.RUNNING)
+        if task.offer.deadline_s:
+            task.ends_by = self._fleet.clock() + task.offer.deadline_s
+        await self.works[task.kind].running(task)
 
     async def result(self, machine: Machine, told: Result) -> None:
         """The task has ended. Counted once; acknowledged always, once it is on the disk."""

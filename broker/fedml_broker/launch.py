@@ -17,7 +17,7 @@ from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.log_order import LogFile
 from fedml_broker.match import Fits
-from fedml_broker.observe import Observer, add_event
+from fedml_broker.observe import Observer, add_event, has_event
 from fedml_broker.packages import PackageRef, Uploaded
 from fedml_broker.problems import Problem
 from fedml_broker.queue import HIGHEST, LOWEST, Terms, Waiting
@@ -393,12 +393,16 @@ class Launcher:
         if task.terms.nodes > 1:
             data["rank"] = task.rank
 
-        def commit(tx: Connection) -> None:
+        def commit(tx: Connection) -> bool:
+            # Offered before this process began, it may have been told of before, too.
+            if "offered" not in task.moments and has_event(tx, task.run, "started", data):
+                return False
             runs.running(tx, task.run)
             add_event(tx, task.run, "started", data)
+            return True
 
-        await self._store.write(commit)
-        self._observer.ring(task.run)
+        if await self._store.write(commit):
+            self._observer.ring(task.run)
 
     async def serves(self, task: Task, machine: Machine, port: int) -> None:
         """A service answers on a port of its machine, or no longer does."""

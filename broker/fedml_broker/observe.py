@@ -47,6 +47,12 @@ def add_event(tx: Connection, run: str, kind: str, data: dict[str, Any]) -> None
     tx.execute(_INSERT, {"run": run, "at": time.time(), "kind": kind, "data": data})
 
 
+def has_event(tx: Connection, run: str, kind: str, data: Mapping[str, Any]) -> bool:
+    """Whether just this was written down before."""
+    query = sa.select(events.c.data).where(events.c.run == run, events.c.kind == kind)
+    return data in tx.execute(query).scalars()
+
+
 class _Reading:
     """How far a follower has read one attempt at a task."""
 

@@ -623,6 +623,15 @@ async def test_a_heartbeat_says_accept_again(place: Place) -> None:
     assert place.post.offers() == [("one", "t-1", 1)]
 
 
+async def test_a_heartbeat_says_again_that_a_task_runs(place: Place) -> None:
+    one = await place.device("one")
+    await place.queue(job())
+    one.holds["t-1", 1] = RUNNING  # its Accept and its Progress were lost
+    await one.beat()
+    await one.beat()
+    assert place.effects.running_ == [("t-1", 1)]
+
+
 async def test_a_heartbeat_without_the_task_gives_it_back(place: Place) -> None:
     one = await place.device("one")
     await place.queue(job())

@@ -101,18 +101,18 @@ def test_a_service_answers_once_it_is_ready_and_until_it_is_stopped(
     run = fedml(place, "launch", str(job(code, ready)), "--detach").stdout.strip()
     place.until(run, lambda item: item.get("event", {}).get("kind") == "started")
     found = Run.find(run, at=place.client)
-    assert (found.url, found.outputs) == (None, {})
+    assert (found.endpoint, found.outputs) == (None, {})
     ready.touch()
     url = answers(place, run)
     assert ask(url, 1, 2) == {"sum": 3, "by": "first"}
-    assert found.refresh().url == url
+    assert found.refresh().endpoint == url
     assert found.outputs["url"] == url
     assert url in fedml(place, "run", "status", run).stderr
     assert url in fedml(place, "run", "show", run).stdout
     assert json.loads(fedml(place, "run", "status", run, "--json").stdout)["endpoint"]["url"] == url
     fedml(place, "run", "stop", run)
     assert place.end(run)["state"] == "STOPPED"
-    assert found.refresh().url is None
+    assert found.refresh().endpoint is None
     with pytest.raises(OSError, match="refused"):
         ask(url, 1)
 
@@ -154,8 +154,9 @@ def test_an_agent_and_a_broker_that_die_leave_a_service_answering(place: Place, 
     place.agents[device].start()
     other = place.launch("true", labels={})
     place.finishes(other)
-    assert Run.find(run, at=place.client).url == url
-    assert "silent" not in kinds(place, run)
+    assert Run.find(run, at=place.client).endpoint == url
+    told = kinds(place, run)
+    assert [told.count(kind) for kind in ("started", "answers", "silent")] == [1, 1, 0]
     fedml(place, "run", "stop", run)
     assert place.end(run)["state"] == "STOPPED"
 

@@ -180,7 +180,7 @@ async def test_who_is_cancelled_leaves_no_thread_and_stops_no_run(
         one.cancel()
     await asyncio.wait(waiting)
     await _no_threads_are_left()
-    assert (await run.refresh()).state == "RUNNING"
+    assert not (await run.refresh()).ended
     await run.stop()
     assert (await run.wait()).state == "STOPPED"
 

@@ -75,7 +75,7 @@ def test_the_example_is_a_workflow(tmp_path: Path) -> None:
     (tmp_path / "clean.yaml").write_text("job: echo\n")
     (tmp_path / "serve.yaml").write_text("job: echo\nservice: {}\n")
     steps = read_workflow(write(tmp_path, switched_on))[1]
-    assert [step.name for step in steps] == ["prepare", "report", "train", "sorry"]
+    assert [step.name for step in steps] == ["prepare", "report", "train", "serve", "sorry"]
 
 
 def test_mistakes_are_named_with_their_lines(tmp_path: Path) -> None:
