@@ -14,6 +14,7 @@ import socketserver
 import subprocess
 import tarfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,16 @@ def test_what_a_job_in_a_container_records_and_leaves_arrives(place: Place) -> N
     left = place.client.call("GET", f"/v1/runs/{run}")["outputs"]
     assert left["values"] == {"best": "0.5"}
     assert [file["path"] for file in left["files"]] == ["model"]
+
+
+def test_a_service_in_a_container_answers_at_the_machines_address(place: Place) -> None:
+    command = 'busybox mkdir -p www && echo > www/ready && exec busybox httpd -f -p "$PORT" -h www'
+    run = job(place, command, service={"path": "/ready", "within_s": 60})
+    item = place.until(run, lambda item: item.get("event", {}).get("kind") == "answers")
+    with urllib.request.urlopen(f"{item['event']['data']['url']}/ready") as answer:
+        assert answer.status == 200
+    place.client.call("POST", f"/v1/runs/{run}/stop")
+    assert place.end(run)["state"] == "STOPPED"
 
 
 @pytest.mark.long
