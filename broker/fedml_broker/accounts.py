@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 
 from fedml_broker import audit
 from fedml_broker.audit import SignInRefused
+from fedml_broker.prepared import Prepared, given
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, login_keys, tokens, users
@@ -66,9 +67,15 @@ class Enrolment:
     key: str
 
 
-# With every run: made once.
-_INSERT = tokens.insert()
-_FORGET = tokens.delete().where(tokens.c.run == sa.bindparam("run_"))
+# With every run.
+_INSERT = Prepared(tokens.insert(), ("secret_sha256", "user", "created_at", "run"))
+_FORGET = Prepared(tokens.delete().where(tokens.c.run == given("run_")))
+# With every request.
+_WHOSE = Prepared(
+    sa.select(users.c.name, users.c.tenant, users.c.role, tokens.c.expires_at, tokens.c.run)
+    .join(tokens, tokens.c.user == users.c.name)
+    .where(tokens.c.secret_sha256 == given("secret"))
+)
 
 
 class Accounts:
@@ -183,7 +190,7 @@ class Accounts:
         )
         return await self._store.read(lambda tx: [dict(r) for r in tx.execute(query).mappings()])
 
-    async def authenticate(self, secret: bytes, *, jobs: bool = False) -> User | None:
+    def authenticate(self, secret: bytes, *, jobs: bool = False) -> User | None:
         """The user behind a token; None when it is unknown.
 
         Args:
@@ -192,25 +199,22 @@ class Accounts:
         Raises:
             SignInRefused: 401, it has expired.
         """
-        query = (
-            sa.select(users.c.name, users.c.tenant, users.c.role, tokens.c.expires_at, tokens.c.run)
-            .join(tokens, tokens.c.user == users.c.name)
-            .where(tokens.c.secret_sha256 == _hash(secret))
-        )
-        row = await self._store.read(lambda tx: tx.execute(query).first())
-        if row is None or (row.run is not None and not jobs):
+        row = self._store.find(_WHOSE, secret=_hash(secret))
+        if row is None:
             return None
-        if row.expires_at is not None and row.expires_at < time.time():
+        name, tenant, role, expires_at, run = row
+        if run is not None and not jobs:
+            return None
+        if expires_at is not None and expires_at < time.time():
             raise SignInRefused(
                 401,
                 "this token has expired",
-                f"it was {row.name}'s and good until {_moment(row.expires_at)}",
+                f"it was {name}'s and good until {_moment(expires_at)}",
                 "`fedml login` with a new key (`fedml-broker users token NAME`, or --oidc)",
-                tenant=row.tenant,
-                thing=row.name,
+                tenant=tenant,
+                thing=name,
             )
-        role = OWN_RUN if row.run else row.role
-        return User(row.name, row.tenant, role, row.run, row.expires_at)
+        return User(name, tenant, OWN_RUN if run else role, run, expires_at)
 
     def run_key(self, user: User, run: str) -> tuple[str, Callable[[Connection], None]]:
         """A key for the job of a run, and what keeps its hash, in the transaction of that run.
@@ -226,7 +230,7 @@ class Accounts:
         }
 
         def keep(tx: Connection) -> None:
-            tx.execute(_INSERT, row)
+            _INSERT.run(tx, **row)
 
         return self._key(Scope.RUN, secret), keep
 
@@ -337,7 +341,7 @@ class Accounts:
 
 def forget_run_key(tx: Connection, run: str) -> None:
     """The key of a run is good no more; again is harmless."""
-    tx.execute(_FORGET, {"run_": run})
+    _FORGET.run(tx, run_=run)
 
 
 def use_key(tx: Connection, secret: bytes, *, again: bool) -> Enrolment:

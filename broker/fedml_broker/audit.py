@@ -25,6 +25,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from fedml_broker.prepared import Prepared
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, audit
@@ -40,9 +41,9 @@ NOBODY = "nobody"  # who could not say who he is
 
 GENESIS = "0" * 64
 
-# With every run: made once.
-_INSERT = audit.insert()
-_LAST = sa.select(audit.c.n, audit.c.hash).order_by(audit.c.n.desc()).limit(1)
+# With every run.
+_INSERT = Prepared(audit.insert(), [column.name for column in audit.c])
+_LAST = Prepared(sa.select(audit.c.n, audit.c.hash).order_by(audit.c.n.desc()).limit(1))
 
 _TEXT_MAX = 200
 _DETAILS_MAX = 4000
@@ -134,13 +135,13 @@ def note(
         "object": _short(thing),
         "details": text,
     }
-    tx.execute(_INSERT, {**row, "hash": _hash(before.hash, row)})
+    _INSERT.run(tx, **row, hash=_hash(before.hash, row))
 
 
 def head(tx: Connection) -> Head:
     """The last entry."""
-    row = tx.execute(_LAST).first()
-    return Head(0, GENESIS) if row is None else Head(row.n, row.hash)
+    row = _LAST.first(tx)
+    return Head(0, GENESIS) if row is None else Head(*row)
 
 
 def entries(

@@ -109,7 +109,7 @@ class Federation:
             Problem: 422 when the run cannot be, or too few machines could ever take part.
         """
         run, spec = runs.check_new_id(request.run), msgspec.to_builtins(request)
-        if await runs.Runs(self.store).submitted(user, run, spec):
+        if request.run and runs.Runs(self.store).submitted(user, run, spec):
             return run
         package = await self.check(user, request)
 

@@ -158,7 +158,7 @@ class Launcher:
         run, spec = runs.check_new_id(request.run), _shown(request)
         if TRACEPARENT.fullmatch(traceparent):
             spec["traceparent"] = traceparent
-        if await runs.Runs(self._store).submitted(user, run, spec):
+        if request.run and runs.Runs(self._store).submitted(user, run, spec):
             return run
         package = await self._package(user, request)
         key, keep_key = self._accounts.run_key(user, run)

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from fedml_broker.log_order import CHUNK, ORDER, STREAMS, LogFile, Ordered, Text
+from fedml_broker.prepared import Prepared
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import events
@@ -31,7 +32,8 @@ from fedml_protocol.ids import check_id
 _BATCH = 1 << 20
 
 
-_INSERT = events.insert()
+# With every task.
+_INSERT = Prepared(events.insert(), ("run", "at", "kind", "data"))
 
 
 class RunState(Protocol):
@@ -44,7 +46,7 @@ class RunState(Protocol):
 
 def add_event(tx: Connection, run: str, kind: str, data: dict[str, Any]) -> None:
     """Write down that something happened, in the transaction in which it does."""
-    tx.execute(_INSERT, {"run": run, "at": time.time(), "kind": kind, "data": data})
+    _INSERT.run(tx, run=run, at=time.time(), kind=kind, data=data)
 
 
 def has_event(tx: Connection, run: str, kind: str, data: Mapping[str, Any]) -> bool:

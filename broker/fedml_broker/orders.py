@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from fedml_broker.identity import Identity
 from fedml_broker.mqtt import Post
+from fedml_broker.prepared import Prepared, given
 from fedml_broker.store import Store
 from fedml_broker.tables import devices
 from fedml_protocol import topics
@@ -32,6 +33,13 @@ from fedml_protocol.tasks import (
 )
 
 _BLOCK = 1000
+# For every machine that gets tasks.
+_TAKE = Prepared(
+    devices.update()
+    .where(devices.c.id == given("id_"))
+    .values(counter=devices.c.counter + sa.literal_column(str(_BLOCK)))
+    .returning(devices.c.counter)
+)
 
 
 class Orders:
@@ -91,8 +99,5 @@ class Orders:
 
 
 def _take_block(tx: Connection, device: str) -> int:
-    tx.execute(
-        devices.update().where(devices.c.id == device).values(counter=devices.c.counter + _BLOCK)
-    )
-    end = tx.execute(sa.select(devices.c.counter).where(devices.c.id == device)).scalar()
-    return int(end) if end is not None else _BLOCK  # a removed device: nobody will read it
+    row = _TAKE.first(tx, id_=device)
+    return int(row[0]) if row is not None else _BLOCK  # a removed device: nobody will read it

@@ -15,11 +15,13 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
+from sqlalchemy.dialects import sqlite
 
 from fedml_broker import audit
 from fedml_broker.accounts import User, forget_run_key
 from fedml_broker.observe import add_event
 from fedml_broker.packages import Uploaded
+from fedml_broker.prepared import Prepared, given
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
 from fedml_broker.tables import (
@@ -43,18 +45,27 @@ from fedml_protocol.federate import StageSpec
 from fedml_protocol.tasks import FINAL, Offer, Result, TaskState
 
 _FINAL_NAMES = [s.name for s in FINAL]
-# With every run: made once.
-_SUBMITTED = sa.select(runs.c.tenant, runs.c.user, runs.c.spec).where(
-    runs.c.id == sa.bindparam("id_")
+# With every run.
+_SUBMITTED = Prepared(
+    sa.select(runs.c.tenant, runs.c.user, runs.c.spec).where(runs.c.id == given("id_"))
 )
-_END = (
+_CREATE = Prepared(
+    sqlite.insert(runs).on_conflict_do_nothing(index_elements=["id"]),
+    ("id", "tenant", "user", "kind", "name", "spec", "package", "state", "created_at"),
+)
+_RUNNING = Prepared(
     runs.update()
-    .where(runs.c.id == sa.bindparam("id_"), runs.c.state.not_in(_FINAL_NAMES))
+    .where(runs.c.id == given("id_"), runs.c.state == TaskState.QUEUED.name)
+    .values(state=TaskState.RUNNING.name, started_at=given("started_at_"))
+)
+_END = Prepared(
+    runs.update()
+    .where(runs.c.id == given("id_"), runs.c.state.not_in(_FINAL_NAMES))
     .values(
-        state=sa.bindparam("state_"),
-        cause=sa.bindparam("cause_"),
-        exit_code=sa.bindparam("exit_code_"),
-        ended_at=sa.bindparam("ended_at_"),
+        state=given("state_"),
+        cause=given("cause_"),
+        exit_code=given("exit_code_"),
+        ended_at=given("ended_at_"),
     )
     .returning(runs.c.tenant)
 )
@@ -129,13 +140,13 @@ class Runs:
             raise Problem(404, "no such run", f"{run!r} is unknown", hint="`fedml run list`")
         return dict(row)
 
-    async def submitted(self, user: User, run: str, spec: dict[str, Any]) -> bool:
+    def submitted(self, user: User, run: str, spec: dict[str, Any]) -> bool:
         """Whether this very run was submitted before: its client has not heard the answer.
 
         Raises:
             Problem: 409 when another run has the id.
         """
-        return await self._store.read(lambda tx: _submitted(tx, user, run, spec))
+        return _is_same(self._store.find(_SUBMITTED, id_=run), user, run, spec)
 
     async def of_tenant(self, tenant: str, run: str) -> dict[str, Any]:
         """The run, if it is the tenant's.
@@ -308,22 +319,20 @@ def create(
         SubmittedBefore: A request that came at the same moment has done it.
         Problem: 409 when another run has the id.
     """
-    if _submitted(tx, user, run, spec):
-        raise SubmittedBefore(run)
-    tx.execute(
-        runs.insert(),
-        {
-            "id": run,
-            "tenant": user.tenant,
-            "user": user.name,
-            "kind": kind,
-            "name": name,
-            "spec": spec,
-            "package": None if package is None else msgspec.to_builtins(package.manifest),
-            "state": TaskState.QUEUED.name,
-            "created_at": time.time(),
-        },
+    created = _CREATE.run(
+        tx,
+        id=run,
+        tenant=user.tenant,
+        user=user.name,
+        kind=kind,
+        name=name,
+        spec=spec,
+        package=None if package is None else msgspec.to_builtins(package.manifest),
+        state=TaskState.QUEUED.name,
+        created_at=time.time(),
     )
+    if not created and _is_same(_SUBMITTED.first(tx, id_=run), user, run, spec):
+        raise SubmittedBefore(run)
     if package is not None:
         refer_all(tx, package.blobs, f"run/{run}/package")
     add_event(tx, run, "state", {"state": TaskState.QUEUED.name})
@@ -333,23 +342,22 @@ def create(
     audit.note(tx, user.tenant, audit.user(user.name), "run.submit", run, **facts)
 
 
-def _submitted(tx: Connection, user: User, run: str, spec: dict[str, Any]) -> bool:
-    row = tx.execute(_SUBMITTED, {"id_": run}).first()
+def _is_same(row: tuple[Any, ...] | None, user: User, run: str, spec: dict[str, Any]) -> bool:
+    """Whether it is this very run that has the id.
+
+    Raises:
+        Problem: 409 it is another one.
+    """
     if row is None:
         return False
-    if tuple(row) != (user.tenant, user.name, spec):
+    if row != (user.tenant, user.name, spec):
         raise Problem(409, "this run's id is taken", run, hint="leave it out: one is chosen")
     return True
 
 
 def running(tx: Connection, run: str) -> None:
     """The run has begun to do something; again is harmless."""
-    changed = tx.execute(
-        runs.update()
-        .where(runs.c.id == run, runs.c.state == TaskState.QUEUED.name)
-        .values(state=TaskState.RUNNING.name, started_at=time.time())
-    ).rowcount
-    if changed:
+    if _RUNNING.run(tx, id_=run, started_at_=time.time()):
         add_event(tx, run, "state", {"state": TaskState.RUNNING.name})
 
 
@@ -362,23 +370,24 @@ def end(
     exit_code: int | None = None,
 ) -> bool:
     """The run's final state with its cause; False when it had ended before."""
-    values = {
-        "id_": run,
-        "state_": state.name,
-        "cause_": cause_json(cause),
-        "exit_code_": exit_code,
-        "ended_at_": time.time(),
-    }
-    tenant = tx.execute(_END, values).scalar()
-    if tenant is not None:
+    told = cause_json(cause)
+    row = _END.first(
+        tx,
+        id_=run,
+        state_=state.name,
+        cause_=told,
+        exit_code_=exit_code,
+        ended_at_=time.time(),
+    )
+    if row is not None:
         forget_run_key(tx, run)
-        data = {"state": state.name, "cause": cause_json(cause), "exit_code": exit_code}
+        data = {"state": state.name, "cause": told, "exit_code": exit_code}
         add_event(tx, run, "state", data)
         # Not the cause's text: a task's traceback shows what the task had in its hands.
         fault = None if cause is None else cause.fault.name.lower()
         facts = {"state": state.name, "fault": fault, "exit_code": exit_code}
-        audit.note(tx, tenant, audit.BROKER, "run.end", run, **facts)
-    return tenant is not None
+        audit.note(tx, row[0], audit.BROKER, "run.end", run, **facts)
+    return row is not None
 
 
 def reopen(tx: Connection, run: str, by: str) -> bool:

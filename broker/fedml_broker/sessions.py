@@ -63,7 +63,7 @@ class Sessions:
         """
         self._check_origin(request, needed=False)
         token = self._token(key.strip())
-        user = await self._accounts.authenticate(token)
+        user = self._accounts.authenticate(token)
         if user is None:
             raise SignInRefused(
                 401, "unknown or expired key", "the broker does not know this key", _ASK

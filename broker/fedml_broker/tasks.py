@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from fedml_broker.match import Wanted
+from fedml_broker.prepared import Prepared, given
 from fedml_broker.queue import Terms
 from fedml_broker.tables import runs, tasks
 from fedml_protocol.cause import Cause, Fault
@@ -25,23 +26,53 @@ from fedml_protocol.tasks import FINAL, HELD, Offer, Result, TaskState
 
 _FINAL = [int(s) for s in FINAL]
 _HELD = [int(s) for s in HELD]
-# With every task: made once.
-_END = (
+# With every task.
+_INSERT = Prepared(
+    tasks.insert(),
+    (
+        "id",
+        "run",
+        "tenant",
+        "device",
+        "bound",
+        "state",
+        "epoch",
+        "tries_left",
+        "restarts_left",
+        "offer",
+        "labels",
+        "terms",
+        "rank",
+        "round",
+        "client",
+        "version",
+        "created_at",
+    ),
+)
+_QUEUED = tasks.update().where(
+    tasks.c.id == given("id_"),
+    tasks.c.epoch == given("epoch_") - 1,
+    tasks.c.state == int(TaskState.QUEUED),
+)
+_OFFERED = {
+    "state": int(TaskState.OFFERED),
+    "epoch": given("epoch_"),
+    "device": given("device_"),
+}
+_OFFER = Prepared(_QUEUED.values(_OFFERED))
+_OFFER_ANEW = Prepared(_QUEUED.values({**_OFFERED, "offer": given("offer_")}))
+_END = Prepared(
     tasks.update()
     .where(
-        tasks.c.id == sa.bindparam("id_"),
-        tasks.c.epoch == sa.bindparam("epoch_"),
+        tasks.c.id == given("id_"),
+        tasks.c.epoch == given("epoch_"),
         tasks.c.state.not_in(_FINAL),
         # Without a device: whatever it is, also none.
         tasks.c.device.is_not_distinct_from(
-            sa.func.coalesce(sa.bindparam("device_", type_=sa.String), tasks.c.device)
+            sa.func.coalesce(given("device_", sa.String), tasks.c.device)
         ),
     )
-    .values(
-        state=sa.bindparam("state_"),
-        result=sa.bindparam("result_"),
-        ended_at=sa.bindparam("ended_at_"),
-    )
+    .values(state=given("state_"), result=given("result_"), ended_at=given("ended_at_"))
 )
 
 
@@ -145,9 +176,9 @@ class Task:
 
 def insert(tx: Connection, new: Sequence[Task]) -> None:
     """Add queued tasks."""
-    tx.execute(
-        tasks.insert(),
-        [
+    _INSERT.each(
+        tx,
+        (
             {
                 "id": t.id,
                 "run": t.run,
@@ -168,7 +199,7 @@ def insert(tx: Connection, new: Sequence[Task]) -> None:
                 "created_at": t.since,
             }
             for t in new
-        ],
+        ),
     )
 
 
@@ -210,17 +241,10 @@ def offered(tx: Connection, task: str, epoch: int, device: str, offer: Offer | N
     Args:
         offer: Replaces the task's, where it says more than was known when the task was queued.
     """
-    changed = {} if offer is None else {"offer": serialise(offer)}
-    return _step(
-        tx,
-        sa.and_(
-            tasks.c.id == task, tasks.c.epoch == epoch - 1, tasks.c.state == int(TaskState.QUEUED)
-        ),
-        state=int(TaskState.OFFERED),
-        epoch=epoch,
-        device=device,
-        **changed,
-    )
+    if offer is None:
+        return bool(_OFFER.run(tx, id_=task, epoch_=epoch, device_=device))
+    new = serialise(offer)
+    return bool(_OFFER_ANEW.run(tx, id_=task, epoch_=epoch, device_=device, offer_=new))
 
 
 def queued_again(
@@ -267,15 +291,17 @@ def of_run(tx: Connection, run: str) -> list[tuple[TaskState, int, Result | None
 
 def ended(tx: Connection, device: str | None, result: Result) -> bool:
     """To the result's final state, if (task, epoch, device) is current; else False: refused."""
-    values = {
-        "id_": result.task,
-        "epoch_": result.epoch,
-        "device_": device,
-        "state_": int(result.state),
-        "result_": serialise(result),
-        "ended_at_": time.time(),
-    }
-    return bool(tx.execute(_END, values).rowcount)
+    return bool(
+        _END.run(
+            tx,
+            id_=result.task,
+            epoch_=result.epoch,
+            device_=device,
+            state_=int(result.state),
+            result_=serialise(result),
+            ended_at_=time.time(),
+        )
+    )
 
 
 def stop_queued(tx: Connection, run: str) -> list[str]:

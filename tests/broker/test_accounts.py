@@ -62,8 +62,8 @@ async def test_a_token_names_the_broker_and_its_user(accounts: Accounts) -> None
     token = await accounts.create_token("ann", by=CLI)
     key = parse_login_key(token, Scope.USER)
     assert (key.url, key.ca_sha256) == (URL, CA)
-    assert await accounts.authenticate(key.secret) == ANN
-    assert await accounts.authenticate(b"x" * 24) is None
+    assert accounts.authenticate(key.secret) == ANN
+    assert accounts.authenticate(b"x" * 24) is None
     with pytest.raises(BadKey):
         parse_login_key(token, Scope.DEVICE)  # no machine joins with it
 
@@ -73,8 +73,8 @@ async def test_a_token_ends_and_its_siblings_do_not(accounts: Accounts) -> None:
     short = await accounts.create_token("ann", days=_AN_INSTANT_DAYS, by=CLI)
     long = await accounts.create_token("ann", days=1, by=CLI)
     with pytest.raises(SignInRefused, match="has expired: it was ann's and good until 20"):
-        await accounts.authenticate(secret_of(short, Scope.USER))
-    found = await accounts.authenticate(secret_of(long, Scope.USER))
+        accounts.authenticate(secret_of(short, Scope.USER))
+    found = accounts.authenticate(secret_of(long, Scope.USER))
     assert found == User("ann", "acme", "member")
     users = await accounts.list_users("acme")
     assert [(u["name"], u["tokens"]) for u in users] == [("ann", 2)]
@@ -164,14 +164,14 @@ async def test_the_key_of_a_run_is_nobodys_unless_jobs_are_asked_for(
     ann = User("ann", DEFAULT_TENANT, "admin")
     key, keep = accounts.run_key(ann, "r-12345678")
     secret = secret_of(key, Scope.RUN)
-    assert await accounts.authenticate(secret, jobs=True) is None
+    assert accounts.authenticate(secret, jobs=True) is None
     await store.write(keep)
-    assert await accounts.authenticate(secret) is None
-    job = await accounts.authenticate(secret, jobs=True)
+    assert accounts.authenticate(secret) is None
+    job = accounts.authenticate(secret, jobs=True)
     assert job == User("ann", DEFAULT_TENANT, "run", "r-12345678")
     assert not any(job.may(role) for role in ROLES)
     await store.write(lambda tx: forget_run_key(tx, "r-12345678"))
-    assert await accounts.authenticate(secret, jobs=True) is None
+    assert accounts.authenticate(secret, jobs=True) is None
 
 
 # ---------------------------------------------------------------------- login keys

@@ -76,7 +76,7 @@ class Door:
         where, browser = await self.sign_ins.start()
         user = await self.sign_ins.finish(self.provider.approve(where), browser)
         key = await self.sign_ins.key(user)
-        known = await self.accounts.authenticate(parse_login_key(key, Scope.USER).secret)
+        known = self.accounts.authenticate(parse_login_key(key, Scope.USER).secret)
         assert known == user
         return user
 

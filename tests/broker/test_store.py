@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,21 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection
 
 from fedml_broker import rounds
+from fedml_broker.prepared import Prepared, given
 from fedml_broker.store import Store, StoreUnavailable, _upgrade
 from fedml_broker.tables import metadata, settings
 
 
 def put(name: str, value: Any = 1) -> Any:
     return lambda tx: tx.execute(settings.insert().values(name=name, value=value))
+
+
+PUT = Prepared(settings.insert(), ("name", "value"))
+FIND = Prepared(sa.select(settings.c.value).where(settings.c.name == given("name")))
+
+
+def put_prepared(name: str, value: Any = 1) -> Any:
+    return lambda tx: PUT.run(tx, name=name, value=value)
 
 
 async def names(store: Store) -> list[str]:
@@ -80,6 +89,18 @@ async def test_what_comes_together_is_committed_together_and_in_order(store: Sto
 
 async def test_what_a_piece_returns_comes_back(store: Store) -> None:
     assert await store.write(lambda tx: 41 + 1) == 42
+
+
+async def test_what_is_written_is_found_at_once(store: Store) -> None:
+    assert store.find(FIND, name="a") is None
+    await store.write(put("a", {"b": 1}))
+    assert store.find(FIND, name="a") == ({"b": 1},)
+    gate = Gate()
+    held = asyncio.create_task(store.write(gate))
+    await asyncio.to_thread(gate.reached.wait)
+    assert store.find(FIND, name="a") == ({"b": 1},), "whoever looks does not wait for who writes"
+    gate.open()
+    await held
 
 
 async def test_a_piece_that_fails_undoes_only_itself(store: Store) -> None:
@@ -299,8 +320,9 @@ def test_a_full_disk_refuses_writes_and_goes_on_when_there_is_room(tmp_path: Pat
     assert int(done.stdout.split()[1]) > 2
 
 
+@pytest.mark.parametrize("put", [put, put_prepared])
 async def test_a_refused_commit_is_told_to_everybody_in_it_and_the_next_one_works(
-    store: Store,
+    store: Store, put: Callable[..., Any]
 ) -> None:
     """The same as a limit of SQLite's own, where nothing can be mounted."""
 

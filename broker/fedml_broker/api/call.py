@@ -68,7 +68,7 @@ class Callers:
         if scheme.lower() == "bearer":
             try:
                 token = bytes.fromhex(secret)
-                user = await self._broker.accounts.authenticate(token, jobs=True)
+                user = self._broker.accounts.authenticate(token, jobs=True)
             except ValueError:
                 user = None
             if user is None:
