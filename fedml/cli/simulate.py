@@ -224,9 +224,11 @@ def _line(round_: Round) -> str:
 
 
 def _json_line(round_: Round, label: str) -> str:
+    from fedml.simulation.record import sayable
+
     said = {
         "round": round_.number,
-        "metrics": dict(round_.metrics),
+        "metrics": sayable(round_.metrics),
         "clients": round_.answered,
         "wall_s": round(round_.wall_s, 6),
         "simulated_s": round_.simulated_s,
@@ -236,7 +238,10 @@ def _json_line(round_: Round, label: str) -> str:
 
 def _say_end(result: Result, *, as_json: bool) -> None:
     if as_json:
-        end = {"rounds": result.rounds, "engine": result.engine, "metrics": dict(result.metrics)}
+        from fedml.simulation.record import sayable
+
+        metrics = sayable(result.metrics)
+        end = {"rounds": result.rounds, "engine": result.engine, "metrics": metrics}
         click.echo(json.dumps({"end": end}))
         return
     rate = result.clients_per_s

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -235,6 +237,27 @@ def test_the_command_says_rounds_as_json_lines_and_ends_with_the_result(
     again = run("run.yaml", "--debug", "--json", "--rounds", "5", "--resume")
     assert [json.loads(line).get("round") for line in again.stdout.splitlines()] == [4, 5, None]
     assert not (tmp_path / "simulations" / "tiny-2").exists()
+
+
+def test_a_metric_that_is_not_a_number_ends_no_run_and_breaks_no_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = apps.LINEAR + "\ndef evaluate(model, data, config):\n    return {'score': np.nan}\n"
+    (tmp_path / "run.yaml").write_text(json.dumps(plan(tmp_path, app, rounds=1)))
+    done = run("run.yaml", "--debug", "--out", "out")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"devices.score +nan", done.output)
+    done = run("run.yaml", "--debug", "--json", "--out", "other")
+    first, end = (json.loads(line, parse_constant=pytest.fail) for line in done.stdout.splitlines())
+    assert first["metrics"]["central.score"] is None
+    assert end["end"]["metrics"]["devices.score"] is None
+    (found,) = simulate(plan(tmp_path, app, rounds=1), debug=True).history[1:]
+    assert math.isnan(found["devices.score"])
+    file = sqlite3.connect(tmp_path / "out" / "results.sqlite")
+    (told,) = file.execute("select metrics from clients limit 1").fetchone()
+    assert json.loads(told, parse_constant=pytest.fail)["eval.score"] is None
+    file.close()
 
 
 def test_a_sweep_runs_every_combination_and_makes_a_table_and_a_report(
