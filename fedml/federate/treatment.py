@@ -26,7 +26,15 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from fedml.federate.aggregate import Fold
-from fedml.federate.algorithm import Algorithm, BadParameter, Kind, Local, Update
+from fedml.federate.algorithm import (
+    Algorithm,
+    BadParameter,
+    Kind,
+    Local,
+    Update,
+    client_part,
+    nothing,
+)
 from fedml.federate.arrays import Arrays
 from fedml.federate.compress import Int8, Packed, TopK
 from fedml.federate.layout import BadUpdate, Given, Layout
@@ -133,8 +141,11 @@ class Treatment:
             rng: The client's generator.
         """
         own = without_ours(memory) if memory is not None else None
-        update = algorithm.client_update(model, without_ours(sent), own or None, local, rng)
+        update = client_part(algorithm, model, without_ours(sent), own or None, local, rng)
         with np.errstate(all="ignore"):  # what is not finite is refused where it arrives
+            if not update.weight:
+                # What the compression remembers is to be sent with an update that counts.
+                return replace(self.outgoing(update, sent, None, rng), client_state=None)
             return self.outgoing(update, sent, memory, rng)
 
     def outgoing(
@@ -231,9 +242,8 @@ class Treatment:
 
     def size(self, layout: Layout, state: Arrays) -> int:
         """Bytes of the tensors that one client sends for an update of ``layout``."""
-        nothing = {name: np.zeros(spec.shape, spec.dtype) for name, spec in layout.tensors.items()}
-        update = Update(arrays=nothing, weight=1.0)
-        out = self.outgoing(update, self.sent({}, state), None, np.random.default_rng(0))
+        sent = self.sent({}, state)
+        out = self.outgoing(nothing(layout), sent, None, np.random.default_rng(0))
         return sum(array.nbytes for array in out.arrays.values())
 
     def combined(
