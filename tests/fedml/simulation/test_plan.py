@@ -45,6 +45,12 @@ def plan(folder: Path, app: str = apps.LINEAR, **more: Any) -> dict[str, Any]:
         ({"simulation.devices": {"trace": "no.csv"}}, "cannot be read"),
         ({"clients": 3}, "is a section"),
         ({"nowhere.key": 3}, "no section 'nowhere'"),
+        ({"per_round": 2}, "per_round alone is a key of `config`, which has none of this name"),
+        ({"clients.per_rund": 3}, "unknown key `clients.per_rund`; did you mean `per_round`"),
+        ({"clients.count.x": 3}, "`count` is 4 and has no keys in it"),
+        ({"clients.count": "four"}, "`clients.count` must be a whole number"),
+        ({"rounds": "many"}, "`rounds` must be a whole number"),
+        ({"seed": 1.5}, "`seed` must be a whole number"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(
