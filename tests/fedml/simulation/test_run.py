@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from fedml.cli import command
-from fedml.errors import ConfigError
+from fedml.errors import ConfigError, RunFailed
 from fedml.federate.algorithm import names
 from fedml.simulation import Listener, Round, Simulation, simulate
 from fedml.simulation.checkpoint import Checkpoint
@@ -258,6 +258,30 @@ def test_a_metric_that_is_not_a_number_ends_no_run_and_breaks_no_json(
     (told,) = file.execute("select metrics from clients limit 1").fetchone()
     assert json.loads(told, parse_constant=pytest.fail)["eval.score"] is None
     file.close()
+
+
+@pytest.mark.parametrize(
+    ("app", "shown"),
+    [
+        ("x = (\n", "SyntaxError: '(' was never closed"),
+        ("import there_is_no_such_module\n", "import there_is_no_such_module"),
+        (apps.LINEAR + "\ndef model(config):\n    return config['hidden']\n", "KeyError: 'hidden'"),
+        (apps.LINEAR + "\ndef central(config):\n    return open('no.csv')\n", "open('no.csv')"),
+    ],
+)
+def test_what_the_users_file_raises_is_shown_without_our_own_calls(
+    app: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(json.dumps(plan(tmp_path, app)))
+    with pytest.raises(RunFailed) as failed:
+        run("run.yaml", "--workers", "1")
+    text = str(failed.value)
+    assert text.startswith("app.py: ")
+    assert shown in text
+    assert "fedml/" not in text
+    # What could not begin leaves nothing that --resume would take for a run.
+    assert not list(tmp_path.glob("simulations/*"))
 
 
 def test_a_sweep_runs_every_combination_and_makes_a_table_and_a_report(
