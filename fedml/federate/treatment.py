@@ -44,7 +44,8 @@ from fedml.protect.privacy import GaussianPrivacy, secret_generator
 from fedml.protect.rules import Bucketing, CentredClipping, Mixing, NearestNeighbours, Rule
 
 _OWN = "treatment::"
-_CLIP, _RDP, _REFERENCE = f"{_OWN}clip", f"{_OWN}rdp", f"{_OWN}reference::"
+_CLIP, _REFERENCE = f"{_OWN}clip", f"{_OWN}reference::"
+_RDP, _PRECISION = f"{_OWN}rdp", f"{_OWN}precision"  # what the accountant is to remember
 _MEMORY = f"{_OWN}memory::"
 _MIXING: Mapping[str, type[NearestNeighbours] | type[Bucketing]] = {
     "nearest_neighbours": NearestNeighbours,
@@ -184,7 +185,7 @@ class Treatment:
         return {
             **state,
             _CLIP: np.array(self.privacy.clip),
-            _RDP: np.array(Accountant().spent),
+            **_remembered(Accountant()),
         }
 
     def sent(self, sent: Arrays, state: Arrays) -> Arrays:
@@ -275,15 +276,21 @@ class Treatment:
             clip = float(state[_CLIP])
             rng = noise or secret_generator()
             update, next_clip = self.privacy.noised(update, clip, clients, rng)
-            accountant = Accountant(spent=state[_RDP].tolist())
+            accountant = Accountant(
+                spent=state[_RDP].tolist(), precision=float(state.get(_PRECISION, np.nan))
+            )
             sampling = Sampling.FIXED if rate < 1 else Sampling.POISSON
             accountant.add(self.privacy.noise_multiplier, rate, sampling=sampling)
-            own = {_CLIP: np.array(next_clip), _RDP: np.array(accountant.spent)}
+            own = {_CLIP: np.array(next_clip), **_remembered(accountant)}
             metrics = {
                 "privacy.epsilon": accountant.epsilon(self.delta),
                 "privacy.clip": clip,
             }
         return update, own, metrics
+
+
+def _remembered(accountant: Accountant) -> Arrays:
+    return {_RDP: np.array(accountant.spent), _PRECISION: np.array(accountant.precision)}
 
 
 def in_memory(given: Given) -> Arrays:
