@@ -135,6 +135,13 @@ def test_the_examples_are_runs_that_can_be(file: Path) -> None:
     assert found.app.is_file()
 
 
+@pytest.mark.parametrize("algorithm", names())
+def test_every_algorithm_has_an_example_that_learns(algorithm: str) -> None:
+    file = EXAMPLES.parent / "algorithms" / f"{algorithm}.yaml"
+    result = simulate(file, debug=True, rounds=3)
+    assert result.metrics["central.accuracy"] > 0.2  # a guess: 0.1
+
+
 def test_paths_of_data_are_those_of_the_run_file(tmp_path: Path) -> None:
     app = apps.LINEAR + "\nfrom pathlib import Path\nreal = data\n"
     app += "def data(client, config):\n"
