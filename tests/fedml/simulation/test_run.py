@@ -307,7 +307,13 @@ def test_a_sweep_runs_every_combination_and_makes_a_table_and_a_report(
         ["0.1", "1"],
         ["0.1", "2"],
     ]
-    assert "lr=0.1 seed=2" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "lr=0.1 seed=2" in page
+    facts = page.split("<table>")[1].split("</table>")[0]
+    assert "<th>algorithm<td>fedavg" in facts
+    assert "<th>seed" not in facts  # that of one run is not that of all
+    assert "lr" not in facts
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "lr=0.1,seed=2" / "results.sqlite").exists()
 
 
