@@ -39,6 +39,7 @@ check: $(STAMP) ## format, lint, types, generated code, import table, docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict protocol/fedml_protocol agent/fedml_agent broker/fedml_broker
 	$(BIN)/python protocol/generate.py --check
+	$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_docs.py
 
 faults: $(STAMP) system ## the long fault tests: minutes without a broker, 400 tasks under fire

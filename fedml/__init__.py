@@ -26,8 +26,13 @@ _LAZY = {
     "mlops": "fedml.mlops",
     "model": "fedml.model",
     "protect": "fedml.protect",
+    "run_cross_cloud_client": "fedml.runner:run_cross_silo_client",
+    "run_cross_cloud_server": "fedml.runner:run_cross_silo_server",
     "run_cross_silo_client": "fedml.runner:run_cross_silo_client",
     "run_cross_silo_server": "fedml.runner:run_cross_silo_server",
+    # What is hierarchical about it says the configuration.
+    "run_hierarchical_cross_silo_client": "fedml.runner:run_cross_silo_client",
+    "run_hierarchical_cross_silo_server": "fedml.runner:run_cross_silo_server",
     "run_simulation": "fedml.runner:run_simulation",
     "simulate": "fedml.simulation:simulate",
     "workflow": "fedml.workflow",

@@ -25,6 +25,8 @@ class FedMLError(Exception):
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)
         self.hint = hint
+        if hint:  # for a script that does not catch it; the commands print it themselves
+            self.add_note(f"try: {hint}")
 
 
 class ConfigError(FedMLError):

@@ -108,6 +108,12 @@ def read_simulated(file: Path) -> tuple[dict[str, Any], Path]:
     return found, workspace_of(file, found)
 
 
+def sections_with(key: str) -> list[str]:
+    """The sections of a run file that have a key of this name."""
+    sections = {**_FEDERATED, "simulation": _SIMULATION}
+    return [name for name, keys in sections.items() if isinstance(keys, dict) and key in keys]
+
+
 def _groups(found: Mapping[str, Any]) -> dict[str, Any]:
     """The section `groups`, with nothing in it as JSON."""
     groups = dict(found["groups"])

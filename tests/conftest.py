@@ -36,6 +36,10 @@ def real(data_home: Path) -> Load:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What `fedml` notes of workspaces does not go into the cache of whoever runs the tests."""
+def _own_places(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whoever runs the tests finds nothing new in his home, and what he has there changes none.
+
+    The data sets that he has fetched would decide what a configuration of FedML's trains on.
+    """
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["FEDML_HOME"] = str(tmp_path_factory.mktemp("home"))

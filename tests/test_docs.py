@@ -8,6 +8,8 @@ import contextlib
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,6 +127,10 @@ def test_no_page_shows_a_command_that_does_not_exist(page: str) -> None:
             if isinstance(COMMANDS[known], click.Group) and not _takes_words(COMMANDS[known]):
                 assert f"{known} {word}" in COMMANDS, f"{page} shows `{' '.join(words)}`"
                 known = f"{known} {word}"
+
+
+def test_the_table_of_algorithms_is_that_of_the_code() -> None:
+    subprocess.run([sys.executable, ROOT / "docs" / "generate.py", "--check"], check=True)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])

@@ -267,7 +267,8 @@ def mean_metrics(reports: Sequence[Mapping[str, float]], prefix: str) -> dict[st
     """Metrics under a prefix, averaged over clients by their `{prefix}examples`.
 
     ``{"eval.examples": 10, "eval.accuracy": 0.5}`` of two clients gives ``{"accuracy": …}`` with
-    the prefix taken off, and ``examples`` added up.
+    the prefix taken off, and ``examples`` added up. What a client says of no examples counts for
+    nothing, also where it is NaN.
     """
     totals: dict[str, float] = {}
     weights: dict[str, float] = {}
@@ -275,12 +276,12 @@ def mean_metrics(reports: Sequence[Mapping[str, float]], prefix: str) -> dict[st
     for report in reports:
         weight = report.get(prefix + "examples", 0.0)
         examples += weight
-        for name, value in report.items():
+        for name, value in report.items() if weight else ():
             if name.startswith(prefix) and name != prefix + "examples":
                 key = name.removeprefix(prefix)
                 totals[key] = totals.get(key, 0.0) + value * weight
                 weights[key] = weights.get(key, 0.0) + weight
-    means = {key: totals[key] / weights[key] for key in sorted(totals) if weights[key] > 0}
+    means = {key: totals[key] / weights[key] for key in sorted(totals)}
     return {**means, "examples": examples} if means else {}
 
 

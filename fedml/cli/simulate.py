@@ -17,7 +17,7 @@ import click
 
 from fedml.cli.options import json_lines_option, strict_option
 from fedml.cli.tables import worth_showing
-from fedml.errors import ConfigError
+from fedml.errors import ConfigError, FedMLError, RunFailed
 
 if TYPE_CHECKING:
     from fedml.simulation.result import Result, Round
@@ -91,7 +91,12 @@ def simulate(
     plan = read(source, **settings)
     folder = out or _folder(plan.name, resume=resume)
     # What the user's own code prints is talk.
-    with _shown(as_json) as listener, _ends_on_sigterm(), redirect_stdout(sys.stderr):
+    with (
+        _shown(as_json) as listener,
+        _ends_on_sigterm(),
+        redirect_stdout(sys.stderr),
+        _users_errors(plan.app),
+    ):
         if sweep:
             points = sweeps.parse(sweep)
             done = sweeps.sweep(
@@ -100,7 +105,14 @@ def simulate(
             )  # fmt: skip
         else:
             run = Simulation(plan, folder=folder, resume=resume, debug=debug, listener=listener(""))
-            result = run.run()
+            try:
+                result = run.run()
+            except KeyboardInterrupt:
+                if run.kept_turn >= 0:
+                    report.write(folder)
+                    goes_on = f"fedml simulate {file} --out {folder} --resume"
+                    click.echo(f"what was done is kept; {goes_on} goes on", err=True)
+                raise
             report.write(folder)
     if sweep:
         _say_table(*sweeps.table(done), as_json=as_json)
@@ -134,6 +146,22 @@ def _ends_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _users_errors(app: Path) -> Iterator[None]:
+    """What the user's file raises ends the run, and he is shown his part of the traceback."""
+    from fedml.federate import blame
+
+    try:
+        yield
+    except FedMLError:
+        raise
+    except Exception as error:
+        if blame.says_all(error) or not blame.in_users_code(error):
+            raise
+        text = f"{app.name}: {type(error).__name__}: {error}"
+        raise RunFailed(f"{text}\n\n{blame.trace(error)}".rstrip()) from error
 
 
 @contextmanager
@@ -224,9 +252,11 @@ def _line(round_: Round) -> str:
 
 
 def _json_line(round_: Round, label: str) -> str:
+    from fedml.simulation.record import sayable
+
     said = {
         "round": round_.number,
-        "metrics": dict(round_.metrics),
+        "metrics": sayable(round_.metrics),
         "clients": round_.answered,
         "wall_s": round(round_.wall_s, 6),
         "simulated_s": round_.simulated_s,
@@ -236,7 +266,10 @@ def _json_line(round_: Round, label: str) -> str:
 
 def _say_end(result: Result, *, as_json: bool) -> None:
     if as_json:
-        end = {"rounds": result.rounds, "engine": result.engine, "metrics": dict(result.metrics)}
+        from fedml.simulation.record import sayable
+
+        metrics = sayable(result.metrics)
+        end = {"rounds": result.rounds, "engine": result.engine, "metrics": metrics}
         click.echo(json.dumps({"end": end}))
         return
     rate = result.clients_per_s

@@ -19,15 +19,14 @@ from typing import Any, BinaryIO, cast
 
 from safetensors.numpy import load_file
 
-from fedml.federate import algorithm, cohort
-from fedml.federate.application import Application, ApplicationError, set_weights
+from fedml.federate import algorithm, blame, cohort
+from fedml.federate.application import Application, set_weights
 from fedml.federate.group_turns import GroupTurn, starts
 from fedml.federate.hierarchical import Groups
 from fedml.federate.layout import BadUpdate, SumBroken
 from fedml.federate.round import ServerRound, ServerVersion, check
 from fedml.federate.tensor_file import mapped, write
 from fedml.federate.treatment import Treatment, without_ours
-from fedml.protect.rules import TooFewClients
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
 from fedml_protocol.federate import (
@@ -247,13 +246,10 @@ def _cause(error: Exception) -> Cause:
 
     if isinstance(error, DatasetMissing):
         return Cause(fault=Fault.TASK, message=f"on the broker: {error}"[:2000])
-    text = f"{type(error).__name__}: {error}"[:2000]
-    plain = isinstance(
-        error,
-        ApplicationError | algorithm.UnknownAlgorithm | algorithm.BadParameter | TooFewClients,
-    )
-    shown = "" if plain else "".join(traceback.format_exception(error))[-8000:]
-    return Cause(fault=Fault.TASK, message=str(error)[:2000] if plain else text, traceback=shown)
+    plain = blame.says_all(error)
+    text = str(error) if plain else f"{type(error).__name__}: {error}"
+    shown = "" if plain else blame.trace(error)
+    return Cause(fault=Fault.TASK, message=text[:2000], traceback=shown)
 
 
 def serve(questions: BinaryIO, answers: BinaryIO) -> None:

@@ -62,6 +62,10 @@ class UnsupportedByTraining(TypeError):
     """The client's training cannot do what the algorithm needs (see `require_support`)."""
 
 
+class NothingToLearn(Exception):
+    """The client has no example: `client_part` makes of it an update that counts for nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
     """How one local step differs from plain SGD.
@@ -220,6 +224,7 @@ class Local(Protocol):
 
         Raises:
             UnsupportedByTraining: A correction was given and the train function takes none.
+            NothingToLearn: There was no example.
         """
         ...
 
@@ -277,7 +282,8 @@ class Facts:
     """What the server knows about the updates it has combined.
 
     Attributes:
-        clients: How many clients are in the combined update, >= 1 (the |S| of the papers).
+        clients: How many clients with examples are in the combined update, >= 1 (the |S| of the
+            papers).
         population: How many clients there are in all, >= clients (their N).
         staleness: Asynchronous only: model versions published since this client got its own.
     """
@@ -357,6 +363,31 @@ class Asynchronous(Algorithm, Protocol):
 
     @property
     def buffer(self) -> int: ...
+
+
+def client_part(
+    algorithm: Algorithm,
+    model: Arrays,
+    sent: Arrays,
+    client_state: Arrays | None,
+    local: Local,
+    rng: np.random.Generator,
+) -> Update:
+    """One client's part of a round; of a client without examples, one that counts for nothing.
+
+    That is zeros of weight 0, and the client keeps what it kept before. Without this a division of
+    the data that leaves somebody with nothing would end a run of SCAFFOLD and be counted by FedDyn.
+    """
+    try:
+        return algorithm.client_update(model, sent, client_state, local, rng)
+    except NothingToLearn:
+        return nothing(algorithm.layout(model))
+
+
+def nothing(layout: Layout) -> Update:
+    """An update that counts for nothing."""
+    arrays = {name: np.zeros(spec.shape, spec.dtype) for name, spec in layout.tensors.items()}
+    return Update(arrays=arrays, weight=0.0)
 
 
 def require_support(algorithm: Algorithm, local: Local, training: str = "the training") -> None:

@@ -25,7 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from fedml.federate.algorithm import Correction, Need, Trained, UnsupportedByTraining
+from fedml.federate.algorithm import (
+    Correction,
+    Need,
+    NothingToLearn,
+    Trained,
+    UnsupportedByTraining,
+)
 from fedml.federate.arrays import Arrays
 
 
@@ -193,6 +199,8 @@ class UserTraining:
             raise ApplicationError(f"train() says that its momentum is {momentum:g}, not in [0, 1)")
         trained = _trained(self._module)
         _check_same(trained, model)
+        if not int(examples):
+            raise NothingToLearn
         return Trained(
             model=trained,
             examples=int(examples),

@@ -91,8 +91,9 @@ class WeightedMetrics:
         self.sums: dict[str, tuple[Fraction, Fraction] | None] = {}
 
     def add(self, metrics: Mapping[str, float], weight: float) -> None:
-        """Count one client's numbers; one that is not finite makes that mean NaN."""
-        for name, value in metrics.items():
+        """Count one client's numbers; one that counts and is not finite makes that mean NaN."""
+        # What is said of no examples counts for nothing, whatever it is: often NaN.
+        for name, value in metrics.items() if weight else ():
             product = weight * float(value)
             self._put(
                 name,
@@ -105,11 +106,11 @@ class WeightedMetrics:
             self._put(name, pair)
 
     def means(self) -> dict[str, float]:
-        """Name to mean; NaN where no weight or a value that was not finite stands behind it."""
+        """Name to mean; NaN where a value that was not finite stands behind it."""
         out: dict[str, float] = {}
         for name in sorted(self.sums):
             pair = self.sums[name]
-            out[name] = float(pair[0]) / float(pair[1]) if pair and pair[1] else math.nan
+            out[name] = float(pair[0]) / float(pair[1]) if pair else math.nan
         return out
 
     def _put(self, name: str, pair: tuple[Fraction, Fraction] | None) -> None:

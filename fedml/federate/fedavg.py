@@ -74,7 +74,7 @@ class FedAvg:
 
 @dataclass(frozen=True, slots=True)
 class FedAvgM(FedAvg):
-    """FedAvg whose server remembers where it was going.
+    """FedAvg whose server remembers where it was going (Hsu et al. 2019).
 
     Attributes:
         momentum: How much of the last step is kept, in [0, 1).

@@ -61,12 +61,15 @@ class GroupTurn:
         self._group = {client: g for g, whole in enumerate(members) for client in whole}
         there = sorted({self._group[client] for client in clients})
         self._folds = {g: Fold(within.layout(model)) for g in there}
+        self._learned = dict.fromkeys(there, 0)
 
     def add(
         self, client: int, given: Arrays | str | Path, weight: float, metrics: Mapping[str, float]
     ) -> None:
         """Take one client's update, in any order; see `round.ServerRound.add`."""
-        self._folds[self._group[client]].add(client, given, weight, of_training(metrics))
+        g = self._group[client]
+        self._folds[g].add(client, given, weight, of_training(metrics))
+        self._learned[g] += weight > 0
 
     def turned(self) -> tuple[dict[int, Start], Arrays]:
         """Nobody else comes, and the groups go on: what from, and the state.
@@ -115,12 +118,12 @@ class GroupTurn:
     def _step(self, g: int) -> tuple[Arrays, Arrays, Update]:
         """A group's next model, what its server keeps, and its members' updates combined."""
         model = self._models.get(g, self.model)
-        answered = len(self._folds[g].clients)
         try:
             combined = self._folds[g].result()
         except ValueError as error:
             raise ValueError(f"group {g}: {error}") from error
-        facts = Facts(clients=answered, population=max(len(self._members[g]), answered))
+        learned = self._learned[g]
+        facts = Facts(clients=learned, population=max(len(self._members[g]), learned))
         own = self._own(g)
         return *self._within.server_update(model, own, combined, facts), combined
 

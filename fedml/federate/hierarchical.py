@@ -36,6 +36,7 @@ from fedml.federate.algorithm import (
     UnknownAlgorithm,
     UnsupportedByTraining,
     Update,
+    client_part,
     create,
     number,
     require_support,
@@ -268,7 +269,7 @@ class GroupRounds(ABC):
     def ask(
         self, model: Arrays, sent: Arrays, seed: int, turn: int, cohort: Sequence[int]
     ) -> tuple[Update, int]:
-        """The updates of ``cohort`` combined, and how many they are.
+        """The updates of ``cohort`` combined, and how many of them count.
 
         Args:
             model: That each starts from.
@@ -345,16 +346,18 @@ class Group(GroupRounds):
         """See `GroupRounds`: one after the other."""
         updates = []
         for client in cohort:
-            update = self.algorithm.client_update(
+            before = self.client_states.get(client)
+            update = client_part(
+                self.algorithm,
                 model,
                 sent,
-                self.client_states.get(client),
+                before,
                 self._members[client],
                 generator(seed, turn, client),
             )
-            self.client_states[client] = update.client_state
+            self.client_states[client] = update.client_state if update.weight else before
             updates.append(update)
-        return combine(updates), len(updates)
+        return combine(updates), sum(update.weight > 0 for update in updates)
 
 
 def member_generator(

@@ -20,9 +20,11 @@ from fedml.federate.algorithm import Algorithm, BadParameter, Facts, Update
 from fedml.federate.arrays import Arrays
 from fedml.federate.exact_sum import WeightedMetrics
 from fedml.federate.hierarchical import GroupedFold, Groups
-from fedml.federate.layout import Given, admit
+from fedml.federate.layout import BadUpdate, Given, admit
 from fedml.federate.treatment import Treatment, in_memory, without_ours
 from fedml.protect.robust import RobustFold
+
+_BARREN = 1000  # updates in a row that count for nothing, after which nothing is hoped for
 
 
 class Made(NamedTuple):
@@ -102,6 +104,7 @@ class ServerRound:
         self._model, self._state = model, state
         self._asked, self._population = asked, population
         self._noise = noise
+        self._learned = 0
         self._fold: Fold | RobustFold | GroupedFold
         if groups:
             self._fold = GroupedFold(groups, treatment.layout(self.layout))
@@ -131,6 +134,7 @@ class ServerRound:
         if not isinstance(given, dict):
             source = self._treatment.incoming(client, given, self.layout)
         self._fold.add(client, source, weight, of_training(metrics))
+        self._learned += weight > 0
 
     def finish(self) -> Made:
         """Nobody else comes: the next model.
@@ -151,7 +155,8 @@ class ServerRound:
         )
         if isinstance(self._fold, GroupedFold):
             told |= self._fold.told()
-        facts = Facts(clients=clients, population=population)
+        # A rule counts everybody, whatever weight is said.
+        facts = Facts(clients=self._learned or clients, population=population)
         model, state = self._algorithm.server_update(
             self._model, without_ours(self._state), combined, facts
         )
@@ -184,6 +189,7 @@ class ServerVersion:
         self._model, self._state = model, state
         self._population = population
         self._metrics = WeightedMetrics()
+        self._barren = 0
 
     def add(
         self,
@@ -206,6 +212,12 @@ class ServerVersion:
         Raises:
             BadUpdate: It must not be added; all is as it was.
         """
+        if not weight:
+            self._barren += 1
+            if self._barren > _BARREN:
+                raise BadUpdate(client, None, "no client at work has an example to learn from")
+            return False
+        self._barren = 0
         if isinstance(given, dict):
             arrays = given
         else:

@@ -26,7 +26,15 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from fedml.federate.aggregate import Fold
-from fedml.federate.algorithm import Algorithm, BadParameter, Kind, Local, Update
+from fedml.federate.algorithm import (
+    Algorithm,
+    BadParameter,
+    Kind,
+    Local,
+    Update,
+    client_part,
+    nothing,
+)
 from fedml.federate.arrays import Arrays
 from fedml.federate.compress import Int8, Packed, TopK
 from fedml.federate.layout import BadUpdate, Given, Layout
@@ -36,7 +44,8 @@ from fedml.protect.privacy import GaussianPrivacy, secret_generator
 from fedml.protect.rules import Bucketing, CentredClipping, Mixing, NearestNeighbours, Rule
 
 _OWN = "treatment::"
-_CLIP, _RDP, _REFERENCE = f"{_OWN}clip", f"{_OWN}rdp", f"{_OWN}reference::"
+_CLIP, _REFERENCE = f"{_OWN}clip", f"{_OWN}reference::"
+_RDP, _PRECISION = f"{_OWN}rdp", f"{_OWN}precision"  # what the accountant is to remember
 _MEMORY = f"{_OWN}memory::"
 _MIXING: Mapping[str, type[NearestNeighbours] | type[Bucketing]] = {
     "nearest_neighbours": NearestNeighbours,
@@ -133,8 +142,11 @@ class Treatment:
             rng: The client's generator.
         """
         own = without_ours(memory) if memory is not None else None
-        update = algorithm.client_update(model, without_ours(sent), own or None, local, rng)
+        update = client_part(algorithm, model, without_ours(sent), own or None, local, rng)
         with np.errstate(all="ignore"):  # what is not finite is refused where it arrives
+            if not update.weight:
+                # What the compression remembers is to be sent with an update that counts.
+                return replace(self.outgoing(update, sent, None, rng), client_state=None)
             return self.outgoing(update, sent, memory, rng)
 
     def outgoing(
@@ -173,7 +185,7 @@ class Treatment:
         return {
             **state,
             _CLIP: np.array(self.privacy.clip),
-            _RDP: np.array(Accountant().spent),
+            **_remembered(Accountant()),
         }
 
     def sent(self, sent: Arrays, state: Arrays) -> Arrays:
@@ -231,9 +243,8 @@ class Treatment:
 
     def size(self, layout: Layout, state: Arrays) -> int:
         """Bytes of the tensors that one client sends for an update of ``layout``."""
-        nothing = {name: np.zeros(spec.shape, spec.dtype) for name, spec in layout.tensors.items()}
-        update = Update(arrays=nothing, weight=1.0)
-        out = self.outgoing(update, self.sent({}, state), None, np.random.default_rng(0))
+        sent = self.sent({}, state)
+        out = self.outgoing(nothing(layout), sent, None, np.random.default_rng(0))
         return sum(array.nbytes for array in out.arrays.values())
 
     def combined(
@@ -265,15 +276,21 @@ class Treatment:
             clip = float(state[_CLIP])
             rng = noise or secret_generator()
             update, next_clip = self.privacy.noised(update, clip, clients, rng)
-            accountant = Accountant(spent=state[_RDP].tolist())
+            accountant = Accountant(
+                spent=state[_RDP].tolist(), precision=float(state.get(_PRECISION, np.nan))
+            )
             sampling = Sampling.FIXED if rate < 1 else Sampling.POISSON
             accountant.add(self.privacy.noise_multiplier, rate, sampling=sampling)
-            own = {_CLIP: np.array(next_clip), _RDP: np.array(accountant.spent)}
+            own = {_CLIP: np.array(next_clip), **_remembered(accountant)}
             metrics = {
                 "privacy.epsilon": accountant.epsilon(self.delta),
                 "privacy.clip": clip,
             }
         return update, own, metrics
+
+
+def _remembered(accountant: Accountant) -> Arrays:
+    return {_RDP: np.array(accountant.spent), _PRECISION: np.array(accountant.precision)}
 
 
 def in_memory(given: Given) -> Arrays:

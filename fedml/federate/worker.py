@@ -259,14 +259,10 @@ class Worker:
 
 
 def _cause(error: Exception) -> Cause:
-    from fedml.data.errors import DatasetMissing
-    from fedml.federate.algorithm import UnsupportedByTraining
-    from fedml.federate.application import ApplicationError
-    from fedml.protect.privacy import NotPrivate
+    from fedml.federate import blame
 
     text = f"{type(error).__name__}: {error}"
-    ours = isinstance(error, ApplicationError | DatasetMissing | NotPrivate | UnsupportedByTraining)
-    shown = "" if ours else "".join(traceback.format_exception(error))[-8000:]
+    shown = "" if blame.says_all(error) else blame.trace(error)
     return Cause(fault=Fault.TASK, message=text[:2000], traceback=shown)
 
 

@@ -2,7 +2,8 @@
 """How much privacy is spent: (epsilon, delta) of many rounds of sampled Gaussian noise.
 
 Own code for Renyi differential privacy (RDP), which needs nothing but the standard library; and the
-tighter privacy-loss distributions (PLD) of Google's `dp-accounting`, where it is installed.
+tighter privacy-loss distributions (PLD) of Google's `dp-accounting`, where it is installed. A run
+whose every round asks all clients needs neither: its Gaussians are one Gaussian, known exactly.
 
 "Noise multiplier" is the standard deviation of the noise over the L2 bound of one contribution.
 
@@ -14,8 +15,8 @@ tighter privacy-loss distributions (PLD) of Google's `dp-accounting`, where it i
 * RDP to (epsilon, delta): Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential
   Privacy", NeurIPS 2020, proposition 12; the conversion of 2016 (Abadi et al., theorem 2) is kept
   to check old numbers.
-* One Gaussian, exactly: Balle, Wang, "Improving the Gaussian Mechanism for Differential Privacy",
-  ICML 2018, theorem 8.
+* One Gaussian, exactly, and so many of them, whose ``1 / s^2`` add up: Balle, Wang, "Improving the
+  Gaussian Mechanism for Differential Privacy", ICML 2018, theorem 8.
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ class Accountant:
     Attributes:
         orders: The RDP orders tracked, each > 1.
         spent: RDP so far, one number an order; store and restore it with the run.
+        precision: Sum of ``1 / noise_multiplier^2`` over rounds that asked everybody; to be stored
+            with the rest. NaN once a round asked only some, where it is of no use.
     """
 
     orders: tuple[float, ...] = ORDERS
     spent: list[float] = field(default_factory=list)
+    precision: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.spent:
@@ -85,9 +89,14 @@ class Accountant:
             raise ValueError(f"rounds must be >= 0, got {rounds}")
         cost = rdp(noise_multiplier, sampling_rate, self.orders, sampling)
         self.spent = [old + rounds * new for old, new in zip(self.spent, cost, strict=True)]
+        if rounds:
+            whole = sampling is Sampling.POISSON and sampling_rate == 1
+            self.precision += rounds / noise_multiplier**2 if whole else math.nan
 
     def epsilon(self, delta: float, conversion: Conversion = Conversion.CANONNE_2020) -> float:
         """The epsilon at ``delta`` of everything added so far, >= 0."""
+        if conversion is Conversion.CANONNE_2020 and self.precision > 0:
+            return gaussian_epsilon(self.precision**-0.5, delta)
         best = epsilon_of(self.orders, self.spent, delta, conversion)
         return best if any(self.spent) else 0.0
 
@@ -154,7 +163,7 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
 
     def excess(epsilon: float) -> float:
         left, right = 1 / (2 * s) - epsilon * s, -1 / (2 * s) - epsilon * s
-        return _phi(left) - math.exp(epsilon + math.log(max(_phi(right), 1e-323))) - delta
+        return math.exp(_log_phi(left)) - math.exp(epsilon + _log_phi(right)) - delta
 
     if excess(0.0) <= 0:
         return 0.0
@@ -298,8 +307,12 @@ def _log_sum(terms: Sequence[float]) -> float:
     return top + math.log(math.fsum(math.exp(term - top) for term in terms))
 
 
-def _phi(x: float) -> float:
-    return 0.5 * math.erfc(-x / math.sqrt(2))
+def _log_phi(x: float) -> float:
+    """``log Phi(x)``; far out, where Phi underflows, by its asymptotic series."""
+    if x > -25:
+        return math.log(0.5 * math.erfc(-x / math.sqrt(2)))
+    series = -1 / x**2 + 3 / x**4 - 15 / x**6 + 105 / x**8
+    return -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log1p(series)
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

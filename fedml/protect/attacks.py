@@ -8,6 +8,7 @@ collude, of what the honest clients send; one changes what the liar learns from 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,7 @@ def create(name: str, parameters: Mapping[str, Any] | None = None) -> Attack:
     Raises:
         BadParameter: The name or a parameter is unknown.
     """
-    attacks: Mapping[str, Callable[..., Attack]] = {
+    attacks: Mapping[str, Any] = {
         "zero": Zero,
         "random": Noise,
         "flip": SignFlip,
@@ -197,11 +198,17 @@ def create(name: str, parameters: Mapping[str, Any] | None = None) -> Attack:
         "ipm": InnerProduct,
     }
     if name.lower() not in attacks:
-        raise BadParameter(f"no attack is called {name!r}; there are {', '.join(attacks)}")
-    try:
-        return attacks[name.lower()](**(parameters or {}))
-    except TypeError as error:
-        raise BadParameter(f"{name}: {error}") from error
+        there = ", ".join([*attacks, "label_flip"])
+        raise BadParameter(f"no attack is called {name!r}; there are {there}")
+    kind, given = attacks[name.lower()], parameters or {}
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in given:
+        if key not in known:
+            raise BadParameter(
+                f"{name}: unknown parameter {key!r}; known are {', '.join(known) or 'none'}"
+            )
+    attack: Attack = kind(**given)
+    return attack
 
 
 def _of_honest(own: Arrays, honest: Sequence[Arrays], forged: Callable[[Any], Any]) -> Arrays:

@@ -308,10 +308,10 @@ def create(name: str, parameters: Mapping[str, Any] | None = None) -> Rule:
             raise BadParameter(
                 f"{name}: unknown parameter {key!r}; known are {', '.join(known) or 'none'}"
             )
-    try:
-        built: Rule = rule(**given)
-    except TypeError as error:
-        raise BadParameter(f"{name}: {error}") from error
+    for field in dataclasses.fields(rule):
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise BadParameter(f"{name}: there is no `{field.name}`; it needs one")
+    built: Rule = rule(**given)
     return built
 
 

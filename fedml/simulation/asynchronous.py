@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from fedml.errors import RunFailed
 from fedml.federate import cohort
 from fedml.federate.arrays import Arrays
+from fedml.federate.layout import BadUpdate
 from fedml.federate.round import ServerVersion
 from fedml.simulation.devices import online
 from fedml.simulation.order import Done, Order, Task
@@ -137,9 +138,12 @@ class _Walk:
             own = {started.client: run.treatment.decoded(started.client, path, run.update)}
             given = run.liars.forged(started.start, own).get(started.client, path)
         staleness = self._version - started.version
-        stepped = self._server.add(
-            started.client, given, done.weight, done.metrics, staleness=staleness
-        )
+        try:
+            stepped = self._server.add(
+                started.client, given, done.weight, done.metrics, staleness=staleness
+            )
+        except BadUpdate as error:
+            raise RunFailed(f"round {self._version + 1}: {error}") from error
         path.unlink()
         run.listener.done(1)
         self._since.append(done)

@@ -146,4 +146,4 @@ class _CrewGroup(GroupRounds):
         good = run.settle(self._number, done, least=self._left.least_of(asked))
         self._left.note(asked, good)
         update = added_up(run, self._number, [place for place, _ in shares], good)
-        return update, len(good)
+        return update, sum(one.weight > 0 for one in good)

@@ -18,7 +18,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -29,21 +28,19 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from fedml.federate import algorithm, cohort
+from fedml.federate import algorithm, blame, cohort
 from fedml.federate.aggregate import PartialSum
 from fedml.federate.application import (
     Application,
-    ApplicationError,
     Client,
     UserTraining,
     set_weights,
 )
 from fedml.federate.arrays import Arrays
-from fedml.federate.layout import BadUpdate, Spec, admit
-from fedml.federate.local_sgd import BadData, Evaluation
+from fedml.federate.layout import Spec, admit
+from fedml.federate.local_sgd import Evaluation
 from fedml.federate.tensor_file import write
 from fedml.federate.treatment import Treatment
-from fedml.protect.privacy import NotPrivate
 from fedml.simulation import accelerator
 from fedml.simulation import engine as engines
 from fedml.simulation.arena import Board, Place, Shelf
@@ -339,25 +336,14 @@ def cause_of(error: Exception, place: str = "") -> tuple[str, str]:
         error: Of a client.
         place: The device, if it was an engine's business what lay there.
     """
-    from fedml.data.errors import DatasetMissing  # of use here only, and its package is large
-
     if place and accelerator.is_out_of_memory(error):
         other = "" if place == "cpu" else ", or --device cpu"
         return f"out of memory on {place} with this client alone: a smaller batch_size{other}", ""
     text = f"{type(error).__name__}: {error}"
     if "vmap" in text:  # only `stacked` uses it, and on a GPU that may have been our choice
         text = f"the model cannot be trained side by side, --engine inplace does without: {text}"
-    ours = isinstance(
-        error,
-        ApplicationError
-        | algorithm.UnsupportedByTraining
-        | BadData
-        | BadUpdate
-        | DatasetMissing
-        | NotPrivate
-        | engines.Diverged,
-    )
-    return text, "" if ours else "".join(traceback.format_exception(error))[-8000:]
+    plain = blame.says_all(error) or isinstance(error, engines.Diverged)
+    return text, "" if plain else blame.trace(error)
 
 
 def _resident() -> int:

@@ -221,14 +221,12 @@ def read(
         found, workspace = _read_mapping(source)
     else:
         found, workspace = runfile.read_simulated(Path(source))
-    for key in ("config", "algorithm_config", "treatment"):
-        value = found.get(key) or {}
-        found[key] = json.loads(value) if isinstance(value, str) else dict(value)
-    if "attack" in (found.get("simulation") or {}):
-        value = found["simulation"]["attack"]
-        found["simulation"]["attack"] = json.loads(value) if isinstance(value, str) else value
+    _unfold(found)
     for path, value in (changes or {}).items():
         _change(found, path, value)
+    if changes:  # they must be what a file may say
+        found, workspace = _read_mapping({**found, "workspace": str(workspace)})
+        _unfold(found)
     for key in ("app", "clients", "rounds"):
         if key not in found and settings.get(key) is None:
             raise ConfigError(f"{_called(source)}: there is no `{key}`")
@@ -281,6 +279,16 @@ def _read_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
             raise ConfigError(text, error.hint) from None
 
 
+def _unfold(found: dict[str, Any]) -> None:
+    """What is read as JSON, as mappings."""
+    for key in ("config", "algorithm_config", "treatment"):
+        value = found.get(key) or {}
+        found[key] = json.loads(value) if isinstance(value, str) else dict(value)
+    if "attack" in (found.get("simulation") or {}):
+        value = found["simulation"]["attack"]
+        found["simulation"]["attack"] = json.loads(value) if isinstance(value, str) else value
+
+
 def _native(value: Any) -> Any:
     """NumPy's numbers as Python's, anything else as text."""
     return value.item() if hasattr(value, "item") else str(value)
@@ -301,6 +309,12 @@ def _change(found: dict[str, Any], path: str, value: Any) -> None:
     if not rest:
         if first in sections:
             raise ConfigError(f"{path} is a section: say which of its keys, as {path}.KEY")
+        where = runfile.sections_with(first)
+        if where and first not in scalars and first not in found["config"]:
+            raise ConfigError(
+                f"{path} alone is a key of `config`, which has none of this name",
+                f"{where[0]}.{path}; or config.{path}, if that is what you mean",
+            )
         (found if first in scalars else found["config"])[first] = value
         return
     if first not in sections:
@@ -309,6 +323,8 @@ def _change(found: dict[str, Any], path: str, value: Any) -> None:
     *between, last = rest.split(".")
     for part in between:
         inside = inside.setdefault(part, {})
+        if not isinstance(inside, dict):
+            raise ConfigError(f"{path}: `{part}` is {inside!r} and has no keys in it")
     inside[last] = value
 
 

@@ -6,6 +6,7 @@
     clients   round, client, examples, seconds, metrics (JSON)
     run       key, value (JSON)
 
+A metric that was NaN is null there, and NaN again when it is read here.
 Round 0 is the first model. Rows are written in batches, so that a round of microseconds does not
 wait for a disk; a reader sees the file as of some second ago.
 """
@@ -117,9 +118,10 @@ class Record:
         if form is None:
             keys = (json.dumps(name).replace("%", "%%") for name in names)
             form = self._forms[names] = "{" + ", ".join(f"{key}: %r" for key in keys) + "}"
-        # Metrics are floats, whose repr is their JSON; NaN is what JSON has no word for.
-        text = form % tuple(metrics.values())
-        return text if all(map(math.isfinite, metrics.values())) else json.dumps(metrics)
+        # Metrics are floats, whose repr is their JSON; for NaN it has no word.
+        if all(map(math.isfinite, metrics.values())):
+            return form % tuple(metrics.values())
+        return json.dumps(sayable(metrics))
 
     def drop_after(self, number: int) -> None:
         """Forget rounds after this one: the run is taken up there."""
@@ -135,7 +137,7 @@ class Record:
         by_number = {row["round"]: row for row in rows}
         for number, name, value in self._file.execute("select round, name, value from metrics"):
             if number in by_number:
-                by_number[number][name] = value
+                by_number[number][name] = _number(value)
         return rows
 
     def facts(self) -> dict[str, Any]:
@@ -147,10 +149,20 @@ class Record:
         """The latest value of each metric."""
         self.flush()
         query = "select name, value, max(round) from metrics group by name order by name"
-        found = {name: value for name, value, _ in self._file.execute(query)}
+        found = {name: _number(value) for name, value, _ in self._file.execute(query)}
         return found if names is None else {n: found[n] for n in names if n in found}
 
     def close(self) -> None:
         """Write everything and close the file."""
         self.flush()
         self._file.close()
+
+
+def sayable(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no word for NaN and infinities: they become null."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _number(value: float | None) -> float:
+    """SQLite keeps a NaN as null."""
+    return math.nan if value is None else value

@@ -76,11 +76,15 @@ def write(folder: Path, runs: Mapping[str, Path] | None = None) -> Path:
     """
     read = {label: _read(each) for label, each in (runs or {"": folder}).items()}
     charts = list(_charts({label: rows for label, (rows, _) in read.items()}))
-    facts = next(iter(read.values()))[1]
+    every = [facts for _, facts in read.values()]
+    # Of several runs, what is true of all of them.
+    facts = {
+        key: value for key, value in every[0].items() if all(f.get(key) == value for f in every)
+    }
     title = str(facts.get("name", "simulation"))
     if len(read) == 1:
         title += f": {facts.get('algorithm', '')}"
-    body = [_facts(facts, many=len(read) > 1)]
+    body = [_facts(facts)]
     body += [_figure(chart) for chart in charts]
     body.append(_last(read))
     page = folder / "report.html"
@@ -190,12 +194,11 @@ def _figure(chart: Chart) -> str:
     )
 
 
-def _facts(facts: Mapping[str, Any], *, many: bool) -> str:
-    left_out = {"name", "config", "algorithm_config"} if many else {"name"}
+def _facts(facts: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><th>{html.escape(key)}<td>{html.escape(str(value))}"
         for key, value in facts.items()
-        if key not in left_out and value not in ({}, None)
+        if key != "name" and value not in ({}, [], None)
     )
     return f"<table>{rows}</table>"
 

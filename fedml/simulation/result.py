@@ -85,14 +85,17 @@ class Result:
 def mean_metrics(reports: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
     """Each metric's mean over those who reported it, counted by weight.
 
-    Those under ``eval.`` are of the model before the round and counted elsewhere.
+    Those under ``eval.`` are of the model before the round and counted elsewhere. What is said of
+    no examples (weight 0) counts for nothing, also where it is NaN.
     """
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for weight, report in reports:
+        if not weight:
+            continue
         for name, value in report.items():
             if name.startswith("eval."):
                 continue
             sums[name] = sums.get(name, 0.0) + weight * value
             weights[name] = weights.get(name, 0.0) + weight
-    return {name: sums[name] / weights[name] for name in sorted(sums) if weights[name] > 0}
+    return {name: sums[name] / weights[name] for name in sorted(sums)}

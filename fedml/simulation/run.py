@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from fedml.errors import ConfigError
@@ -117,7 +117,7 @@ class Simulation:
             RunFailed: It ended otherwise.
             KeyboardInterrupt: Somebody stopped it; the last round that was done is kept.
         """
-        found = None
+        found, new = None, self._folder is not None and not self._folder.exists()
         if self._folder is not None:
             found = checkpoint.prepare(
                 self._folder,
@@ -128,6 +128,8 @@ class Simulation:
                 say=self.listener.say,
             )
         with ExitStack() as stack:
+            if new:
+                stack.callback(self._leave_no_empty_folder)
             self._arena = stack.enter_context(Arena())
             self.crew = stack.enter_context(self._hire())
             self._open(found, stack)
@@ -149,6 +151,12 @@ class Simulation:
                 # Ctrl-C and failures too: what is done is kept.
                 self.save(force=True)
             return self._result()
+
+    def _leave_no_empty_folder(self) -> None:
+        """What could not begin is not what `--resume` goes on with."""
+        if self._folder is not None:
+            with suppress(OSError):  # there is something in it
+                self._folder.rmdir()
 
     def _hire(self) -> Crew:
         """The crew: processes here, or actors of Ray's."""

@@ -158,7 +158,8 @@ def _lies(run: Simulation, files: Mapping[int, Path]) -> Mapping[int, Arrays]:
 def _summed(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Made:
     """The next model of what the members added up."""
     combined = added_up(run, number, places, good)
-    facts = Facts(clients=len(good), population=max(run.plan.clients, len(good)))
+    learned = sum(one.weight > 0 for one in good)
+    facts = Facts(clients=learned, population=max(run.plan.clients, learned))
     model, state = run.algorithm.server_update(run.model, run.state, combined, facts)
     return Made(model, state, combined.metrics, {})
 

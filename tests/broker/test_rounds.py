@@ -2,6 +2,7 @@
 """Rounds in a real store: what is written with each step is what a restarted broker reads."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,8 @@ def test_metrics_are_averaged_by_the_examples_that_they_stand_for() -> None:
     )
     assert rounds.mean_metrics(reports, "other.") == {}
     assert rounds.mean_metrics([{"eval.accuracy": 1.0}], "eval.") == {}  # of nothing
+    empty = {"eval.examples": 0, "eval.accuracy": math.nan}
+    assert rounds.mean_metrics([empty, reports[0]], "eval.") == {"accuracy": 0.5, "examples": 10}
 
 
 @LAW

@@ -33,6 +33,7 @@ def test_what_is_promised_is_there_when_it_is_used() -> None:
     for name in fedml.__all__:
         assert getattr(fedml, name) is not None
         assert name in dir(fedml)
+    assert fedml.run_hierarchical_cross_silo_server is fedml.run_cross_silo_server
 
 
 def test_what_is_not_there_is_an_attribute_error() -> None:

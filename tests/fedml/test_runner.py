@@ -193,6 +193,7 @@ def test_a_client_process_is_told_that_agents_are_the_clients(tmp_path: Path) ->
     file = _script(tmp_path, "None", "None", config)
     done = _run(file, "--rank", "1", "--role", "client", code=1)
     assert "agents are the clients here" in done.stderr
+    assert "try: `fedml-agent login KEY`" in done.stderr
 
 
 @pytest.mark.timeout(180)  # three runs, each of which imports torch on every machine

@@ -230,6 +230,10 @@ def test_metrics_average_by_weight_over_those_who_report_them() -> None:
     assert result.metrics["loss"] == 1.0
     assert result.metrics["acc"] == 0.5
     assert math.isnan(result.metrics["odd"])
+    nothing = Update(arrays=w, weight=0, metrics={"loss": math.nan, "odd": 2.0})
+    result = combine([Update(arrays=w, weight=1, metrics={"loss": 4.0}), nothing])
+    assert result.metrics["loss"] == 4.0
+    assert "odd" not in result.metrics  # nobody who counts has said it
 
 
 GOOD: Arrays = {"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}

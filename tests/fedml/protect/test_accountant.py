@@ -56,10 +56,32 @@ def test_one_gaussian_is_that_of_balle_and_wang() -> None:
 @given(st.floats(0.3, 20), st.floats(1e-12, 0.1))
 def test_the_exact_epsilon_of_one_gaussian_is_below_every_bound(sigma, delta) -> None:
     exact = gaussian_epsilon(sigma, delta)
-    accountant = Accountant()
-    accountant.add(sigma, 1.0)
     assert exact <= zcdp_epsilon(1 / (2 * sigma**2), delta) + 1e-9
-    assert zcdp_epsilon(1 / (2 * sigma**2), delta) <= accountant.epsilon(delta) + 1e-9
+    by_rdp = epsilon_of(ORDERS, rdp(sigma, 1.0, ORDERS), delta)
+    assert zcdp_epsilon(1 / (2 * sigma**2), delta) <= by_rdp + 1e-9
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.02, 0.05, 0.3, 2.0])
+def test_the_exact_epsilon_is_that_of_the_privacy_loss_also_where_little_is_private(sigma) -> None:
+    # The loss is N(eta, 2 eta); delta is the mean of (1 - exp(epsilon - loss))+.
+    epsilon, eta = gaussian_epsilon(sigma, 1e-5), 1 / (2 * sigma**2)
+    z = np.linspace(-12, 12, 200_001)
+    over = -np.expm1(np.minimum(epsilon - eta - math.sqrt(2 * eta) * z, 0))
+    delta = math.fsum((np.exp(-z * z / 2) * over).tolist()) * (z[1] - z[0])
+    assert delta / math.sqrt(2 * math.pi) == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_rounds_that_ask_everybody_are_one_gaussian_and_one_that_does_not_ends_that() -> None:
+    accountant = Accountant()
+    accountant.add(4.0, 1.0, rounds=16)
+    assert accountant.epsilon(1e-5) == pytest.approx(gaussian_epsilon(1.0, 1e-5), rel=1e-9)
+    by_rdp = epsilon_of(ORDERS, accountant.spent, 1e-5)
+    assert accountant.epsilon(1e-5) < by_rdp
+    again = Accountant(spent=accountant.spent, precision=accountant.precision)
+    again.add(4.0, 0.5, sampling=Sampling.FIXED)
+    assert again.epsilon(1e-5) > by_rdp
+    again.add(4.0, 1.0)
+    assert again.epsilon(1e-5) == epsilon_of(ORDERS, again.spent, 1e-5)
 
 
 def test_zcdp_of_081_is_89() -> None:
@@ -127,10 +149,9 @@ def test_the_noise_for_a_budget_just_meets_it() -> None:
 
 
 def test_a_large_budget_is_not_overstated_by_a_lack_of_small_orders() -> None:
-    accountant = Accountant()
-    accountant.add(0.5, 1.0, 10)
-    assert accountant.epsilon(1e-5) < epsilon_of((2.0,), (40.0,), 1e-5)
-    assert accountant.epsilon(1e-5) == pytest.approx(zcdp_epsilon(20.0, 1e-5), rel=1e-3)
+    cost = [10 * one for one in rdp(0.5, 1.0, ORDERS)]
+    assert epsilon_of(ORDERS, cost, 1e-5) < epsilon_of((2.0,), (40.0,), 1e-5)
+    assert epsilon_of(ORDERS, cost, 1e-5) == pytest.approx(zcdp_epsilon(20.0, 1e-5), rel=1e-3)
     assert min(ORDERS) > 1
 
 

@@ -51,6 +51,13 @@ def test_alie_hides_within_the_spread_of_the_honest() -> None:
     assert attacks.LittleIsEnough(4, 1).deviations >= 0
 
 
+def test_a_parameter_that_an_attack_does_not_have_is_told_those_it_has() -> None:
+    with pytest.raises(BadParameter, match="flip: unknown parameter 'scal'; known are scale"):
+        attacks.create("flip", {"scal": 3.0})
+    with pytest.raises(BadParameter, match="zero: unknown parameter 'scale'; known are none"):
+        attacks.create("zero", {"scale": 3.0})
+
+
 def test_attacks_are_found_by_name() -> None:
     assert attacks.create("flip", {"scale": 3.0}) == attacks.SignFlip(3.0)
     for name, parameters, why in (

@@ -318,6 +318,8 @@ def test_rules_are_found_by_name_and_fedmls_spellings() -> None:
     for name, parameters, why in (
         ("magic", {}, "no robust rule is called 'magic'; there are mean, median"),
         ("krum", {"bogus": 1}, "bogus"),
+        ("krum", {}, "krum: there is no `byzantine`; it needs one"),
+        ("norm_clipping", {}, "there is no `bound`"),
         ("krum", {"byzantine": 1.5}, "whole number"),
         ("trimmed_mean", {"trim": -1}, ">= 0"),
         ("cclip", {"radius": 0}, "> 0"),

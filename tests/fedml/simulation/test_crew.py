@@ -107,6 +107,7 @@ def test_a_client_that_raises_is_named_with_round_and_traceback(tmp_path: Path) 
     assert (error.client, error.round) == (2, 1)
     assert "client 2 failed in round 1: RuntimeError: the dog ate the gradient" in str(error)
     assert 'raise RuntimeError("the dog ate the gradient")' in error.traceback
+    assert "fedml/simulation" not in error.traceback  # the user's own lines alone
     assert left_behind() == []
 
 
@@ -180,6 +181,8 @@ def test_a_stopped_simulation_keeps_a_checkpoint_and_nothing_else(
     run.send_signal(number)
     _, said = run.communicate(timeout=30)
     assert run.returncode == 130, said
+    assert "fedml simulate run.yaml --out out --resume goes on" in said
+    assert (tmp_path / "out" / "report.html").exists()
     psutil.wait_procs(children, timeout=10)
     assert not any(child.is_running() for child in children)
     assert left_behind() == []

@@ -11,9 +11,11 @@ import pytest
 
 from fedml import runfile
 from fedml.errors import ConfigError, RunFailed
+from fedml.federate.algorithm import Kind, create, names
 from fedml.simulation import ClientFailed, Simulation, simulate
 from fedml.simulation.plan import read
 from tests.fedml.simulation import apps
+from tests.fedml.simulation.bits import same_bits
 
 DATA = "\ndef data(client, config):\n    return {}\n"
 
@@ -43,6 +45,12 @@ def plan(folder: Path, app: str = apps.LINEAR, **more: Any) -> dict[str, Any]:
         ({"simulation.devices": {"trace": "no.csv"}}, "cannot be read"),
         ({"clients": 3}, "is a section"),
         ({"nowhere.key": 3}, "no section 'nowhere'"),
+        ({"per_round": 2}, "per_round alone is a key of `config`, which has none of this name"),
+        ({"clients.per_rund": 3}, "unknown key `clients.per_rund`; did you mean `per_round`"),
+        ({"clients.count.x": 3}, "`count` is 4 and has no keys in it"),
+        ({"clients.count": "four"}, "`clients.count` must be a whole number"),
+        ({"rounds": "many"}, "`rounds` must be a whole number"),
+        ({"seed": 1.5}, "`seed` must be a whole number"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(
@@ -139,6 +147,63 @@ def test_clients_without_data_count_for_nothing_and_all_of_them_end_the_run(
         asked["config"]["empty"] = [0, 1, 2, 3]
         with pytest.raises(RunFailed, match="none of its 4 clients has an example"):
             simulate(asked, engine=engine, debug=True)
+
+
+IN_ROUNDS = [name for name in names() if create(name).kind is Kind.SYNCHRONOUS]
+
+
+@pytest.mark.parametrize("algorithm", IN_ROUNDS)
+def test_a_client_without_examples_counts_as_one_that_is_not_there(
+    algorithm: str, tmp_path: Path
+) -> None:
+    app = apps.LINEAR + (
+        "\nfull = data\ndef data(client, config):\n"
+        "    x, y = full(client, config)\n"
+        "    if client.index != 1:\n        return x, y\n"
+        "    if config['fails']:\n        raise OSError('no file')\n"
+        "    return x[:0], y[:0]\n"
+    )
+    if algorithm == "mime":
+        app += "\ndef model(config):\n    from fedml import model as m\n"
+        app += "    return m.create('linear', inputs=6, outputs=3)\n"
+    asked = plan(
+        tmp_path,
+        app,
+        algorithm=algorithm,
+        rounds=3,
+        evaluate={"devices": False},
+    )
+    missing, empty = (
+        simulate(
+            {
+                **asked,
+                "config": {"lr": 0.1, "fails": fails},
+                "clients": {"count": 4, "minimum": 3 if fails else 4},
+            },
+            engine="exact",
+            debug=True,
+        )
+        for fails in (True, False)
+    )
+    assert same_bits(missing.model, empty.model)
+
+
+@pytest.mark.parametrize("algorithm", ["fedasync", "fedbuff"])
+def test_without_rounds_too_clients_without_examples_count_for_nothing(
+    algorithm: str, tmp_path: Path
+) -> None:
+    app = apps.LINEAR + (
+        "\nfull = data\ndef data(client, config):\n"
+        "    x, y = full(client, config)\n"
+        "    return (x, y) if client.index == config['only'] else (x[:0], y[:0])\n"
+    )
+    settings = {"buffer": 2} if algorithm == "fedbuff" else {}
+    asked = plan(tmp_path, app, algorithm=algorithm, algorithm_config=settings, rounds=2)
+    found = simulate({**asked, "config": {"lr": 0.1, "only": 1}}, debug=True)
+    # Two versions, all of client 1: whatever the others have sent in between is in neither.
+    assert found.metrics["train.loss"] < found.history[1]["train.loss"]
+    with pytest.raises(RunFailed, match="no client at work has an example"):
+        simulate({**asked, "config": {"lr": 0.1, "only": 9}}, debug=True)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from fedml.cli import command
-from fedml.errors import ConfigError
+from fedml.errors import ConfigError, RunFailed
 from fedml.federate.algorithm import names
 from fedml.simulation import Listener, Round, Simulation, simulate
 from fedml.simulation.checkpoint import Checkpoint
@@ -133,6 +135,13 @@ def test_the_examples_are_runs_that_can_be(file: Path) -> None:
     assert found.app.is_file()
 
 
+@pytest.mark.parametrize("algorithm", names())
+def test_every_algorithm_has_an_example_that_learns(algorithm: str) -> None:
+    file = EXAMPLES.parent / "algorithms" / f"{algorithm}.yaml"
+    result = simulate(file, debug=True, rounds=3)
+    assert result.metrics["central.accuracy"] > 0.2  # a guess: 0.1
+
+
 def test_paths_of_data_are_those_of_the_run_file(tmp_path: Path) -> None:
     app = apps.LINEAR + "\nfrom pathlib import Path\nreal = data\n"
     app += "def data(client, config):\n"
@@ -237,6 +246,51 @@ def test_the_command_says_rounds_as_json_lines_and_ends_with_the_result(
     assert not (tmp_path / "simulations" / "tiny-2").exists()
 
 
+def test_a_metric_that_is_not_a_number_ends_no_run_and_breaks_no_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = apps.LINEAR + "\ndef evaluate(model, data, config):\n    return {'score': np.nan}\n"
+    (tmp_path / "run.yaml").write_text(json.dumps(plan(tmp_path, app, rounds=1)))
+    done = run("run.yaml", "--debug", "--out", "out")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"devices.score +nan", done.output)
+    done = run("run.yaml", "--debug", "--json", "--out", "other")
+    first, end = (json.loads(line, parse_constant=pytest.fail) for line in done.stdout.splitlines())
+    assert first["metrics"]["central.score"] is None
+    assert end["end"]["metrics"]["devices.score"] is None
+    (found,) = simulate(plan(tmp_path, app, rounds=1), debug=True).history[1:]
+    assert math.isnan(found["devices.score"])
+    file = sqlite3.connect(tmp_path / "out" / "results.sqlite")
+    (told,) = file.execute("select metrics from clients limit 1").fetchone()
+    assert json.loads(told, parse_constant=pytest.fail)["eval.score"] is None
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("app", "shown"),
+    [
+        ("x = (\n", "SyntaxError: '(' was never closed"),
+        ("import there_is_no_such_module\n", "import there_is_no_such_module"),
+        (apps.LINEAR + "\ndef model(config):\n    return config['hidden']\n", "KeyError: 'hidden'"),
+        (apps.LINEAR + "\ndef central(config):\n    return open('no.csv')\n", "open('no.csv')"),
+    ],
+)
+def test_what_the_users_file_raises_is_shown_without_our_own_calls(
+    app: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(json.dumps(plan(tmp_path, app)))
+    with pytest.raises(RunFailed) as failed:
+        run("run.yaml", "--workers", "1")
+    text = str(failed.value)
+    assert text.startswith("app.py: ")
+    assert shown in text
+    assert "fedml/" not in text
+    # What could not begin leaves nothing that --resume would take for a run.
+    assert not list(tmp_path.glob("simulations/*"))
+
+
 def test_a_sweep_runs_every_combination_and_makes_a_table_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +307,13 @@ def test_a_sweep_runs_every_combination_and_makes_a_table_and_a_report(
         ["0.1", "1"],
         ["0.1", "2"],
     ]
-    assert "lr=0.1 seed=2" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "lr=0.1 seed=2" in page
+    facts = page.split("<table>")[1].split("</table>")[0]
+    assert "<th>algorithm<td>fedavg" in facts
+    assert "<th>seed" not in facts  # that of one run is not that of all
+    assert "lr" not in facts
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "lr=0.1,seed=2" / "results.sqlite").exists()
 
 
