@@ -124,6 +124,8 @@ def docker(folder: Path) -> Iterator[Box]:
         if drain is not None:
             drain.join()
         daemon.stderr.close()
+        # It stays mounted when the daemon ends, and then nobody can remove the folder.
+        subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True)
 
 
 ENGINES = {"podman": podman, "docker": docker}
