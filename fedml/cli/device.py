@@ -135,6 +135,32 @@ device.add_command(
 )
 
 
+def _bind(verb: str, instead: str) -> click.Command:
+    """A verb of FedML's that is another program's here."""
+
+    def say(words: tuple[str, ...]) -> None:
+        raise click.UsageError(f"there is no `fedml device {verb}`: {instead}")
+
+    return click.Command(
+        verb,
+        callback=say,
+        params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True},
+        help=f"{instead}.",
+        hidden=True,
+    )
+
+
+_JOIN = (
+    "a machine joins with `fedml-agent login KEY`, then `fedml-agent run`; an admin makes the key"
+)
+_LEAVE = (
+    "a machine leaves with `fedml-agent logout`; an admin removes it: `fedml-broker devices remove`"
+)
+device.add_command(_bind("bind", _JOIN))
+device.add_command(_bind("unbind", _LEAVE))
+
+
 def _has(device: Device) -> str:
     text = f"{device.cpus} CPUs, {size(device.memory_bytes)}"
     return text + (f", {len(device.gpus)} × {device.gpus[0]}" if device.gpus else "")
