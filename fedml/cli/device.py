@@ -47,11 +47,12 @@ def list_devices(home: Path, as_json: bool) -> None:
             _has(d),
             " ".join(d.kinds),
             words(d.labels),
+            d.cluster or "–",
             when(d.details["last_seen_at"]),
         )
         for d in found
     ]
-    columns = ("NAME", "STATUS", "TASKS", "HAS", "TAKES", "LABELS", "SEEN")
+    columns = ("NAME", "STATUS", "TASKS", "HAS", "TAKES", "LABELS", "CLUSTER", "SEEN")
     print_table(columns, rows, "no machine has joined yet; its admin makes a key for each")
 
 
@@ -81,6 +82,7 @@ def show(name: str, home: Path, as_json: bool) -> None:
             "refusing": told["refusing"] or "nothing",
             "holds": "\n".join(found.tasks) or "nothing",
             "labels": words(found.labels),
+            "cluster": found.cluster or "none",
             "lets out": f"{_has(found)}, {size(found.disk_bytes)} of disk",
             "gpus": "\n".join(found.gpus) or "none",
             "agent": told["agent_version"],

@@ -453,9 +453,10 @@ def _left(found: dict[str, Any]) -> dict[str, str]:
 
 
 def _took(found: dict[str, Any]) -> str:
-    if found["started_at"] is None and found["ended_at"] is None:
+    """How long it ran, or has been running: without the time that it waited."""
+    if found["started_at"] is None:
         return "–"
-    return duration((found["ended_at"] or time.time()) - found["created_at"])
+    return duration((found["ended_at"] or time.time()) - found["started_at"])
 
 
 def _names(client: Client) -> dict[str, str]:

@@ -186,7 +186,9 @@ def everything(place: Place, browser: Browser) -> Iterator[Desk]:
     desk = Desk(place, browser)
     desk.federated = place.federate(rounds=4, name="ridge")
     desk.job = place.launch(
-        "for i in $(seq 40); do echo step $i of 40; done; echo careful >&2", name="counting"
+        "for i in $(seq 40); do echo step $i of 40; done; echo careful >&2;"
+        'echo best=0.75 >> "$FEDML_OUTPUT"; echo all > "$FEDML_OUTPUT_DIR/notes.txt"',
+        name="counting",
     )
     desk.recorded = place.launch(RECORDS, name="learning", nodes=2)
     desk.evil = place.launch(f"cat <<'E'\n{EVIL}\nE", name=EVIL)

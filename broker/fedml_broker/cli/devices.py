@@ -33,6 +33,7 @@ _FACTS: Columns = {
     "status": lambda device: device["status"],
     "has": lambda device: _size(device["capacity"]),
     "labels": lambda device: words(device["labels"]),
+    "cluster": lambda device: device["cluster"],
     "tasks": lambda device: "\n".join(device["tasks"]) or "none",
     "refusing": lambda device: device["refusing"] or "nothing",
     "agent": lambda device: device["agent_version"],

@@ -2,6 +2,7 @@
 """Clusters by command: several names at once, and those of others."""
 
 import json
+import re
 from pathlib import Path
 
 from fedml import session
@@ -11,6 +12,8 @@ from tests.fedml.cli.conftest import Fedml
 def test_several_clusters_at_once_and_one_that_is_not_there_keeps_nobody(fedml: Fedml) -> None:
     fedml("cluster", "create", "uno", "--device", "one")
     fedml("cluster", "create", "dos", "--device", "two")
+    assert re.search(r"^cluster +dos$", fedml("device", "show", "two").stdout, re.M)
+    assert re.search(r"^one .* uno +\d", fedml("device", "list").stdout, re.M)
     done = fedml("cluster", "stop", "uno", "nowhere", "dos", code=6)
     assert "no such cluster: nowhere" in done.stderr
     assert "uno has given its machines back\ndos has given" in done.stderr
@@ -19,6 +22,7 @@ def test_several_clusters_at_once_and_one_that_is_not_there_keeps_nobody(fedml: 
     assert "dos" not in fedml("cluster", "list", "uno").stdout
     assert "uno is forgotten\ndos is forgotten\n" in fedml("cluster", "kill", "uno", "dos").stderr
     assert json.loads(fedml("cluster", "list", "--json").stdout) == []
+    assert re.search(r"^cluster +none$", fedml("device", "show", "two").stdout, re.M)
 
 
 def test_all_clusters_are_those_that_are_mine_to_change(fedml: Fedml, tmp_path: Path) -> None:

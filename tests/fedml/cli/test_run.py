@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from fedml.cli.run import _took
 from tests.fedml.cli.conftest import Fedml
 from tests.place import Place
 
@@ -40,6 +41,12 @@ def test_runs_are_found_by_name_state_and_user_and_page_by_page(
     assert last.stderr == ""
     assert _listed(fedml, "-r", first) == [first]  # as FedML has it
     assert fedml("run", "list", "--name", "no such").stderr == "no such runs\n"
+
+
+def test_what_a_run_took_is_without_the_time_that_it_waited() -> None:
+    told = {"started_at": 1100.0, "ended_at": 1130.0, "created_at": 1000.0}
+    assert _took(told) == "30 s"
+    assert _took({**told, "started_at": None}) == "–"  # stopped while it waited
 
 
 def test_a_run_is_named_by_what_it_is_called_too(fedml: Fedml, three: list[str]) -> None:
