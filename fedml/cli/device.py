@@ -39,6 +39,7 @@ def list_devices(home: Path, as_json: bool) -> None:
     if as_json:
         print_json([d.details for d in found])
         return
+    reserved = any(d.cluster for d in found)
     rows = [
         (
             d.name,
@@ -47,12 +48,13 @@ def list_devices(home: Path, as_json: bool) -> None:
             _has(d),
             " ".join(d.kinds),
             words(d.labels),
-            d.cluster or "–",
+            *([d.cluster or "–"] if reserved else []),
             when(d.details["last_seen_at"]),
         )
         for d in found
     ]
-    columns = ("NAME", "STATUS", "TASKS", "HAS", "TAKES", "LABELS", "CLUSTER", "SEEN")
+    columns = ["NAME", "STATUS", "TASKS", "HAS", "TAKES", "LABELS", "SEEN"]
+    columns[-1:-1] = ["CLUSTER"] if reserved else []
     print_table(columns, rows, "no machine has joined yet; its admin makes a key for each")
 
 

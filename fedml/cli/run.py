@@ -245,27 +245,43 @@ def status(run_id: str, home: Path, as_json: bool) -> None:
 
 
 @run.command()
-@run_argument
-@click.option("--wait", "stay", is_flag=True, help="Until it has ended.")
+@click.argument("named", metavar="RUN...", nargs=-1, shell_complete=remembered.runs)
+@click.option("-r", "--run-id", "more", multiple=True, hidden=True, help="RUN.")
+@click.option("--wait", "stay", is_flag=True, help="Until they have ended.")
 @home_option
 @json_option
-def stop(run_id: str, stay: bool, home: Path, as_json: bool) -> None:
-    """Stop a run; again is harmless.
+def stop(
+    named: tuple[str, ...], more: tuple[str, ...], stay: bool, home: Path, as_json: bool
+) -> None:
+    """Stop runs; again is harmless. One that is not there keeps none of the others.
 
     \b
     Examples:
       fedml run stop r-1c0ffee123
-      fedml run stop r-1c0ffee123 --wait   # until it has ended
+      fedml run stop r-1c0ffee123 r-2c0ffee456 --wait   # until both have ended
+      fedml run stop $(fedml run list --state QUEUED --json | jq -r '.[].id')
     """
-    found = Run.find(run_id, at=connect(home))
-    said = f"{run_id} has ended already: {found.state}"
-    if not found.ended:
-        found.stop()
-        said = f"{run_id} {found.wait().state}" if stay else f"{run_id} is being stopped"
+    client, runs = connect(home), dict.fromkeys((*named, *more))
+    if not runs:
+        raise click.UsageError("Missing argument 'RUN...'.")
+    told, refused = [], []
+    for run_id in runs:
+        try:
+            found = Run.find(run_id, at=client)
+            said = f"has ended already: {found.state}" if found.ended else ""
+            if not found.ended:
+                found.stop()
+            told.append((found, said))
+        except BrokerRefused as error:
+            refused.append(error)
+    for found, said in told:
+        state = (found.wait() if stay else found.refresh()).state
+        if not as_json:
+            click.echo(f"{found.id} {said or (state if stay else 'is being stopped')}", err=True)
     if as_json:
-        print_json({"id": found.id, "state": found.refresh().state})
-    else:
-        click.echo(said, err=True)
+        print_json([{"id": found.id, "state": found.state} for found, _ in told])
+    if refused:
+        raise BrokerRefused("\n".join(map(str, refused)), refused[0].hint)
 
 
 @run.command()

@@ -54,6 +54,14 @@ def test_a_run_is_named_by_what_it_is_called_too(fedml: Fedml, three: list[str])
     assert "no run is called 'list'" in fedml("run", "status", "-n", "list", code=6).stderr
 
 
+def test_several_runs_are_stopped_at_once(fedml: Fedml) -> None:
+    one, two = (fedml.place.launch("exec sleep 600") for _ in range(2))
+    done = fedml("run", "stop", one, "r-0000000000", "-r", two, "--wait", code=6)
+    assert f"{one} STOPPED\n{two} STOPPED\n" in done.stderr
+    assert "no such run" in done.stderr
+    assert "Missing argument 'RUN...'" in fedml("run", "stop", code=2).stderr
+
+
 def test_a_name_moves_no_cursor_and_renames_no_window(fedml: Fedml) -> None:
     run = fedml.place.launch("true", name="red\x1b[31m\x1b]0;owned\x07\x9b2J\nand more")
     fedml.place.end(run)
