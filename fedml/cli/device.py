@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fedml device list|show|resources`."""
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -166,5 +167,5 @@ device.add_command(_bind("unbind", _LEAVE))
 
 
 def _has(device: Device) -> str:
-    text = f"{device.cpus} CPUs, {size(device.memory_bytes)}"
-    return text + (f", {len(device.gpus)} × {device.gpus[0]}" if device.gpus else "")
+    gpus = [f"{count} × {name}" for name, count in Counter(device.gpus).items()]
+    return ", ".join([f"{device.cpus} CPUs", size(device.memory_bytes), *gpus])
