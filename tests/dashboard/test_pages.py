@@ -6,7 +6,7 @@ from playwright.sync_api import expect
 
 from tests.dashboard.conftest import DESKTOP, PHONE, PICTURES, Desk, violations
 
-PAGES = ("fleet", "queue", "runs", "labels", "people", "audit", "about")
+PAGES = ("fleet", "queue", "runs", "workflows", "labels", "people", "audit", "about")
 LOOKS = {
     "light": (DESKTOP, "light"),
     "dark": (DESKTOP, "dark"),
@@ -24,6 +24,7 @@ def paths(desk: Desk) -> dict[str, str]:
         "waiting": f"runs/{desk.waiting}",
         "compare": f"compare?runs={desk.federated},{desk.recorded},{desk.job}",
         "device": f"devices/{device}",
+        "workflow": f"workflows/{desk.flow}",
     }
 
 
