@@ -39,6 +39,11 @@ class Device:
     kinds: tuple[str, ...]
     details: Mapping[str, Any]
 
+    @property
+    def cluster(self) -> str:
+        """Who has reserved it: only runs that name this cluster go there; empty: none has."""
+        return str(self.details.get("cluster", ""))
+
     @classmethod
     def list(cls, *, at: At = None) -> builtins.list[Device]:
         """Every machine that you may use, by name."""

@@ -241,6 +241,7 @@ def _url_path(written: str) -> str:
 
 _NO_CLOUD = "jobs run on machines that have joined; nothing is rented"
 _NO_PROJECTS = "there are no projects"
+_NO_PORTS = "machines are not reached from outside"
 _ONLY_THE_WORKSPACE = "only the workspace is sent"
 
 KEYS: dict[str, Any] = {
@@ -321,7 +322,9 @@ KEYS: dict[str, Any] = {
         "password": text,
         "mounts": _mounts,
         "volumes": _mounts,
+        "ports": _NO_PORTS,
     },
+    "run_api_key": "`fedml login` says who you are, and the job gets a key of its own run",
     "framework_type": "a job brings its own framework",
     "fedml_env": _NO_PROJECTS,
     "job_args": "there are no stored jobs",
@@ -343,7 +346,7 @@ KEYS: dict[str, Any] = {
         "network_tier": _NO_CLOUD,
         "labels": "these tag rented machines; our own `labels` choose one that has joined",
         "image_id": _unless("docker:.+", "only images of containers are known here"),
-        "ports": "machines are not reached from outside",
+        "ports": _NO_PORTS,
         "job_recovery": _recovery,
         "spot_recovery": "`retries` says how often a job is offered again",
         "autostop": _NO_CLOUD,
@@ -359,8 +362,23 @@ ALIASES = {
     "setup": "bootstrap",
     "workdir": "workspace",
     "envs": "environment_variables",
+    "gpu_requirements": "computing",
 }
 _FREE = ("_args", "_params")
+# What FedML calls these values in the environment of a job; the keys may begin with `fedml_` too.
+_CALLED = {
+    "data_args": {
+        "DATASET_NAME": "FEDML_DATASET_NAME",
+        "DATASET_PATH": "FEDML_DATASET_PATH",
+        "DATASET_TYPE": "FEDML_DATASET_TYPE",
+    },
+    "model_args": {
+        "MODEL_NAME": "FEDML_MODEL_NAME",
+        "MODEL_CACHE_PATH": "FEDML_MODEL_CACHE_PATH",
+        "INPUT_DIM": "FEDML_MODEL_INPUT_DIM",
+        "OUTPUT_DIM": "FEDML_MODEL_OUTPUT_DIM",
+    },
+}
 
 # What `fedml launch init` writes. The lines `#key` and `#  key` may all be switched on.
 EXAMPLE = """\
@@ -470,7 +488,10 @@ def read_job(
         _translate_expert(file, found, env)
     if script := found.pop("environment_args", {}).get("bootstrap"):
         _one_way(file, found, "bootstrap", "environment_args.bootstrap")
-        found["bootstrap"] = script
+        # FedML has the name of a file in the workspace here.
+        is_name = "workspace" in found and re.fullmatch(r"[\w.-][\w./-]{0,200}", script)
+        is_file = is_name and (workspace_of(file, found) / script).is_file()
+        found["bootstrap"] = f"bash {script}" if is_file else script
     if "resources" in found:
         _one_way(file, found, "computing", "resources")
         found["computing"] = _computing(found["resources"])
@@ -643,13 +664,16 @@ def _secret(file: Path, written: str) -> str:
 
 
 def _section_variables(found: Mapping[str, Any]) -> dict[str, str]:
-    """FEDML_ENV_<SECTION>_<KEY> of every free section."""
-    return {
-        f"FEDML_ENV_{section.upper()}_{key}": value
-        for section, values in found.items()
-        if section.endswith(_FREE) and section != "environment_args"
-        for key, value in values.items()
-    }
+    """FEDML_ENV_<SECTION>_<KEY> of every free section, and FedML's older names of some."""
+    variables = {}
+    for section, values in found.items():
+        if section.endswith(_FREE) and section != "environment_args":
+            older = _CALLED.get(section.removeprefix("fedml_"), {})
+            for key, value in values.items():
+                variables[f"FEDML_ENV_{section.upper()}_{key}"] = value
+                if key in older:
+                    variables[older[key]] = value
+    return variables
 
 
 def _translate_expert(file: Path, found: dict[str, Any], env: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from fedml_broker.audit import SignInRefused
 from fedml_broker.prepared import Prepared, given
 from fedml_broker.problems import Problem
 from fedml_broker.store import Store
-from fedml_broker.tables import DEFAULT_TENANT, login_keys, tokens, users
+from fedml_broker.tables import DEFAULT_TENANT, login_keys, sessions, tokens, users
 from fedml_protocol.errors import BadKey, MalformedMessage
 from fedml_protocol.ids import check_id
 from fedml_protocol.keys import SECRET_BYTES, LoginKey, Scope, parse_login_key
@@ -178,6 +178,48 @@ class Accounts:
 
         await self._store.write(insert)
         return self._key(Scope.USER, secret)
+
+    async def end_token(self, user: User, secret: bytes) -> None:
+        """A token is good no more, nor what was begun with it. Again is harmless."""
+        digest = _hash(secret)
+
+        def end(tx: Connection) -> None:
+            found = tx.execute(tokens.delete().where(tokens.c.secret_sha256 == digest))
+            if found.rowcount:
+                tx.execute(sessions.delete().where(sessions.c.token_sha256 == digest))
+                audit.note(tx, user.tenant, audit.user(user.name), "token.end", user.name)
+
+        await self._store.write(end)
+
+    async def revoke_tokens(
+        self, name: str, *, by: str, of: str | None = None, keep: bytes | None = None
+    ) -> int:
+        """End all tokens and browser sessions of a user; how many tokens these were.
+
+        The keys of his runs stay: his jobs go on.
+
+        Args:
+            by: Who does it, as the audit names him.
+            of: The tenant that the user must belong to; None: any.
+            keep: But not this one.
+
+        Raises:
+            Problem: 404 no such user.
+        """
+        kept = "" if keep is None else _hash(keep)
+
+        def end(tx: Connection) -> int:
+            tenant = tx.execute(sa.select(users.c.tenant).where(users.c.name == name)).scalar()
+            if tenant is None or (of is not None and tenant != of):
+                raise _unknown(name)
+            his = sa.and_(tokens.c.user == name, tokens.c.run.is_(None))
+            count = tx.execute(tokens.delete().where(his, tokens.c.secret_sha256 != kept)).rowcount
+            others = sa.func.coalesce(sessions.c.token_sha256, "-") != kept
+            tx.execute(sessions.delete().where(sessions.c.user == name, others))
+            audit.note(tx, tenant, by, "token.revoke", name, tokens=count)
+            return count
+
+        return await self._store.write(end)
 
     async def list_users(self, tenant: str) -> list[dict[str, Any]]:
         """The users of a tenant with the number of their tokens."""

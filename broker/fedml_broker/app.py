@@ -53,6 +53,7 @@ from fedml_broker.step_kinds import kinds
 from fedml_broker.storage import Storage
 from fedml_broker.store import Store
 from fedml_broker.tables import DEFAULT_TENANT, blob_refs, settings
+from fedml_broker.tasks import Task
 from fedml_broker.traces import Traces
 from fedml_broker.tracking import Tracker
 from fedml_broker.watch import Watch
@@ -227,7 +228,7 @@ class Broker:
         self.dispatcher.on_waiting = self._waits
         self.dispatcher.on_noted = self.observer.wake
         self.dispatcher.on_ended = self.metrics.ended
-        self.dispatcher.on_accepted = self.traces.accepted
+        self.dispatcher.on_accepted = self._taken
         self.dispatcher.on_result = self.traces.ended
         self.clusters = Clusters(self.store, self.fleet, self.dispatcher)
         self.launcher = Launcher(
@@ -263,6 +264,7 @@ class Broker:
             self.stop_run,
             self.waiting,
         )
+        self.workflows.on_ended = self.metrics.workflow_ended
         self.reports = Reports(self.fleet, self.dispatcher)
         self.post.subscribe(topics.ALL_UP, self._take)
 
@@ -283,6 +285,10 @@ class Broker:
             if row["ended_at"] is None:
                 row["waiting"] = self.waiting(row["id"])
         return rows
+
+    def _taken(self, task: Task) -> None:
+        self.traces.accepted(task)
+        self.metrics.taken(task)
 
     def _waits(self, run: str) -> None:
         self.observer.wake(run)

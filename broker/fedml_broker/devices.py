@@ -343,10 +343,7 @@ class Devices:
         """How many devices a tenant has, and how many of them beat."""
         query = sa.select(sa.func.count()).where(devices.c.tenant == tenant)
         known = await self._store.read(lambda tx: tx.execute(query).scalar_one())
-        return known, sum(
-            m.address.tenant == tenant and not m.draining and self._fleet.online(m)
-            for m in self._fleet
-        )
+        return known, sum(m.address.tenant == tenant and self._fleet.online(m) for m in self._fleet)
 
     async def show(self, tenant: str, device: str) -> dict[str, Any]:
         """One device, by id or name.
@@ -460,6 +457,7 @@ class Devices:
             "name": machine.name,
             "status": status,
             "labels": machine.labels,
+            "cluster": machine.cluster,
             "tasks": sorted(machine.holds),
             "refusing": beat.refusing if beat is not None else "",
             "cpu_percent": beat.cpu_percent if beat is not None else None,
@@ -481,7 +479,9 @@ class Devices:
             "memory_bytes": row["inventory"]["hardware"].get("memory"),
             "agent_version": row["agent_version"],
             "enrolled_at": row["enrolled_at"],
-            "last_seen_at": time.time() if live["status"] == "online" else row["last_seen_at"],
+            "last_seen_at": time.time()
+            if live["status"] in ("online", "draining")
+            else row["last_seen_at"],
             "certificate_expires_at": row["certificate_expires_at"],
         }
 

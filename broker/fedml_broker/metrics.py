@@ -18,7 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from fedml_broker.tasks import Task
 from fedml_protocol.tasks import FINAL, TaskState
+from fedml_protocol.workflow import StepState
 
 if TYPE_CHECKING:
     from fedml_broker.app import Broker
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _STREAMS = ("/v1/runs/{run}/follow", "/v1/watch")
 
 _LATENCY = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
+_WAIT = (0.1, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
 _COMMIT = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0)
 _PIECES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _AGGREGATOR = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0)
@@ -46,6 +49,10 @@ class Metrics:
         self._messages = self._counter("messages", "MQTT messages of and to devices.", "direction")
         self._blob_bytes = self._counter("blob_bytes", "Bytes of blobs over HTTPS.", "direction")
         self._ended = self._counter("tasks_ended", "Tasks that have ended.", "state")
+        self._wait = self._histogram(
+            "wait_seconds", "From a job's queueing to a machine that takes it.", _WAIT
+        )
+        self._workflows = self._counter("workflows_ended", "Workflows that have ended.", "state")
         self._rounds = self._counter("rounds", "Rounds, or versions, that have a model.")
         self._aggregator = self._histogram(
             "aggregator_seconds", "From a question to an aggregator to its answer.", _AGGREGATOR
@@ -58,6 +65,8 @@ class Metrics:
             self._blob_bytes.labels(way)
         for state in FINAL:
             self._ended.labels(state.name)
+        for end in (StepState.FINISHED, StepState.FAILED, StepState.STOPPED):
+            self._workflows.labels(end)
         self._registry.register(_Now(broker))
         ProcessCollector(registry=self._registry)
 
@@ -82,6 +91,15 @@ class Metrics:
     def ended(self, state: TaskState) -> None:
         """A task has ended."""
         self._ended.labels(state.name).inc()
+
+    def taken(self, task: Task) -> None:
+        """A machine has taken a task."""
+        if task.kind == "launch":
+            self._wait.observe(time.time() - task.moments.get("queued", task.since))
+
+    def workflow_ended(self, state: StepState) -> None:
+        """A workflow has ended, or a new try of it has."""
+        self._workflows.labels(state).inc()
 
     def round(self) -> None:
         """A round has its model."""
@@ -151,6 +169,7 @@ class _Now(Collector):
         free = shutil.disk_usage(broker.config.home).free
         for name, text, value in (
             ("agents", "Agents that have joined and were not revoked.", count),
+            ("workflows", "Workflows that have not ended.", broker.workflows.open),
             ("agents_online", "Agents that beat.", online),
             ("mqtt_connected", "Whether a message would leave at once.", broker.post.connected),
             ("disk_free_bytes", "On the disk of the broker's home.", free),

@@ -216,6 +216,8 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route(
             "POST", "/v1/users/{user}/tokens", ADMIN, account.create_token, accounts.TokenRequest
         ),
+        Route("DELETE", "/v1/users/{user}/tokens", ADMIN, account.revoke_tokens),
+        Route("DELETE", "/v1/token", VIEWER, account.end_token),
         Route("GET", "/v1/audit", ADMIN, itself.list_audit),
         Route("GET", "/v1/whoami", VIEWER_OR_OWN, itself.whoami),
         Route("GET", "/v1/status", VIEWER, itself.status),

@@ -86,6 +86,8 @@ class Workflows:
         self._walkers: dict[str, Walker] = {}
         self._of_run: dict[str, str] = {}  # the workflows of the runs at work
         self._walking: dict[str, asyncio.Task[None]] = {}
+        # Called with the final state of each try.
+        self.on_ended: Callable[[StepState], None] = lambda state: None
         observer.on_change.append(self._heard)
 
     # ------------------------------------------------------------------ what people ask for
@@ -321,6 +323,11 @@ class Workflows:
             raise _unknown(workflow)
         return found
 
+    @property
+    def open(self) -> int:
+        """How many have not ended."""
+        return len(self._walkers)
+
     def waiting(self, workflow: str) -> str:
         """What its steps wait for, a line each; empty when none does."""
         walker = self._walkers.get(workflow)
@@ -372,7 +379,8 @@ class Workflows:
     def _walk(self, workflow: str) -> None:
         walker = Walker(self, workflow)
         self._walkers[workflow] = walker
-        task = asyncio.get_running_loop().create_task(walker.walk(), name=f"workflow.{workflow}")
+        walked = self._walked(walker, workflow)
+        task = asyncio.get_running_loop().create_task(walked, name=f"workflow.{workflow}")
         self._walking[workflow] = task
 
         def gone(task: asyncio.Task[None]) -> None:
@@ -383,6 +391,13 @@ class Workflows:
                 log.error("the walker of %s broke", workflow, exc_info=task.exception())
 
         task.add_done_callback(gone)
+
+    async def _walked(self, walker: Walker, workflow: str) -> None:
+        await walker.walk()
+        query = sa.select(workflows.c.state).where(workflows.c.id == workflow)
+        state = await self.store.read(lambda tx: tx.execute(query).scalar())
+        if state is not None:  # or else it has been deleted
+            self.on_ended(StepState(state))
 
     def at_work(self, workflow: str, walker: Walker, runs: Mapping[str, str]) -> None:
         """The runs of a workflow's steps at this moment, each with its step."""

@@ -114,14 +114,22 @@ def whoami(home: Path, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--revoke", is_flag=True, help="The key is good nowhere any more.")
 @home_option
-def logout(home: Path) -> None:
-    """Forget the login of this home. The token stays good until it expires.
+def logout(revoke: bool, home: Path) -> None:
+    """Forget the login of this home.
+
+    The key itself stays good until it expires, here and wherever else it is
+    used. With --revoke the broker ends it, and browsers that are signed in with
+    it; nothing is forgotten if the broker does not answer.
 
     \b
     Examples:
       fedml logout
+      fedml logout --revoke      # a lost laptop: an admin has `fedml-broker users revoke NAME`
       fedml logout --home ~/another
     """
+    if revoke:
+        connect(home).call("DELETE", "/v1/token")
     session.logout(home)
-    click.echo("logged out", err=True)
+    click.echo("logged out, and the key has ended" if revoke else "logged out", err=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedml cluster create|list|show|start|stop|autostop|kill`: reserved machines."""
+"""`fedml cluster create|list|status|start|stop|autostop|kill`: reserved machines."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,14 @@ import click
 from fedml.cli import remembered
 from fedml.cli.options import connect, home_option, json_option
 from fedml.cli.tables import print_facts, print_json, print_table, when
+from fedml.client import Client
 from fedml.clusters import Cluster
+from fedml.errors import BrokerRefused
 
 name_argument = click.argument("name", metavar="CLUSTER", shell_complete=remembered.clusters)
+names_argument = click.argument(
+    "names", metavar="CLUSTER...", nargs=-1, required=True, shell_complete=remembered.clusters
+)
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 
 
@@ -83,17 +89,18 @@ def create(
 
 
 @cluster.command("list")
+@click.argument("names", metavar="[CLUSTER...]", nargs=-1, shell_complete=remembered.clusters)
 @home_option
 @json_option
-def list_clusters(home: Path, as_json: bool) -> None:
-    """List the clusters.
+def list_clusters(names: tuple[str, ...], home: Path, as_json: bool) -> None:
+    """List the clusters, or those of these names.
 
     \b
     Examples:
       fedml cluster list
       fedml cluster list --json | jq -r '.[].name'
     """
-    found = Cluster.list(at=connect(home))
+    found = [c for c in Cluster.list(at=connect(home)) if not names or c.name in names]
     if as_json:
         print_json([c.details for c in found])
         return
@@ -139,17 +146,18 @@ def status(name: str, home: Path, as_json: bool) -> None:
 
 
 @cluster.command()
-@name_argument
+@names_argument
 @home_option
 @json_option
-def start(name: str, home: Path, as_json: bool) -> None:
-    """Reserve the machines of a stopped cluster again.
+def start(names: tuple[str, ...], home: Path, as_json: bool) -> None:
+    """Reserve the machines of stopped clusters again.
 
     \b
     Examples:
       fedml cluster start lab
+      fedml cluster start lab night
     """
-    _tell(Cluster.find(name, at=connect(home)).start(), as_json, f"{name} is up")
+    _each(connect(home), names, Cluster.start, "is up", as_json=as_json)
 
 
 @cluster.command()
@@ -162,23 +170,24 @@ def startall(home: Path, as_json: bool) -> None:
     Examples:
       fedml cluster startall
     """
-    found = [c.start() for c in Cluster.list(at=connect(home)) if c.status == "stopped"]
-    _tell_all(found, as_json, "is up")
+    client = connect(home)
+    names = [c.name for c in Cluster.list(at=client) if c.status == "stopped"]
+    _each(client, names, Cluster.start, "is up", as_json=as_json)
 
 
 @cluster.command()
-@name_argument
+@names_argument
 @home_option
 @json_option
-def stop(name: str, home: Path, as_json: bool) -> None:
-    """Give the machines back and keep the name; what runs on them goes on.
+def stop(names: tuple[str, ...], home: Path, as_json: bool) -> None:
+    """Give the machines of clusters back and keep the names; what runs on them goes on.
 
     \b
     Examples:
       fedml cluster stop lab
+      fedml cluster stop lab night
     """
-    told = f"{name} has given its machines back"
-    _tell(Cluster.find(name, at=connect(home)).stop(), as_json, told)
+    _each(connect(home), names, Cluster.stop, "has given its machines back", as_json=as_json)
 
 
 @cluster.command()
@@ -187,12 +196,15 @@ def stop(name: str, home: Path, as_json: bool) -> None:
 def stopall(home: Path, as_json: bool) -> None:
     """Give the machines of all clusters back and keep the names.
 
+    Those of others only if you are an admin.
+
     \b
     Examples:
       fedml cluster stopall
     """
-    found = [c.stop() for c in Cluster.list(at=connect(home)) if c.status == "up"]
-    _tell_all(found, as_json, "has given its machines back")
+    client = connect(home)
+    names = [c.name for c in Cluster.list(at=client) if c.status == "up"]
+    _each(client, names, Cluster.stop, "has given its machines back", as_json=as_json)
 
 
 @cluster.command()
@@ -216,19 +228,20 @@ def autostop(name: str, minutes: float | None, never: bool, home: Path, as_json:
 
 
 @cluster.command()
-@name_argument
+@names_argument
 @yes_option
 @home_option
 @json_option
-def kill(name: str, yes: bool, home: Path, as_json: bool) -> None:
-    """Forget a cluster and stop its runs.
+def kill(names: tuple[str, ...], yes: bool, home: Path, as_json: bool) -> None:
+    """Forget clusters and stop their runs.
 
     \b
     Examples:
       fedml cluster kill lab
-      fedml cluster kill lab --yes
+      fedml cluster kill lab night --yes
     """
-    _kill([Cluster.find(name, at=connect(home))], yes, as_json)
+    client = connect(home)
+    _kill(client, [Cluster.find(name, at=client) for name in names], yes, as_json)
 
 
 @cluster.command()
@@ -238,26 +251,59 @@ def kill(name: str, yes: bool, home: Path, as_json: bool) -> None:
 def killall(yes: bool, home: Path, as_json: bool) -> None:
     """Forget all clusters and stop their runs.
 
+    Those of others only if you are an admin.
+
     \b
     Examples:
       fedml cluster killall
       fedml cluster killall --yes
     """
-    _kill(Cluster.list(at=connect(home)), yes, as_json)
+    client = connect(home)
+    _kill(client, Cluster.list(at=client), yes, as_json)
 
 
-def _kill(found: list[Cluster], yes: bool, as_json: bool) -> None:
+def _kill(client: Client, found: list[Cluster], yes: bool, as_json: bool) -> None:
     if runs := [run for c in found for run in c.runs]:
         question = f"This stops {len(runs)} runs: {', '.join(runs[:5])}. Go on?"
         if not yes and not click.confirm(question, err=True):
             raise click.Abort
-    killed: list[dict[str, Any]] = [{"cluster": c.name, "stopped": c.kill()} for c in found]
+
+    def forget(one: Cluster) -> dict[str, Any]:
+        return {"cluster": one.name, "stopped": one.kill()}
+
+    def said(one: dict[str, Any]) -> str:
+        return "is forgotten" + (f"; stopped {', '.join(one['stopped'])}" if one["stopped"] else "")
+
+    _each(client, [c.name for c in found], forget, said, as_json=as_json)
+
+
+def _each(
+    client: Client,
+    names: Sequence[str],
+    act: Callable[[Cluster], Any],
+    said: str | Callable[[Any], str],
+    *,
+    as_json: bool,
+) -> None:
+    """Do one thing to each; what is refused of one keeps it from no other.
+
+    Raises:
+        BrokerRefused: Of one or more, with the reason for each, when all have had their turn.
+    """
+    done, refused = [], []
+    for name in names:
+        try:
+            told = act(Cluster.find(name, at=client))
+        except BrokerRefused as error:
+            refused.append(error)
+            continue
+        done.append(told.details if isinstance(told, Cluster) else told)
+        if not as_json:
+            click.echo(f"{name} {said if isinstance(said, str) else said(told)}", err=True)
     if as_json:
-        print_json(killed)
-        return
-    for one in killed:
-        stopped = f"; stopped {', '.join(one['stopped'])}" if one["stopped"] else ""
-        click.echo(f"{one['cluster']} is forgotten{stopped}", err=True)
+        print_json(done)
+    if refused:
+        raise BrokerRefused("\n".join(map(str, refused)), refused[0].hint)
 
 
 def _tell(made: Cluster, as_json: bool, text: str) -> None:
@@ -265,14 +311,6 @@ def _tell(made: Cluster, as_json: bool, text: str) -> None:
         print_json(made.details)
     else:
         click.echo(text, err=True)
-
-
-def _tell_all(found: list[Cluster], as_json: bool, text: str) -> None:
-    if as_json:
-        print_json([c.details for c in found])
-        return
-    for one in found:
-        click.echo(f"{one.name} {text}", err=True)
 
 
 def _autostop(found: Cluster) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fedml device list|show|resources`."""
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def list_devices(home: Path, as_json: bool) -> None:
     if as_json:
         print_json([d.details for d in found])
         return
+    reserved = any(d.cluster for d in found)
     rows = [
         (
             d.name,
@@ -47,11 +49,13 @@ def list_devices(home: Path, as_json: bool) -> None:
             _has(d),
             " ".join(d.kinds),
             words(d.labels),
+            *([d.cluster or "–"] if reserved else []),
             when(d.details["last_seen_at"]),
         )
         for d in found
     ]
-    columns = ("NAME", "STATUS", "TASKS", "HAS", "TAKES", "LABELS", "SEEN")
+    columns = ["NAME", "STATUS", "TASKS", "HAS", "TAKES", "LABELS", "SEEN"]
+    columns[-1:-1] = ["CLUSTER"] if reserved else []
     print_table(columns, rows, "no machine has joined yet; its admin makes a key for each")
 
 
@@ -81,6 +85,7 @@ def show(name: str, home: Path, as_json: bool) -> None:
             "refusing": told["refusing"] or "nothing",
             "holds": "\n".join(found.tasks) or "nothing",
             "labels": words(found.labels),
+            "cluster": found.cluster or "none",
             "lets out": f"{_has(found)}, {size(found.disk_bytes)} of disk",
             "gpus": "\n".join(found.gpus) or "none",
             "agent": told["agent_version"],
@@ -135,6 +140,32 @@ device.add_command(
 )
 
 
+def _bind(verb: str, instead: str) -> click.Command:
+    """A verb of FedML's that is another program's here."""
+
+    def say(words: tuple[str, ...]) -> None:
+        raise click.UsageError(f"there is no `fedml device {verb}`: {instead}")
+
+    return click.Command(
+        verb,
+        callback=say,
+        params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True},
+        help=f"{instead}.",
+        hidden=True,
+    )
+
+
+_JOIN = (
+    "a machine joins with `fedml-agent login KEY`, then `fedml-agent run`; an admin makes the key"
+)
+_LEAVE = (
+    "a machine leaves with `fedml-agent logout`; an admin removes it: `fedml-broker devices remove`"
+)
+device.add_command(_bind("bind", _JOIN))
+device.add_command(_bind("unbind", _LEAVE))
+
+
 def _has(device: Device) -> str:
-    text = f"{device.cpus} CPUs, {size(device.memory_bytes)}"
-    return text + (f", {len(device.gpus)} × {device.gpus[0]}" if device.gpus else "")
+    gpus = [f"{count} × {name}" for name, count in Counter(device.gpus).items()]
+    return ", ".join([f"{device.cpus} CPUs", size(device.memory_bytes), *gpus])

@@ -10,7 +10,13 @@ from fedml import launch as submit
 from fedml.cli import remembered
 from fedml.cli.file_or_verb import FileOrVerb, complete
 from fedml.cli.following import follow
-from fedml.cli.options import connect, home_option, json_lines_option, package_option
+from fedml.cli.options import (
+    connect,
+    home_option,
+    json_lines_option,
+    no_effect,
+    package_option,
+)
 from fedml.cli.tables import print_json, print_table, size, transfer
 from fedml.errors import BrokerRefused
 
@@ -34,6 +40,7 @@ from fedml.errors import BrokerRefused
     shell_complete=remembered.clusters,
     help="On the machines of this cluster.",
 )
+@no_effect("-g", "--group", why="`cluster` or `labels` choose machines")
 @package_option
 @json_lines_option
 @home_option

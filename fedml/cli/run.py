@@ -5,10 +5,11 @@ import itertools
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import click
 
+from fedml.cli import remembered
 from fedml.cli.following import SilentView, users_part, watch
 from fedml.cli.logs import run_logs
 from fedml.cli.options import connect, home_option, json_option, run_argument
@@ -41,19 +42,59 @@ def run() -> None:
 run.add_command(run_logs, "logs")
 
 
+_STATES = ("QUEUED", "RUNNING", "FINISHED", "FAILED", "STOPPED", "LOST")
+
+
 @run.command("list")
-@click.option("--limit", default=20, show_default=True, help="How many, the newest first.")
+@click.option(
+    "--limit",
+    default=20,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="How many, the newest first.",
+)
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice(_STATES, case_sensitive=False),
+    help="Only these; repeatable.",
+)
+@click.option("-n", "--name", metavar="TEXT", default="", help="Only whose names hold this.")
+@click.option("--user", metavar="NAME", default="", help="Only of this user.")
+@click.option(
+    "--before", metavar="RUN", default="", shell_complete=remembered.runs, help="Only older ones."
+)
+@click.option("-r", "--run-id", default="", hidden=True, help="Only this run.")
+@click.option("--run-name", default="", hidden=True, help="--name.")
 @home_option
 @json_option
-def list_runs(limit: int, home: Path, as_json: bool) -> None:
-    """List the newest runs.
+def list_runs(
+    limit: int,
+    states: tuple[str, ...],
+    name: str,
+    user: str,
+    before: str,
+    run_id: str,
+    run_name: str,
+    home: Path,
+    as_json: bool,
+) -> None:
+    """List the newest runs, or those asked for.
 
     \b
     Examples:
       fedml run list --limit 100
-      fedml run list --json | jq -r '.[] | select(.state == "FAILED") | .id'
+      fedml run list --state QUEUED --state RUNNING --user lee
+      fedml run list --name train --before r-1c0ffee123    # the page after that run
+      fedml run list --state FAILED --json | jq -r '.[].id'
     """
-    found = connect(home).call("GET", f"/v1/runs?limit={limit}")["runs"]
+    part = name or run_name or run_id
+    asked = {"state": ",".join(states), "name": part, "user": user, "before": before}
+    asked["limit"] = str(min(limit + 1, 1000))  # one more tells whether there are more
+    query = urlencode({key: value for key, value in asked.items() if value})
+    found = connect(home).call("GET", f"/v1/runs?{query}")["runs"]
+    found, more = found[:limit], found[limit:]
     if as_json:
         print_json(found)
         return
@@ -62,7 +103,10 @@ def list_runs(limit: int, home: Path, as_json: bool) -> None:
         for r in found
     ]
     columns = ("RUN", "STATE", "KIND", "NAME", "USER", "ASKED FOR", "TOOK")
-    print_table(columns, rows, "no runs yet: `fedml launch job.yaml`")
+    some = any((states, name, user, before, run_name, run_id))
+    print_table(columns, rows, "no such runs" if some else "no runs yet: `fedml launch job.yaml`")
+    if more:
+        click.secho(f"older ones: --before {found[-1]['id']}", dim=True, err=True)
 
 
 @run.command()
@@ -207,27 +251,43 @@ def status(run_id: str, home: Path, as_json: bool) -> None:
 
 
 @run.command()
-@run_argument
-@click.option("--wait", "stay", is_flag=True, help="Until it has ended.")
+@click.argument("named", metavar="RUN...", nargs=-1, shell_complete=remembered.runs)
+@click.option("-r", "--run-id", "more", multiple=True, hidden=True, help="RUN.")
+@click.option("--wait", "stay", is_flag=True, help="Until they have ended.")
 @home_option
 @json_option
-def stop(run_id: str, stay: bool, home: Path, as_json: bool) -> None:
-    """Stop a run; again is harmless.
+def stop(
+    named: tuple[str, ...], more: tuple[str, ...], stay: bool, home: Path, as_json: bool
+) -> None:
+    """Stop runs; again is harmless. One that is not there keeps none of the others.
 
     \b
     Examples:
       fedml run stop r-1c0ffee123
-      fedml run stop r-1c0ffee123 --wait   # until it has ended
+      fedml run stop r-1c0ffee123 r-2c0ffee456 --wait   # until both have ended
+      fedml run stop $(fedml run list --state QUEUED --json | jq -r '.[].id')
     """
-    found = Run.find(run_id, at=connect(home))
-    said = f"{run_id} has ended already: {found.state}"
-    if not found.ended:
-        found.stop()
-        said = f"{run_id} {found.wait().state}" if stay else f"{run_id} is being stopped"
+    client, runs = connect(home), dict.fromkeys((*named, *more))
+    if not runs:
+        raise click.UsageError("Missing argument 'RUN...'.")
+    told, refused = [], []
+    for run_id in runs:
+        try:
+            found = Run.find(run_id, at=client)
+            said = f"has ended already: {found.state}" if found.ended else ""
+            if not found.ended:
+                found.stop()
+            told.append((found, said))
+        except BrokerRefused as error:
+            refused.append(error)
+    for found, said in told:
+        state = (found.wait() if stay else found.refresh()).state
+        if not as_json:
+            click.echo(f"{found.id} {said or (state if stay else 'is being stopped')}", err=True)
     if as_json:
-        print_json({"id": found.id, "state": found.refresh().state})
-    else:
-        click.echo(said, err=True)
+        print_json([{"id": found.id, "state": found.state} for found, _ in told])
+    if refused:
+        raise BrokerRefused("\n".join(map(str, refused)), refused[0].hint)
 
 
 @run.command()
@@ -423,9 +483,10 @@ def _answers(found: dict[str, Any]) -> str:
 
 
 def _took(found: dict[str, Any]) -> str:
-    if found["started_at"] is None and found["ended_at"] is None:
+    """How long it ran, or has been running: without the time that it waited."""
+    if found["started_at"] is None:
         return "–"
-    return duration((found["ended_at"] or time.time()) - found["created_at"])
+    return duration((found["ended_at"] or time.time()) - found["started_at"])
 
 
 def _names(client: Client) -> dict[str, str]:

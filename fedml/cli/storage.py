@@ -156,7 +156,8 @@ def delete(name: str, home: Path, as_json: bool) -> None:
     if as_json:
         print_json({"name": name, "freed_bytes": freed})
     else:
-        click.echo(f"{name} is gone, {size(freed)} are free", err=True)
+        what = f"{size(freed)} are free" if freed else "others need its bytes, which stay"
+        click.echo(f"{name} is gone; {what}", err=True)
 
 
 @storage.command()

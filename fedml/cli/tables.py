@@ -21,6 +21,16 @@ def worth_showing(metric: str) -> bool:
     return not metric.endswith(".examples") and not metric.startswith("groups.")
 
 
+# A name or a cause may hold what moves the cursor of whoever reads it, or renames his window.
+_SHOWN = {code: f"^{chr(code ^ 64)}" for code in (*range(9), *range(11, 32), 127)}
+_SHOWN |= dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
+
+
+def visible(text: str) -> str:
+    """A text from elsewhere, whose control characters are shown and do nothing."""
+    return text.translate(_SHOWN)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
     """Rows under a head; `empty` is said instead when there are none."""
     if not rows:
@@ -34,10 +44,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: st
         for name in columns:
             table.add_column(name, overflow="fold")
         for row in rows:
-            table.add_row(*(_plain(cell) for cell in row))
+            table.add_row(*(_plain(visible(cell)) for cell in row))
         Console().print(table)
         return
-    lines = [list(columns), *([cell.replace("\n", " ") for cell in row] for row in rows)]
+    lines = [list(columns), *([visible(cell).replace("\n", " ") for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
@@ -48,7 +58,7 @@ def print_facts(facts: Mapping[str, str]) -> None:
     """One thing: a name and a value on each line; a value of several lines is indented."""
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
-        click.echo(f"{name:<{width}}" + value.replace("\n", "\n" + " " * width))
+        click.echo(f"{name:<{width}}" + visible(value).replace("\n", "\n" + " " * width))
 
 
 def _plain(cell: str) -> Any:

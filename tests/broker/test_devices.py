@@ -354,7 +354,11 @@ async def test_a_machine_is_drained_and_taken_up_again(registry: Registry) -> No
         found = registry.fleet.get(address.device)
         assert found is not None
         assert found.draining is on
-        assert (await registry.devices.show("acme", "node"))["status"] == status
+        shown = await registry.devices.show("acme", "node")
+        assert shown["status"] == status
+        # It is there, and heard, all the time.
+        assert shown["last_seen_at"] is not None
+        assert await registry.devices.count("acme") == (1, 1)
 
 
 async def test_labels_are_put_and_taken_by_id_or_name(registry: Registry) -> None:

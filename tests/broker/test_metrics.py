@@ -12,6 +12,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedml import session
+from fedml.workflows import WorkflowRun
 from tests.place import Place
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +54,14 @@ class Scraper:
 
 @pytest.fixture(scope="module")
 def scraper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraper]:
-    """A broker with one machine that has run a job and two rounds."""
+    """A broker with one machine that has run two workflows, a job and two rounds."""
     with Place(tmp_path_factory.mktemp("place")) as place:
         place.agent("one")
+        for command in ("true", "false"):
+            step = {"name": "only", "job": {"command": command}}
+            asked = {"name": "flow", "steps": [step]}
+            flow = place.client.call("POST", "/v1/workflows", asked)["workflow"]
+            WorkflowRun.find(place.client, flow).wait()
         place.finishes(place.launch("true"))
         place.finishes(place.federate(rounds=2))
         yield Scraper(place)
@@ -67,6 +73,11 @@ def test_the_numbers_are_those_of_what_was_done(scraper: Scraper) -> None:
     assert found['fedml_broker_tasks_ended_total{state="FINISHED"}'] >= 3
     assert found['fedml_broker_tasks{state="QUEUED"}'] == 0
     assert found["fedml_broker_rounds_total"] == 2
+    assert found["fedml_broker_wait_seconds_count"] == 3  # jobs, and no stages of federated runs
+    assert 0 < found["fedml_broker_wait_seconds_sum"] < 30
+    assert found["fedml_broker_workflows"] == 0
+    for state, count in (("FINISHED", 1), ("FAILED", 1), ("STOPPED", 0)):
+        assert found[f'fedml_broker_workflows_ended_total{{state="{state}"}}'] == count
     assert found["fedml_broker_aggregator_seconds_count"] >= 4
     assert found["fedml_broker_aggregator_seconds_sum"] > 0
     for way in ("in", "out"):

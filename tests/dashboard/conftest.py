@@ -15,6 +15,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 
+from fedml.workflows import WorkflowRun
 from tests.fakes import nvml
 from tests.place import Place
 
@@ -71,7 +72,7 @@ class Desk:
         self.place = place
         self.url = place.client.url
         self.admin_key = (place.home / "broker" / "admin.key").read_text()
-        self.job = self.recorded = self.federated = self.waiting = self.evil = ""
+        self.job = self.recorded = self.federated = self.waiting = self.evil = self.flow = ""
         self.broken: list[str] = []
         self._browser = browser
         self._windows: list[BrowserContext] = []
@@ -186,13 +187,22 @@ def everything(place: Place, browser: Browser) -> Iterator[Desk]:
     desk = Desk(place, browser)
     desk.federated = place.federate(rounds=4, name="ridge")
     desk.job = place.launch(
-        "for i in $(seq 40); do echo step $i of 40; done; echo careful >&2", name="counting"
+        "for i in $(seq 40); do echo step $i of 40; done; echo careful >&2;"
+        'echo best=0.75 >> "$FEDML_OUTPUT"; echo all > "$FEDML_OUTPUT_DIR/notes.txt"',
+        name="counting",
     )
     desk.recorded = place.launch(RECORDS, name="learning", nodes=2)
     desk.evil = place.launch(f"cat <<'E'\n{EVIL}\nE", name=EVIL)
     for run in (desk.federated, desk.job, desk.recorded, desk.evil):
         place.finishes(run)
     call = place.client.call
+    steps = [
+        {"name": "prepare", "job": {"command": 'echo rows=5 >> "$FEDML_OUTPUT"'}},
+        {"name": "train", "needs": ["prepare"], "job": {"command": "exit 3"}},
+        {"name": "report", "needs": ["train"], "job": {"command": "true"}},
+    ]
+    desk.flow = call("POST", "/v1/workflows", {"name": "nightly", "steps": steps})["workflow"]
+    WorkflowRun.find(place.client, desk.flow).wait()
     call("POST", f"/v1/devices/{place.agents['north-1'].device}/drain", {"on": True})
     desk.waiting = place.launch("true", name="patient", needs={"gpus": 2})
     place.until(desk.waiting, lambda item: item.get("waiting"))

@@ -2,6 +2,7 @@
 """What happens is on the screen when it happens; and all of it by keyboard, from a key on."""
 
 import re
+from pathlib import Path
 
 from playwright.sync_api import expect
 
@@ -75,6 +76,29 @@ def test_a_queued_run_says_what_it_waits_for_and_goes_when_it_can(desk: Desk) ->
     expect(mine).to_have_count(0)
     assert desk.place.end(run)["stopped_by"] == "admin"
     assert call("GET", f"/v1/devices/{north}")["status"] == "draining"
+
+
+def test_a_workflow_moves_under_the_eyes_and_is_stopped_there(desk: Desk, tmp_path: Path) -> None:
+    hold = "until [ -e {} ]; do sleep 0.1; done"
+    steps = [
+        {"name": "first", "job": {"command": hold.format(tmp_path / "go")}},
+        {"name": "second", "needs": ["first"], "job": {"command": "exec sleep 600"}},
+    ]
+    asked = {"name": "moving", "steps": steps}
+    flow = desk.place.client.call("POST", "/v1/workflows", asked)["workflow"]
+    page = desk.see("workflows")
+    row = page.get_by_role("row").filter(has_text="moving")
+    expect(row).to_contain_text("1 waiting")
+    row.get_by_role("link").click()
+    first, second = (page.get_by_role("row").filter(has_text=name) for name in ("first", "second"))
+    expect(first.first).to_contain_text("running")
+    (tmp_path / "go").touch()
+    expect(first.first).to_contain_text("finished")
+    expect(second.last).to_contain_text("running")
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("dialog").get_by_role("button", name="Stop").click()
+    expect(page.locator("#state")).to_have_text("stopped")
+    expect(page.get_by_text(f"fedml workflow resume {flow}")).to_be_visible()
 
 
 def test_the_broker_goes_and_comes_back_and_the_page_with_it(desk: Desk) -> None:

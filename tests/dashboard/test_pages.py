@@ -6,7 +6,7 @@ from playwright.sync_api import expect
 
 from tests.dashboard.conftest import DESKTOP, PHONE, PICTURES, Desk, violations
 
-PAGES = ("fleet", "queue", "runs", "labels", "people", "audit", "about")
+PAGES = ("fleet", "queue", "runs", "workflows", "labels", "people", "audit", "about")
 LOOKS = {
     "light": (DESKTOP, "light"),
     "dark": (DESKTOP, "dark"),
@@ -24,7 +24,38 @@ def paths(desk: Desk) -> dict[str, str]:
         "waiting": f"runs/{desk.waiting}",
         "compare": f"compare?runs={desk.federated},{desk.recorded},{desk.job}",
         "device": f"devices/{device}",
+        "workflow": f"workflows/{desk.flow}",
     }
+
+
+def test_a_run_shows_what_it_has_left_and_a_comparison_what_differs(desk: Desk) -> None:
+    page = desk.see(f"runs/{desk.job}")
+    expect(page.get_by_text("best", exact=True)).to_be_visible()
+    expect(page.get_by_text("0.75")).to_be_visible()
+    with page.expect_download() as loaded:
+        page.get_by_role("link", name="notes.txt").click()
+    assert loaded.value.path().read_text() == "all\n"
+    desk.go(page, f"compare?runs={desk.federated},{desk.job}")
+    expect(page.get_by_role("cell", name="rounds", exact=True)).to_be_visible()
+    for nothing in ("container", "secrets", "requirements", "preemptible"):
+        expect(page.get_by_role("cell", name=nothing, exact=True)).to_have_count(0)
+    # Whole words, however narrow the column of names is.
+    tall = page.get_by_text("clients.over_select").bounding_box()
+    assert tall is not None
+    assert tall["height"] < 25
+
+
+def test_a_machine_of_a_cluster_and_one_that_drains_are_told_as_such(desk: Desk) -> None:
+    call = desk.place.client.call
+    call("POST", "/v1/clusters", {"name": "kept", "devices": ["south-1"]})
+    try:
+        page = desk.see("fleet")
+        card = page.locator(".machine").filter(has_text="south-1")
+        expect(card).to_contain_text("of the cluster kept")
+        desk.go(page, "about")
+        expect(page.get_by_text("2 of 2 online")).to_be_visible()  # north-1 drains
+    finally:
+        call("DELETE", "/v1/clusters/kept")
 
 
 @pytest.mark.parametrize("look", LOOKS)

@@ -229,3 +229,17 @@ def test_buttons_are_there_for_those_who_may_press_them(
     if role != "admin":
         page.goto(f"{desk.url}/#/people")  # typed by hand
         expect(page.get_by_role("heading", level=1)).to_have_text("Fleet")
+
+
+def test_an_admin_signs_somebody_out_everywhere(desk: Desk) -> None:
+    key = desk.key_of("leaver", "member")
+    theirs = desk.window()
+    theirs.goto(desk.url)
+    sign_in(theirs, key)
+    page = desk.see("people")
+    page.get_by_role("button", name="Sign leaver out everywhere").click()
+    page.get_by_role("dialog").get_by_role("button", name="Sign out").click()
+    row = page.get_by_role("row").filter(has_text="leaver")
+    expect(row.get_by_role("cell").nth(2)).to_have_text("0")
+    theirs.reload()
+    expect(theirs.get_by_label("Your key")).to_be_visible()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs in containers, run by the Podman of this machine on an image made from Debian's busybox.
+"""Jobs in containers, run by the Podman and the Docker of this machine on Debian's busybox.
 
-Skipped where Podman, `busybox-static` or the right to make containers is missing; CONTRIBUTING.md
-says what to install.
+Skipped where the engine, `busybox-static` or the right to make containers is missing;
+CONTRIBUTING.md says what to install. Docker's daemon is one of our own, in a folder of the test.
 """
 
+import contextlib
 import json
 import os
 import pwd
@@ -28,7 +29,7 @@ from tests.place import Place
 
 IMAGE = "localhost/busybox:1"
 BUSYBOX = Path("/bin/busybox")
-PODMAN = shutil.which("podman")
+LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
 TOOLS = (
     "sh",
     "cat",
@@ -51,29 +52,30 @@ images = ["localhost/*"]
 mounts = ["/usr/share/zoneinfo"]
 """
 
-pytestmark = [
-    pytest.mark.skipif(PODMAN is None, reason="Podman is not installed"),
-    pytest.mark.skipif(not BUSYBOX.exists(), reason="busybox-static is not installed"),
-]
+pytestmark = pytest.mark.skipif(not BUSYBOX.exists(), reason="busybox-static is not installed")
 
 
-def podman(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["podman", *words], env={**os.environ, **env}, capture_output=True, text=True
-    )
+class Box:
+    """An engine with a store of its own; `env`: what makes its command, and an agent, use that."""
+
+    def __init__(self, name: str, env: dict[str, str]) -> None:
+        self.name, self.env = name, env
+
+    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.name, *words], env={**os.environ, **self.env}, capture_output=True, text=True
+        )
+
+    def running(self) -> list[str]:
+        return self("ps", "--all", "--format={{.Names}}").stdout.split()
+
+    def clear(self) -> None:
+        for name in self.running():
+            self("rm", "--force", name)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A store of images of our own, in variables that Podman reads; the image is in it."""
-    folder = tmp_path_factory.mktemp("podman")
-    (folder / "root" / "bin").mkdir(parents=True)
-    (folder / "root" / "tmp").mkdir()
-    shutil.copy(BUSYBOX, folder / "root" / "bin" / "busybox")
-    for tool in TOOLS:
-        (folder / "root" / "bin" / tool).symlink_to("busybox")
-    with tarfile.open(folder / "root.tar", "w") as tar:
-        tar.add(folder / "root", ".")
+@contextlib.contextmanager
+def podman(folder: Path) -> Iterator[Box]:
     (folder / "storage.conf").write_text(
         f'[storage]\ndriver = "vfs"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n'
     )
@@ -86,22 +88,81 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
         "CONTAINERS_CONF": str(folder / "containers.conf"),
     }
-    made = podman("import", str(folder / "root.tar"), IMAGE, env=env)
-    if made.returncode:
-        pytest.skip(f"Podman cannot make an image here: {made.stderr[-300:]}")
-    limits = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
-    ran = podman("run", "--rm", "--network=none", *limits, IMAGE, "true", env=env)
-    if ran.returncode:
-        pytest.skip(f"Podman cannot run a container here: {ran.stderr[-300:]}")
-    yield env
-    podman("rm", "--force", "--all", "--time=0", env=env)
-    podman("rmi", "--force", "--all", env=env)
+    yield Box("podman", env)
+
+
+@contextlib.contextmanager
+def docker(folder: Path) -> Iterator[Box]:
+    """A daemon without networks of its own: jobs have the machine's or none."""
+    if os.geteuid() != 0:
+        pytest.skip("Docker's daemon wants root")
+    words = ["dockerd", f"--host=unix://{folder}/sock", f"--data-root={folder}/data"]
+    words += [f"--exec-root={folder}/exec", f"--pidfile={folder}/pid", "--storage-driver=vfs"]
+    words += ["--iptables=false", "--bridge=none"]
+    daemon, drain = subprocess.Popen(words, stderr=subprocess.PIPE, text=True), None
+    assert daemon.stderr is not None
+    try:
+        said = ""
+        for line in daemon.stderr:
+            said = line
+            if "API listen on" in line:
+                break
+        else:
+            pytest.skip(f"Docker's daemon does not start here: {said[-300:]}")
+        drain = threading.Thread(target=daemon.stderr.read)
+        drain.start()
+        # Without Podman on it, as on a machine where only Docker is installed.
+        (folder / "bin").mkdir()
+        for part in reversed(os.environ["PATH"].split(":")):
+            for program in Path(part).glob("*"):
+                (folder / "bin" / program.name).unlink(missing_ok=True)
+                (folder / "bin" / program.name).symlink_to(program)
+        (folder / "bin" / "podman").unlink(missing_ok=True)
+        yield Box("docker", {"DOCKER_HOST": f"unix://{folder}/sock", "PATH": f"{folder}/bin"})
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+        if drain is not None:
+            drain.join()
+        daemon.stderr.close()
+        # It stays mounted when the daemon ends, and then nobody can remove the folder.
+        subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True)
+
+
+ENGINES = {"podman": podman, "docker": docker}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def box(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """An engine with a store of images of our own; the image is in it."""
+    name = request.param
+    program = {"podman": "podman", "docker": "dockerd"}[name]
+    if shutil.which(program) is None or shutil.which(name) is None:
+        pytest.skip(f"{program} is not installed")
+    folder = tmp_path_factory.mktemp(name)
+    (folder / "root" / "bin").mkdir(parents=True)
+    (folder / "root" / "tmp").mkdir()
+    shutil.copy(BUSYBOX, folder / "root" / "bin" / "busybox")
+    for tool in TOOLS:
+        (folder / "root" / "bin" / tool).symlink_to("busybox")
+    with tarfile.open(folder / "root.tar", "w") as tar:
+        tar.add(folder / "root", ".")
+    with ENGINES[name](folder) as box:
+        made = box("import", str(folder / "root.tar"), IMAGE)
+        if made.returncode:
+            pytest.skip(f"{name} cannot make an image here: {made.stderr[-300:]}")
+        ran = box("run", "--rm", "--network=none", *LIMITS, IMAGE, "true")
+        if ran.returncode:
+            pytest.skip(f"{name} cannot run a container here: {ran.stderr[-300:]}")
+        yield box
+        box.clear()
+        box("rmi", "--force", IMAGE)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, store: dict[str, str]) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, box: Box) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in store.items():
+        for name, value in box.env.items():
             patch.setenv(name, value)
         with Place(tmp_path_factory.mktemp("place")) as place:
             machine(place, "boxes", POLICY)
@@ -109,12 +170,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, store: dict[str, str]) -> It
 
 
 def job(place: Place, command: str, image: str = IMAGE, **more: Any) -> str:
-    box = {"image": image, **more.pop("box", {})}
-    return place.launch(command, container=box, labels={"who": "boxes"}, **more)
-
-
-def running(store: dict[str, str]) -> list[str]:
-    return podman("ps", "--all", "--format={{.Names}}", env=store).stdout.split()
+    container = {"image": image, **more.pop("container", {})}
+    return place.launch(command, container=container, labels={"who": "boxes"}, **more)
 
 
 def printed(place: Place, run: str, text: str) -> None:
@@ -122,7 +179,7 @@ def printed(place: Place, run: str, text: str) -> None:
 
 
 def test_a_job_runs_in_its_image_with_its_files_and_sees_nothing_of_the_agent(
-    place: Place, store: dict[str, str]
+    place: Place, box: Box
 ) -> None:
     home = place.agents["boxes"].home
     command = f"""
@@ -130,9 +187,13 @@ pwd; echo "$FROM_BOOTSTRAP $GREETING $FEDML_WORKSPACE"; ls /bin/busybox; ls /etc
 ls {home}; ls /usr/share/zoneinfo/UTC; touch /usr/share/zoneinfo/x; touch here && echo wrote
 exit 5
 """
-    box = {"mounts": [{"source": "/usr/share/zoneinfo", "target": "/usr/share/zoneinfo"}]}
+    container = {"mounts": [{"source": "/usr/share/zoneinfo", "target": "/usr/share/zoneinfo"}]}
     run = job(
-        place, command, bootstrap="FROM_BOOTSTRAP=yes", env={"GREETING": "hello you"}, box=box
+        place,
+        command,
+        bootstrap="FROM_BOOTSTRAP=yes",
+        env={"GREETING": "hello you"},
+        container=container,
     )
     end, text = ends(place, run)
     assert end["exit_code"] == 5, (end, text)
@@ -147,7 +208,7 @@ exit 5
     ]
     for denied in ("/etc/ssl: No such", f"{home}: No such", "zoneinfo/x: Read-only"):
         assert denied in err
-    assert running(store) == []
+    assert box.running() == []
 
 
 def test_a_bootstrap_that_fails_keeps_the_job_from_running(place: Place) -> None:
@@ -165,9 +226,7 @@ def test_a_job_in_a_container_has_the_network_of_the_machine_or_none(place: Plac
         server.shutdown()
 
 
-def test_a_stop_is_a_term_to_all_of_it_and_a_signal_is_told_as_one(
-    place: Place, store: dict[str, str]
-) -> None:
+def test_a_stop_is_a_term_to_all_of_it_and_a_signal_is_told_as_one(place: Place, box: Box) -> None:
     tidy = "trap 'echo tidied; exit 0' TERM; echo up; while true; do sleep 0.1; done"
     run = job(place, tidy)
     printed(place, run, "up")
@@ -180,21 +239,19 @@ def test_a_stop_is_a_term_to_all_of_it_and_a_signal_is_told_as_one(
     assert place.end(deaf)["state"] == "STOPPED"
     end = place.end(job(place, "kill -SEGV $$"))
     assert "it was ended by SIGSEGV" in end["cause"]["message"]
-    assert running(store) == []
+    assert box.running() == []
 
 
-def test_a_fork_bomb_in_a_container_ends_with_its_time(place: Place, store: dict[str, str]) -> None:
+def test_a_fork_bomb_in_a_container_ends_with_its_time(place: Place, box: Box) -> None:
     bomb = "b() { b | b & }; b; sleep 100"
     end = place.end(job(place, bomb, deadline_s=1.0, grace_s=0.1))
     assert "it ran longer than its 1 s" in end["cause"]["message"]
-    assert running(store) == []
+    assert box.running() == []
     those = psutil.process_iter(["cmdline"])
     assert not [one for one in those if bomb in (one.info["cmdline"] or ())]
 
 
-def test_a_container_outlives_its_agent_and_dies_with_its_shim(
-    place: Place, store: dict[str, str]
-) -> None:
+def test_a_container_outlives_its_agent_and_dies_with_its_shim(place: Place, box: Box) -> None:
     agent = place.agents["boxes"]
     run = job(place, "echo up; while [ ! -e go ]; do sleep 0.1; done; echo went; exit 4")
     printed(place, run, "up")
@@ -211,26 +268,23 @@ def test_a_container_outlives_its_agent_and_dies_with_its_shim(
     os.kill(json.loads(shim.read_text())["shim"]["pid"], signal.SIGKILL)
     end = place.end(run)
     assert (end["state"], end["cause"]["fault"]) == ("LOST", "machine")
-    assert running(store) == []
+    assert box.running() == []
 
 
-def test_what_nobody_knows_any_more_is_ended_when_the_agent_starts(
-    place: Place, store: dict[str, str]
-) -> None:
+def test_what_nobody_knows_any_more_is_ended_when_the_agent_starts(place: Place, box: Box) -> None:
     agent = place.agents["boxes"]
     label = f"--label=org.fedml.agent={agent.device}"
-    limits = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", "--network=none"]
     for name, mine in (("stray", [label]), ("anothers", [])):
-        words = ["run", "--detach", f"--name={name}", *mine, *limits, IMAGE, "sleep", "1000"]
-        assert podman(*words, env=store).returncode == 0
+        words = ["run", "--detach", f"--name={name}", *mine, *LIMITS, "--network=none"]
+        assert box(*words, IMAGE, "sleep", "1000").returncode == 0
     agent.kill()
     agent.start()
     for _ in range(100):
-        if "stray" not in running(store):
+        if "stray" not in box.running():
             break
         place.wait(0.1)
-    assert running(store) == ["anothers"]
-    podman("rm", "--force", "--time=0", "anothers", env=store)
+    assert box.running() == ["anothers"]
+    box("rm", "--force", "anothers")
 
 
 def test_an_image_that_nobody_has_is_told_in_the_engines_words(place: Place) -> None:
@@ -241,21 +295,23 @@ def test_an_image_that_nobody_has_is_told_in_the_engines_words(place: Place) -> 
 def test_what_the_owner_does_not_let_in_is_refused_with_the_setting(place: Place) -> None:
     other = job(place, "true", "python:3.12")
     assert "containers.images" in waiting(place, other, "docker.io/library/python:3.12")
-    box = {"mounts": [{"source": "/etc", "target": "/data"}]}
-    assert "/etc to read" in waiting(place, job(place, "true", box=box), "containers.mounts")
+    container = {"mounts": [{"source": "/etc", "target": "/data"}]}
+    assert "/etc to read" in waiting(
+        place, job(place, "true", container=container), "containers.mounts"
+    )
 
 
-def test_a_machine_without_containers_says_so_to_who_launches(place: Place) -> None:
+def test_a_machine_without_containers_says_so_to_who_launches(place: Place, box: Box) -> None:
     machine(place, "bare")
     with pytest.raises(BrokerRefused, match=r"bare: runs no containers: its owner lets none run"):
         place.launch("true", container={"image": IMAGE}, labels={"who": "bare"})
     found = place.client.call("GET", f"/v1/devices/{place.agents['boxes'].device}")
-    assert found["capacity"]["engine"].startswith("podman ")
+    assert found["capacity"]["engine"].startswith(f"{box.name} ")
 
 
 def test_a_password_is_not_shown_again(place: Place) -> None:
-    box = {"username": "ana", "password": "open sesame"}
-    run = job(place, "true", box=box)
+    container = {"username": "ana", "password": "open sesame"}
+    run = job(place, "true", container=container)
     place.finishes(run)
     assert "open sesame" not in json.dumps(place.client.call("GET", f"/v1/runs/{run}"))
 
@@ -300,7 +356,7 @@ def test_a_service_in_a_container_answers_at_the_machines_address(place: Place) 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("debootstrap") is None, reason="debootstrap is not installed")
 @pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap wants root")
-def test_debian_itself_is_an_image(place: Place, store: dict[str, str], tmp_path: Path) -> None:
+def test_debian_itself_is_an_image(place: Place, box: Box, tmp_path: Path) -> None:
     root = tmp_path / "root"
     made = subprocess.run(
         ["debootstrap", "--variant=minbase", "--include=python3-minimal", "stable", str(root)],
@@ -312,12 +368,12 @@ def test_debian_itself_is_an_image(place: Place, store: dict[str, str], tmp_path
     with tarfile.open(tmp_path / "debian.tar", "w") as tar:
         tar.add(root, ".", filter=lambda one: None if one.isdev() else one)
     image = "localhost/debian:1"
-    taken = podman("import", str(tmp_path / "debian.tar"), image, env=store)
+    taken = box("import", str(tmp_path / "debian.tar"), image)
     assert taken.returncode == 0, taken.stderr
     command = """
 . /etc/os-release; echo "$ID"; python3 -c 'print(sum(range(5)))'; id -u; apt-get --version >&2
 dpkg -l > /var/tmp/list && echo writes
 """
-    end, text = ends(place, job(place, command, image=image, box={"image": image}))
+    end, text = ends(place, job(place, command, image=image, container={"image": image}))
     assert end["exit_code"] == 0, text
     assert text["stdout"].splitlines() == ["debian", "10", "0", "writes"]

@@ -153,6 +153,49 @@ computing:
     assert workspace == tmp_path / "hello_world"
 
 
+def test_an_older_job_file_of_fedml_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "bootstrap.sh").write_text("echo ready\n")
+    file = _job(
+        tmp_path,
+        """
+workspace: src
+job: python3 train.py -m $FEDML_MODEL_NAME -dp $FEDML_DATASET_PATH
+environment_args: {bootstrap: bootstrap.sh}
+gpu_requirements: {minimum_num_gpus: 2, maximum_cost_per_hour: $1.75}
+docker: {image: fedml/launch:1, ports: [30001]}
+fedml_data_args: {dataset_name: mnist, dataset_path: ./dataset}
+model_args: {model_name: lr, output_dim: '10'}
+run_api_key: a1b2c3d4e5
+""",
+    )
+    with pytest.warns(UserWarning, match="has no effect") as told:
+        request, _ = read_job(file)
+    assert [str(one.message).partition("`")[2].partition("`")[0] for one in told] == [
+        "docker.ports",
+        "run_api_key",
+    ]
+    assert not any("a1b2c3d4e5" in str(one.message) for one in told)
+    assert request["bootstrap"] == "bash bootstrap.sh"
+    assert request["needs"]["gpus"] == 2
+    assert request["env"] == {
+        "FEDML_DATASET_NAME": "mnist",
+        "FEDML_DATASET_PATH": "./dataset",
+        "FEDML_ENV_FEDML_DATA_ARGS_DATASET_NAME": "mnist",
+        "FEDML_ENV_FEDML_DATA_ARGS_DATASET_PATH": "./dataset",
+        "FEDML_ENV_MODEL_ARGS_MODEL_NAME": "lr",
+        "FEDML_ENV_MODEL_ARGS_OUTPUT_DIM": "10",
+        "FEDML_MODEL_NAME": "lr",
+        "FEDML_MODEL_OUTPUT_DIM": "10",
+    }
+
+
+def test_a_bootstrap_that_names_no_file_is_shell_lines(tmp_path: Path) -> None:
+    for said in ("true", "missing.sh", "echo a; echo b"):
+        text = f"workspace: .\njob: a\nenvironment_args: {{bootstrap: '{said}'}}\n"
+        assert read_job(_job(tmp_path, text))[0]["bootstrap"] == said
+
+
 def test_what_the_example_names_may_all_be_switched_on(tmp_path: Path) -> None:
     request, workspace = read_job(_job(tmp_path, re.sub(r"(?m)^#(?! \S)", "", EXAMPLE)))
     assert request["needs"] == {

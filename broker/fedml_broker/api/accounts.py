@@ -98,6 +98,21 @@ class Handlers:
         by, of = audit.user(call.user.name), _only_of(call.user)
         return {"key": await self._broker.accounts.create_token(name, call.body.days, by=by, of=of)}
 
+    async def revoke_tokens(self, call: Call) -> Any:
+        """All tokens of a user end, and the sessions of browsers; but not the caller's token."""
+        name = call.part("user")
+        by, of = audit.user(call.user.name), _only_of(call.user)
+        accounts = self._broker.accounts
+        count = await accounts.revoke_tokens(name, by=by, of=of, keep=call.token)
+        return {"name": name, "tokens": count}
+
+    async def end_token(self, call: Call) -> Any:
+        """The token that asks is good no more."""
+        if call.token is None:
+            raise Problem(422, "no token", "a browser's session ends with `DELETE /v1/session`")
+        await self._broker.accounts.end_token(call.user, call.token)
+        return {}
+
 
 def _tenant(user: User, named: str) -> str:
     """For whom something is made: the admins of the first tenant may name another one.

@@ -46,12 +46,28 @@ class Call:
         """Who uploads."""
         return self.device.device if isinstance(self.caller, Address) else f"u/{self.user.name}"
 
+    @property
+    def token(self) -> bytes | None:
+        """That the caller came with; None: a browser, or a device."""
+        return _bearer(self.http)
+
     def part(self, name: str) -> str:
         """A variable part of the path."""
         return self.http.match_info[name]
 
 
 Handler = Callable[[Call], Awaitable[Any]]
+
+
+def _bearer(request: web.Request) -> bytes | None:
+    """The token of a request; empty where it cannot be one."""
+    scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        return None
+    try:
+        return bytes.fromhex(secret)
+    except ValueError:
+        return b""
 
 
 class Callers:
@@ -64,13 +80,8 @@ class Callers:
         """The user of the bearer token, or of the browser's session, or else the device of the
         client certificate.
         """
-        scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            try:
-                token = bytes.fromhex(secret)
-                user = self._broker.accounts.authenticate(token, jobs=True)
-            except ValueError:
-                user = None
+        if (token := _bearer(request)) is not None:
+            user = self._broker.accounts.authenticate(token, jobs=True)
             if user is None:
                 raise SignInRefused(
                     401,

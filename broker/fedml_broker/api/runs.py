@@ -109,6 +109,10 @@ class Handlers:
         """One run: its state, its cause, its tasks, and what it waits for."""
         run = await self._broker.runs.of_tenant(call.user.tenant, call.part("run"))
         row = {**run, "tasks": await self._broker.runs.tasks(run["id"])}
+        # That a machine has taken or begun a task is known, and not written down.
+        now = {task.id: task.state.name for task in self._broker.dispatcher.of_run(run["id"])}
+        for task in row["tasks"]:
+            task["state"] = now.get(task["id"], task["state"])
         row["waiting"] = self._broker.waiting(run["id"])
         if run["kind"] == "launch":
             row["priority"] = run["spec"].get("priority", 0)

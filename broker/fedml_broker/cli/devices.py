@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fedml-broker devices list|show|label|drain|revoke|remove`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ GB = 1e9
 
 
 def _size(capacity: dict[str, Any]) -> str:
-    gpus = capacity["gpus"]
-    text = f"{capacity['cpus']} CPUs, {capacity['memory_bytes'] / GB:.0f} GB"
-    return text + (f", {len(gpus)} × {gpus[0]['name']}" if gpus else "")
+    counted = Counter(gpu["name"] for gpu in capacity["gpus"])
+    gpus = [f"{count} × {name}" for name, count in counted.items()]
+    memory = f"{capacity['memory_bytes'] / GB:.0f} GB"
+    return ", ".join([f"{capacity['cpus']} CPUs", memory, *gpus])
 
 
 _COLUMNS: Columns = {
@@ -33,6 +35,7 @@ _FACTS: Columns = {
     "status": lambda device: device["status"],
     "has": lambda device: _size(device["capacity"]),
     "labels": lambda device: words(device["labels"]),
+    "cluster": lambda device: device["cluster"],
     "tasks": lambda device: "\n".join(device["tasks"]) or "none",
     "refusing": lambda device: device["refusing"] or "nothing",
     "agent": lambda device: device["agent_version"],

@@ -14,6 +14,11 @@ Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
 
 
+# A name may hold what moves the cursor of whoever reads it, or renames his window.
+_SHOWN = {code: f"^{chr(code ^ 64)}" for code in (*range(9), *range(11, 32), 127)}
+_SHOWN |= dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
+
+
 def print_list(found: Sequence[Row], columns: Columns, *, as_json: bool, empty: str) -> None:
     """What every `list` does; `empty` is said when there is nothing."""
     if as_json:
@@ -21,7 +26,7 @@ def print_list(found: Sequence[Row], columns: Columns, *, as_json: bool, empty: 
     elif not found:
         click.echo(empty, err=True)
     else:
-        rows = [[read(row) for read in columns.values()] for row in found]
+        rows = [[read(row).translate(_SHOWN) for read in columns.values()] for row in found]
         _print_table(list(columns), rows)
 
 
@@ -32,7 +37,7 @@ def print_thing(found: Row, facts: Columns, *, as_json: bool) -> None:
         return
     width = max(map(len, facts)) + 2
     for name, read in facts.items():
-        if text := read(found):
+        if text := read(found).translate(_SHOWN):
             click.echo(f"{name:<{width}}" + text.replace("\n", "\n" + " " * width))
 
 
@@ -49,6 +54,7 @@ def _print_table(heads: list[str], rows: list[list[str]]) -> None:
             table.add_row(*(Text(cell) for cell in row))  # what comes from elsewhere is no markup
         Console().print(table)
         return
+    rows = [[cell.replace("\n", " ") for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in (heads, *rows)) for i in range(len(heads))]
     for line in (heads, *rows):
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))

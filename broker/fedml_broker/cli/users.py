@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedml-broker users create|role|list|token`."""
+"""`fedml-broker users create|role|list|token|revoke`."""
 
 from pathlib import Path
 
@@ -30,6 +30,7 @@ def users() -> None:
     Examples:
       fedml-broker users create lee --role member
       fedml-broker users token lee --days 30
+      fedml-broker users revoke lee
     """
 
 
@@ -106,3 +107,22 @@ def token(name: str, days: float, bearer: bool, home: Path) -> None:
     found = Client(home).call("POST", f"/v1/users/{name}/tokens", {"days": days or None})
     key = found["key"]
     click.echo(parse_login_key(key, Scope.USER).secret.hex() if bearer else key)
+
+
+@users.command()
+@click.argument("name")
+@home_option
+def revoke(name: str, home: Path) -> None:
+    """End all tokens of user NAME at once, and what browsers are signed in with.
+
+    What NAME has started runs on. The token with which this very command asks
+    stays, so for yourself these are all the others. Somebody whom a sign-in
+    provider lets in can come back: take the person off there first.
+
+    \b
+    Examples:
+      fedml-broker users revoke alice
+    """
+    count = Client(home).call("DELETE", f"/v1/users/{name}/tokens")["tokens"]
+    many = f"{count} token{'' if count == 1 else 's'}"
+    click.echo(f"{name} is signed out everywhere: {many} ended", err=True)

@@ -6,6 +6,8 @@ import { h, table } from "./dom.js";
 import { value } from "./format.js";
 
 const HEIGHT = 220;
+// Between two marks on the axis of steps: there is no half one.
+const WHOLE = [1, 2, 5].flatMap((first) => [...Array(12).keys()].map((zeros) => first * 10 ** zeros)).sort((a, b) => a - b);
 const ROWS = 100;
 // Told apart by colour and, where there are many, by dashes too.
 const DASHES = [[], [], [], [], [], [], [8, 4], [8, 4], [8, 4], [8, 4], [8, 4], [8, 4]];
@@ -40,7 +42,7 @@ export function chart(page, title, xName, series) {
         height: HEIGHT,
         scales: { x: { time: false } },
         cursor: { points: { size: 7 } },
-        axes: [{ ...axis, label: xName, labelSize: 18, size: 34 }, { ...axis, size: 62, values: (_, ticks) => ticks.map(value) }],
+        axes: [{ ...axis, incrs: WHOLE, label: xName, labelSize: 18, size: 34 }, { ...axis, size: 62, values: (_, ticks) => ticks.map(value) }],
         series: [
           { label: xName },
           ...series.map(([name], i) => ({

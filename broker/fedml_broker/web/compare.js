@@ -11,6 +11,7 @@ import { took } from "./runlist.js";
 const MOST = 12;
 // What differs in any two runs, and tells nothing.
 const OWN = new Set(["run", "name", "package", "package.size", "package.sha256"]);
+const NOTHING = new Set(["null", "", "[]", "{}"]);
 
 export async function show(page) {
   const ids = (page.query.get("runs") ?? "").split(",").filter(Boolean).slice(0, MOST);
@@ -32,7 +33,7 @@ export async function show(page) {
   const specs = runs.map((run) => flat(run.spec));
   const keys = [...new Set(specs.flatMap((spec) => Object.keys(spec)))].sort();
   for (const key of keys) {
-    const values = specs.map((spec) => spec[key] ?? "–");
+    const values = specs.map((spec) => (NOTHING.has(spec[key] ?? "") ? "–" : spec[key]));
     if (!OWN.has(key) && new Set(values).size > 1) line(key, (_, i) => values[i]);
   }
   const params = await Promise.all(runs.map(paramsOf(page)));

@@ -89,9 +89,10 @@ export function card(device) {
         }),
       ),
     );
-    change("said", `${now.refusing} ${here || now.last_seen_at}`, () =>
+    change("said", `${now.refusing} ${now.cluster} ${here || now.last_seen_at}`, () =>
       fill(
         said,
+        now.cluster ? h("span", {}, `of the cluster ${now.cluster}`, now.refusing || !here ? "; " : null) : null,
         now.refusing ? `takes nothing: ${now.refusing}` : null,
         here ? null : ["last seen ", now.last_seen_at ? when(now.last_seen_at) : "never"],
       ),

@@ -12,6 +12,7 @@ const PAGES = {
   fleet: { title: "Fleet", load: () => import("./fleet.js") },
   queue: { title: "Queue", load: () => import("./queue.js") },
   runs: { title: "Runs", load: (rest) => (rest ? import("./run.js") : import("./runs.js")) },
+  workflows: { title: "Workflows", load: (rest) => (rest ? import("./flow.js") : import("./workflows.js")) },
   labels: { title: "Labels", load: () => import("./labels.js") },
   people: { title: "Users & keys", load: () => import("./people.js"), role: "admin" },
   audit: { title: "Audit", load: () => import("./audit.js"), role: "admin" },

@@ -6,9 +6,9 @@ import { ago, moment } from "./format.js";
 
 const TONES = {
   online: "ok", FINISHED: "ok",
-  RUNNING: "busy",
-  QUEUED: "wait", OFFERED: "wait", LEASED: "wait", draining: "wait", active: "ok",
-  offline: "off", STOPPED: "off",
+  RUNNING: "busy", STARTING: "busy",
+  QUEUED: "wait", WAITING: "wait", OFFERED: "wait", LEASED: "wait", draining: "wait", active: "ok",
+  offline: "off", STOPPED: "off", SKIPPED: "off",
   FAILED: "bad", LOST: "bad", revoked: "bad",
 };
 

@@ -32,6 +32,8 @@ export async function show(page) {
             h("button", { type: "button", class: "small", "aria-label": `Role of ${user.name}`, onclick: () => role(user) }, "Role"),
             " ",
             h("button", { type: "button", class: "small", "aria-label": `New token of ${user.name}`, onclick: () => token(user) }, "New token"),
+            " ",
+            h("button", { type: "button", class: "small danger", "aria-label": `Sign ${user.name} out everywhere`, onclick: () => signOut(user) }, "Sign out"),
           ],
         ]),
       );
@@ -83,6 +85,17 @@ export async function show(page) {
       },
     });
     await page.again(read);
+  }
+
+  async function signOut(user) {
+    const done = await ask({
+      title: `Sign ${user.name} out everywhere?`,
+      content: h("p", {}, `All tokens of ${user.name} end at once, and all sessions of browsers. What was started runs on.`),
+      yes: "Sign out",
+      danger: true,
+      work: () => call("DELETE", `/v1/users/${encodeURIComponent(user.name)}/tokens`),
+    });
+    if (done) await page.again(read);
   }
 
   async function role(user) {

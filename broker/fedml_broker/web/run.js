@@ -75,6 +75,7 @@ export async function show(page) {
         ["took", took(run)],
         ["exit code", run.exit_code],
         ["stopped by", run.stopped_by],
+        ...(run.kind === "federate" ? [] : Object.entries(run.outputs?.values ?? {})),
       ]),
       run.cause
         ? h(
@@ -178,9 +179,11 @@ export async function show(page) {
 
   async function drawArtifacts() {
     const found = (await getIfThere(`${path}/artifacts`, page.signal))?.artifacts ?? [];
+    const left = run.kind === "federate" ? [] : (run.outputs?.files ?? []);
     const models = (run.rounds ?? []).filter((round) => round.model && round.ended_at);
     const rows = [
       ...found.map((artifact) => ({ ...artifact, file: artifact.name.split("/").at(-1) })),
+      ...left.map((one) => ({ ...one, name: one.path, at: run.ended_at, file: one.path.split("/").at(-1) })),
       ...models.slice(-20).reverse().map((round) => ({ name: `model after round ${round.round}`, ...round.model, at: round.ended_at, file: `${run.id}-${round.round}.safetensors` })),
     ];
     const { element, body, row } = table("Artifacts", ["Name", ["Size", "number"], "Made", "SHA-256"]);

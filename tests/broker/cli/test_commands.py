@@ -98,6 +98,11 @@ def test_keys_and_users_are_listed_with_what_became_of_them(place: Place) -> Non
     _broker(place, "users", "create", "kim")
     assert {"admin", "kim"} == {user["name"] for user in _json(place, "users", "list")}
     assert "member" in _broker(place, "users", "list").stdout
+    for _ in range(2):
+        _broker(place, "users", "token", "kim")
+    said = _broker(place, "users", "revoke", "kim").stderr
+    assert said == "kim is signed out everywhere: 2 tokens ended\n"
+    assert "no such user" in _broker(place, "users", "revoke", "nobody", code=6).stderr
 
 
 def test_a_run_that_ended_is_removed_with_logs_and_models(place: Place) -> None:

@@ -35,6 +35,24 @@ def test_login_whoami_logout(fedml: "Fedml", tmp_path: Path) -> None:
     assert "try: `fedml login KEY`" in said
 
 
+def test_logout_with_revoke_ends_the_key_and_the_browsers_that_it_let_in(
+    fedml: "Fedml", tmp_path: Path
+) -> None:
+    call = fedml.place.client.call
+    key = call("POST", "/v1/users/admin/tokens", {})["key"]
+    for name in ("laptop", "desk"):
+        fedml("login", key, home=tmp_path / name)
+    fedml("logout", home=tmp_path / "desk")
+    fedml("whoami", home=tmp_path / "laptop")  # to forget a key is not to end it
+    call("POST", "/v1/session", {"key": key})
+    browsers = "SELECT count(*) FROM sessions"
+    ((before,),) = fedml.place.query(browsers)
+    assert "the key has ended" in fedml("logout", "--revoke", home=tmp_path / "laptop").stderr
+    assert "unknown or expired" in fedml("login", key, code=6, home=tmp_path / "desk").stderr
+    ((after,),) = fedml.place.query(browsers)
+    assert (before, after) == (1, 0)
+
+
 def test_a_key_comes_from_stdin_too(fedml: "Fedml", tmp_path: Path) -> None:
     done = subprocess.run(
         command("fedml", "login", "-", "--home", str(tmp_path)),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedml.cli.device import _has
 from fedml.devices import Device, resources
 from fedml_protocol.gpus import is_model, short_name
 from tests.fedml.cli.conftest import Fedml
@@ -42,6 +43,11 @@ def test_resources_of_all_machines_are_counted_by_model_and_memory() -> None:
     assert resources([]) == []
 
 
+def test_what_a_machine_has_is_counted_by_model() -> None:
+    device = _device("a", "online", ("L4", GIB), ("A100 1g.5gb", GIB), ("L4", GIB))
+    assert _has(device) == "4 CPUs, 8.6 GB, 2 × L4, 1 × A100 1g.5gb"
+
+
 @pytest.mark.parametrize(
     ("name", "short"),
     [
@@ -49,6 +55,8 @@ def test_resources_of_all_machines_are_counted_by_model_and_memory() -> None:
         ("NVIDIA GeForce RTX 4070 Ti", "RTX-4070-TI"),
         ("NVIDIA H100 80GB HBM3", "H100-80GB"),
         ("Tesla T4", "T4"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "A100-1g.5gb"),
+        ("NVIDIA GH200 480GB", "GH200-480GB"),  # of which 96 are the GPU's
     ],
 )
 def test_what_to_ask_for_is_short(name: str, short: str) -> None:
@@ -56,9 +64,12 @@ def test_what_to_ask_for_is_short(name: str, short: str) -> None:
     assert is_model(short, name, 80 * 10**9)
 
 
-@given(st.text(max_size=40))
-def test_what_to_ask_for_is_that_model(name: str) -> None:
-    assert is_model(short_name(name), name, 1 << 80)
+_WORDS = st.sampled_from(["NVIDIA", "A100-SXM4-40GB", "MIG", "1g.5gb", "H100", "80GB", "+me", "Ti"])
+
+
+@given(st.text(max_size=40) | st.lists(_WORDS).map(" ".join), st.integers(0, 1 << 40))
+def test_what_to_ask_for_is_that_model(name: str, memory: int) -> None:
+    assert is_model(short_name(name), name, memory)
 
 
 def test_the_command_lists_them(fedml: Fedml) -> None:

@@ -187,7 +187,7 @@ def test_without_a_terminal_ctrl_c_leaves_the_run_and_says_how_to_find_it(fedml:
     assert fedml("run", "status", run).stdout == "RUNNING\n"
     assert "-f follows it" in fedml("run", "logs", run).stderr
     assert "STOPPED" in fedml("run", "stop", run, "--wait").stderr
-    assert json.loads(fedml("run", "stop", run, "--json").stdout)["state"] == "STOPPED"
+    assert json.loads(fedml("run", "stop", run, "--json").stdout)[0]["state"] == "STOPPED"
     assert "has ended already: STOPPED" in fedml("run", "stop", run).stderr
 
 

@@ -34,3 +34,18 @@ def test_a_key_is_good_for_one_command(fedml: Fedml, tmp_path: Path) -> None:
 
 def test_what_is_not_here_says_why(fedml: Fedml) -> None:
     assert "there are no model cards" in fedml("model", "deploy", "x", code=2).stderr
+
+
+def test_what_another_program_does_here_is_named(fedml: Fedml) -> None:
+    assert "`fedml-agent login KEY`" in fedml("device", "bind", "KEY", "-c", code=2).stderr
+    assert "`fedml-agent logout`" in fedml("device", "unbind", code=2).stderr
+
+
+def test_platforms_versions_and_groups_have_no_effect_and_are_named(fedml: Fedml) -> None:
+    job = fedml.file("job.yaml", "job: echo hello\n")
+    done = fedml("launch", job, "-g", "gpus", "-v", "release")
+    assert done.stdout == "hello\n"
+    assert "--group has no effect: " in done.stderr
+    assert "--version has no effect: " in done.stderr
+    assert "--group" not in fedml("launch", "--help").stdout
+    assert "--platform has no effect: " in fedml("run", "list", "-pf", "falcon").stderr

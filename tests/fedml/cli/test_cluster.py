@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clusters by command: several names at once, and those of others."""
+
+import json
+import re
+from pathlib import Path
+
+from fedml import session
+from tests.fedml.cli.conftest import Fedml
+
+
+def test_several_clusters_at_once_and_one_that_is_not_there_keeps_nobody(fedml: Fedml) -> None:
+    fedml("cluster", "create", "uno", "--device", "one")
+    fedml("cluster", "create", "dos", "--device", "two")
+    assert re.search(r"^cluster +dos$", fedml("device", "show", "two").stdout, re.M)
+    assert re.search(r"^one .* uno +\d", fedml("device", "list").stdout, re.M)
+    done = fedml("cluster", "stop", "uno", "nowhere", "dos", code=6)
+    assert "no such cluster: nowhere" in done.stderr
+    assert "uno has given its machines back\ndos has given" in done.stderr
+    found = json.loads(fedml("cluster", "start", "uno", "dos", "--json").stdout)
+    assert [(c["name"], c["status"]) for c in found] == [("uno", "up"), ("dos", "up")]
+    assert "dos" not in fedml("cluster", "list", "uno").stdout
+    assert "uno is forgotten\ndos is forgotten\n" in fedml("cluster", "kill", "uno", "dos").stderr
+    assert json.loads(fedml("cluster", "list", "--json").stdout) == []
+    assert re.search(r"^cluster +none$", fedml("device", "show", "two").stdout, re.M)
+
+
+def test_all_clusters_are_those_that_are_mine_to_change(fedml: Fedml, tmp_path: Path) -> None:
+    call = fedml.place.client.call
+    call("POST", "/v1/users", {"name": "cara", "role": "member"})
+    session.login(tmp_path / "cara", call("POST", "/v1/users/cara/tokens", {})["key"])
+    fedml("cluster", "create", "admins", "--device", "one")
+    fedml("cluster", "create", "caras", "--device", "two", home=tmp_path / "cara")
+    done = fedml("cluster", "killall", "--yes", home=tmp_path / "cara", code=6)
+    assert "the cluster admins is admin's" in done.stderr
+    assert "caras is forgotten" in done.stderr
+    assert "admins is forgotten" in fedml("cluster", "killall", "--yes").stderr
