@@ -77,9 +77,9 @@ class Services:
 
         What an earlier agent has found holds until this one has looked.
         """
-        if folder not in self._answering:
-            self._answering[folder] = port_of(folder) if (folder / _ANSWERS).exists() else 0
-        return self._answering[folder]
+        if (port := self._answering.get(folder)) is not None:
+            return port
+        return port_of(folder) if (folder / _ANSWERS).exists() else 0
 
     async def watch(self, folder: Path, service: Service, late: Callable[[Cause], None]) -> None:
         """Look whether the task of a folder answers, until cancelled.
@@ -89,6 +89,7 @@ class Services:
         """
         now = asyncio.get_running_loop().time
         port, begun, misses, pause = port_of(folder), now(), 0, _FIRST_S
+        self._answering[folder] = self.port(folder)
         ready = self.port(folder) > 0
         try:
             while True:
@@ -135,4 +136,4 @@ def silent(port: int, path: str) -> str:
             connection.close()
         return "" if status == http.client.OK else f"GET {path} was answered with {status}"
     except (OSError, http.client.HTTPException) as error:
-        return f"port {port}: {error or type(error).__name__}"
+        return f"port {port}: {str(error) or type(error).__name__}"

@@ -384,12 +384,7 @@ class Dispatcher:
                 if task.state is TaskState.OFFERED:  # its Accept was lost
                     task.state = move(task.state, TaskState.LEASED)
                     task.accepted_seq = seq
-                if told.state is TaskState.RUNNING and task.state is TaskState.LEASED:
-                    await self._begins(task)  # its Progress was lost
                 task.lease_until = self._fleet.clock() + self.timing.lease_s
-                if task.serves and told.port != task.port and told.state is TaskState.RUNNING:
-                    task.port = told.port
-                    await self.on_serves(task, machine, told.port)
                 # Its Cancel was lost, it may be.
                 if (task.stopping or task.recalled) and told.state not in FINAL:
                     self._send(machine.address, _cancel(task))
@@ -398,6 +393,18 @@ class Dispatcher:
                     machine.address,
                     Cancel(task=told.task, epoch=told.epoch, reason="no longer yours"),
                 )
+        for told in beat.tasks:
+            task = self._tasks.get(told.task)
+            if task is None or told.state is not TaskState.RUNNING:
+                continue
+            if not self._is_current(task, machine, told.epoch):
+                continue
+            if task.state is TaskState.LEASED:  # its Progress was lost
+                await self._begins(task)
+            if task.serves and told.port != task.port:
+                await self.on_serves(task, machine, told.port)
+                if self._is_current(task, machine, told.epoch):
+                    task.port = told.port
         for task in self._held_by(machine):
             gone = (task.id, task.epoch) not in held and task.accepted_seq < seq
             if gone and task.state in (TaskState.LEASED, TaskState.RUNNING):

@@ -393,9 +393,12 @@ class Launcher:
         if task.terms.nodes > 1:
             data["rank"] = task.rank
 
+        # Offered before this process began, it may have been told of before, too.
+        perhaps = "offered" not in task.moments
+        attempt = {"task": task.id, "epoch": task.epoch}
+
         def commit(tx: Connection) -> bool:
-            # Offered before this process began, it may have been told of before, too.
-            if "offered" not in task.moments and has_event(tx, task.run, "started", data):
+            if perhaps and has_event(tx, task.run, "started", attempt):
                 return False
             runs.running(tx, task.run)
             add_event(tx, task.run, "started", data)

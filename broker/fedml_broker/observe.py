@@ -50,9 +50,9 @@ def add_event(tx: Connection, run: str, kind: str, data: dict[str, Any]) -> None
 
 
 def has_event(tx: Connection, run: str, kind: str, data: Mapping[str, Any]) -> bool:
-    """Whether just this was written down before."""
+    """Whether something was written down before of which all this is true."""
     query = sa.select(events.c.data).where(events.c.run == run, events.c.kind == kind)
-    return data in tx.execute(query).scalars()
+    return any(data.items() <= known.items() for known in tx.execute(query).scalars())
 
 
 class _Reading:
