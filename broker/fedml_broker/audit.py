@@ -45,6 +45,8 @@ GENESIS = "0" * 64
 _INSERT = Prepared(audit.insert(), [column.name for column in audit.c])
 _LAST = Prepared(sa.select(audit.c.n, audit.c.hash).order_by(audit.c.n.desc()).limit(1))
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
 _TEXT_MAX = 200
 _DETAILS_MAX = 4000
 
@@ -123,9 +125,11 @@ def note(
         details: Never a secret, and nothing that may hold one. Long texts are cut.
     """
     before = head(tx)
-    text = canonical({name: _short(value) for name, value in details.items()})
+    told = {name: _short(value) for name, value in details.items()}
+    text = canonical(told)
     if len(text) > _DETAILS_MAX:
-        text = canonical({"cut": text[:_DETAILS_MAX]})
+        told = {"cut": text[:_DETAILS_MAX]}
+        text = canonical(told)
     row = {
         "n": before.n + 1,
         "at_ms": int(time.time() * 1000),
@@ -133,9 +137,9 @@ def note(
         "actor": actor,
         "action": action,
         "object": _short(thing),
-        "details": text,
+        "details": told,
     }
-    _INSERT.run(tx, **row, hash=_hash(before.hash, row))
+    _INSERT.run(tx, **row | {"details": text}, hash=_hash(before.hash, row))
 
 
 def head(tx: Connection) -> Head:
@@ -190,7 +194,7 @@ def verify(tx: Connection, each: Callable[[Head], None] = lambda entry: None) ->
         if row["n"] != last.n + 1:
             raise Broken(last.n + 1, f"missing; the next one that is there is {row['n']}")
         try:
-            fits = row["hash"] == _hash(last.hash, row)
+            fits = row["hash"] == _hash(last.hash, _entry(row))
         except (ValueError, TypeError) as error:
             raise Broken(row["n"], f"its details cannot be read: {error}") from error
         if not fits:
@@ -208,15 +212,19 @@ def _rows(tx: Connection) -> Iterator[Mapping[Any, Any]]:
 
 def canonical(value: Mapping[str, Any]) -> str:
     """JSON as RFC 8785 writes it, for what we put into it: no floats, and names in ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _CANONICAL.encode(value)
 
 
-def _hash(before: str, row: Mapping[Any, Any]) -> str:
-    """The hash of an entry. `details` is a text in the row, and an object in what is hashed."""
+def _entry(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """What is hashed of a row: everything but the hash, and `details` not as a text."""
     entry = {name: value for name, value in row.items() if name != "hash"}
     entry["details"] = json.loads(row["details"])
     if canonical(entry["details"]) != row["details"]:
         raise ValueError("not in the form in which they were written")
+    return entry
+
+
+def _hash(before: str, entry: Mapping[str, Any]) -> str:
     return hashlib.sha256((before + canonical(entry)).encode()).hexdigest()
 
 

@@ -61,8 +61,8 @@ class Metrics:
         self._commit = self._histogram("store_commit_seconds", "Of one commit, whole.", _COMMIT)
         # So that a rate is there before the first time.
         for way in ("in", "out"):
-            self._messages.labels(way)
             self._blob_bytes.labels(way)
+        self._message = {way: self._messages.labels(way) for way in ("in", "out")}
         for state in FINAL:
             self._ended.labels(state.name)
         for end in (StepState.FINISHED, StepState.FAILED, StepState.STOPPED):
@@ -82,7 +82,7 @@ class Metrics:
 
     def message(self, direction: str) -> None:
         """One was taken (`in`) or handed to MQTT (`out`)."""
-        self._messages.labels(direction).inc()
+        self._message[direction].inc()
 
     def blob(self, direction: str, size: int) -> None:
         """Bytes of a blob went `in` or `out`."""

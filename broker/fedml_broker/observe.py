@@ -149,8 +149,8 @@ class Observer:
 
     def finish(self, run: str, log: LogFile, size: int) -> None:
         """The agent says that this log ends at `size`; an empty one is as good as none."""
-        path = self._path(run, log)
         if size:
+            path = self._path(run, log)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".end").write_text(str(size))
 

@@ -246,7 +246,8 @@ def _configure(connection: sqlite3.Connection, _: object) -> None:
 def _begin(tx: Connection) -> None:
     # At once as a writer: had we only read so far and a command (`backup`) wrote, SQLite would
     # refuse our first write instead of letting us wait for our turn.
-    tx.exec_driver_sql("BEGIN IMMEDIATE" if tx.get_execution_options().get("writes") else "BEGIN")
+    words = "BEGIN IMMEDIATE" if tx.get_execution_options().get("writes") else "BEGIN"
+    driver_of(tx).execute(words)
 
 
 def _upgrade(engine: Engine, to: str = "head") -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
@@ -191,7 +192,7 @@ def insert(tx: Connection, new: Sequence[Task]) -> None:
                 "restarts_left": t.restarts_left,
                 "offer": serialise(t.offer),
                 "labels": dict(t.labels),
-                "terms": asdict(t.terms),
+                "terms": msgspec.to_builtins(t.terms),
                 "rank": t.rank,
                 "round": t.round,
                 "client": t.client,

@@ -134,10 +134,12 @@ def _submessage(kind: type, name: str, inner: Any, *, optional: bool) -> tuple[_
 
 def _repeated(name: str, inner: Any) -> tuple[_Write, _Read]:
     if not is_dataclass(inner):
-        return (
-            lambda proto, value: getattr(proto, name).extend(value),
-            lambda proto: tuple(getattr(proto, name)),
-        )
+
+        def extend(proto: Any, value: Any) -> None:
+            if value:
+                getattr(proto, name).extend(value)
+
+        return extend, lambda proto: tuple(getattr(proto, name))
 
     def write(proto: Any, value: Any) -> None:
         for item in value:
@@ -153,7 +155,8 @@ def _repeated(name: str, inner: Any) -> tuple[_Write, _Read]:
 
 def _mapping(name: str) -> tuple[_Write, _Read]:
     def write(proto: Any, value: Any) -> None:
-        getattr(proto, name).update(value)
+        if value:
+            getattr(proto, name).update(value)
 
     return write, lambda proto: dict(getattr(proto, name))
 

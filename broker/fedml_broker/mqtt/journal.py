@@ -63,6 +63,8 @@ _TIMES = (
 # back from the busy event loop.
 _ROWS_PER_STATEMENT = 64
 _RETRY_S = 1.0
+# How old the two clocks may be that a reboot is measured by.
+_STAMP_S = 1.0
 SCHEMA = 1
 
 
@@ -108,6 +110,7 @@ class Journal:
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_id = 0
+        self._stamped_at = 0.0
         self._todo: SimpleQueue[_Batch | None] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
         self._writer: threading.Thread | None = None
@@ -318,11 +321,13 @@ class Journal:
             )
 
     def _stamp(self, database: sqlite3.Connection) -> None:
+        """Note what both clocks show; only how they stand to each other counts later."""
         clock = self._clock
         database.execute(
             "INSERT OR REPLACE INTO meta VALUES ('boot', ?), ('now', ?), ('wall', ?)",
             (clock.boot, clock.now(), clock.wall()),
         )
+        self._stamped_at = clock.now()
 
     def _commit(self, database: sqlite3.Connection, batch: _Batch) -> None:
         database.execute("BEGIN IMMEDIATE")
@@ -330,7 +335,8 @@ class Journal:
             if rows:
                 _insert(database, table, [row for row in rows.values() if row is not None])
                 _delete(database, table, [key for key, row in rows.items() if row is None])
-        self._stamp(database)
+        if self._clock.now() - self._stamped_at >= _STAMP_S:
+            self._stamp(database)
         database.execute("COMMIT")
 
 
