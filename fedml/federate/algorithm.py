@@ -62,6 +62,13 @@ class UnsupportedByTraining(TypeError):
     """The client's training cannot do what the algorithm needs (see `require_support`)."""
 
 
+class NobodyLearned(ValueError):
+    """No client of a round has an example, so there is nothing to make a model of."""
+
+    def __init__(self, clients: int, whose: str = "") -> None:
+        super().__init__(f"{whose}none of {clients} clients has an example to learn from")
+
+
 class NothingToLearn(Exception):
     """The client has no example: `client_part` makes of it an update that counts for nothing."""
 
