@@ -318,6 +318,7 @@ class Algorithm(Protocol):
         stages: Rounds in a row that the same cohort serves (full MIME: 2, others: 1).
         deltas: Whether the arrays of an update are small changes, so that clipping, noise and
             top-k apply to them; FedAsync sends whole models.
+        partial: Whether a client that runs out of time sends the epochs that it had time for.
     """
 
     @property
@@ -330,6 +331,8 @@ class Algorithm(Protocol):
     def stages(self) -> int: ...
     @property
     def deltas(self) -> bool: ...
+    @property
+    def partial(self) -> bool: ...
 
     def layout(self, model: Arrays) -> Layout:
         """What `client_update` sends for such a model; `aggregate.Fold` refuses anything else."""
