@@ -363,6 +363,7 @@ class Simulation:
         took = now - self._previous[1]
         self._previous = (self.turn, now)
         simulated = self.clock if self.plan.devices is not None else None
+        in_rounds = self.algorithm.kind is Kind.SYNCHRONOUS
         turns = self.passes * self.algorithm.stages
         self.record.add_round(
             number,
@@ -396,6 +397,8 @@ class Simulation:
                 wall_s=self._wall_before + now - self._began,
                 simulated_s=simulated,
                 clients_per_s=len(good) / took if took > 0 else 0.0,
+                follows=self.evaluates_clients
+                and (number == self.plan.rounds or (in_rounds and number % self.plan.every == 0)),
             )
         )
         self.save()
@@ -417,7 +420,9 @@ class Simulation:
 
     def add_devices(self, number: int, done: Sequence[Done]) -> None:
         """What clients found of the model of round ``number``."""
-        self.record.add_metrics(number, evaluation.of_clients(done))
+        found = evaluation.of_clients(done)
+        self.record.add_metrics(number, found)
+        self.listener.evaluated(number, found)
 
     def _last_evaluation(self) -> None:
         """The last model on every client's data, as in deployed runs."""
