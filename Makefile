@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCHMARKS := aggregation robust_rules mqtt_endpoint agent_idle first_line package log_throughput \
-	dashboard deployed_round fleet
+	dashboard deployed_round fleet simulation
 
 help: ## print the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,10 +196,12 @@ def _shown(as_json: bool) -> Iterator[Any]:
         def __init__(self, label: str) -> None:
             self._label = f"{label} " if label else ""
             self._bar = progress.add_task(self._label, total=None, rate="")
-            self._next = 0.0
+            self._next = self._next_line = 0.0
             self._clients, self._since = 0, time.monotonic()
             self._in_round = self._of_round = 0
             self._round_began = self._since
+            self._held: Round | None = None
+            listeners.append(self)
 
         def say(self, text: str) -> None:
             console.print(f"{self._label}{text}", style="dim", markup=False, soft_wrap=True)
@@ -218,9 +221,10 @@ def _shown(as_json: bool) -> Iterator[Any]:
                 progress.update(self._bar, completed=int(task.completed) + 0.99 * part)
 
         def ended(self, round_: Round) -> None:
-            if as_json:
-                results.write(_json_line(round_, self._label))
-                results.flush()
+            self.tell()
+            self._held = round_
+            if not round_.follows:
+                self.tell()
             now = time.monotonic()
             last = round_.number == round_.rounds
             if now < self._next and not last:
@@ -234,12 +238,35 @@ def _shown(as_json: bool) -> Iterator[Any]:
                 rate=f"{rate:,.{0 if rate >= 100 else 1}f} clients/s",
             )
             self._next = now + _SHOW_EVERY_S
-            if not console.is_terminal and not as_json:
-                self._next = now + 10 * _SHOW_EVERY_S
+
+        def evaluated(self, number: int, metrics: Mapping[str, float]) -> None:
+            held = self._held
+            if held is not None and held.number == number:
+                self._held = dataclasses.replace(held, metrics={**held.metrics, **metrics})
+                self.tell()
+
+        def tell(self) -> None:
+            """The line of the round that has ended, with all that is known of it."""
+            round_, self._held = self._held, None
+            if round_ is None:
+                return
+            now = time.monotonic()
+            if as_json:
+                results.write(_json_line(round_, self._label))
+                results.flush()
+            elif not console.is_terminal and (
+                now >= self._next_line or round_.number == round_.rounds
+            ):
+                self._next_line = now + 10 * _SHOW_EVERY_S
                 console.print(f"{self._label}{_line(round_)}", markup=False, soft_wrap=True)
 
+    listeners: list[Shown] = []
     with progress:
-        yield Shown
+        try:
+            yield Shown
+        finally:  # of a round that was stopped, too
+            for each in listeners:
+                each.tell()
 
 
 def _line(round_: Round) -> str:

@@ -62,6 +62,13 @@ class UnsupportedByTraining(TypeError):
     """The client's training cannot do what the algorithm needs (see `require_support`)."""
 
 
+class NobodyLearned(ValueError):
+    """No client of a round has an example, so there is nothing to make a model of."""
+
+    def __init__(self, clients: int, whose: str = "") -> None:
+        super().__init__(f"{whose}none of {clients} clients has an example to learn from")
+
+
 class NothingToLearn(Exception):
     """The client has no example: `client_part` makes of it an update that counts for nothing."""
 
@@ -311,6 +318,7 @@ class Algorithm(Protocol):
         stages: Rounds in a row that the same cohort serves (full MIME: 2, others: 1).
         deltas: Whether the arrays of an update are small changes, so that clipping, noise and
             top-k apply to them; FedAsync sends whole models.
+        partial: Whether a client that runs out of time sends the epochs that it had time for.
     """
 
     @property
@@ -323,6 +331,8 @@ class Algorithm(Protocol):
     def stages(self) -> int: ...
     @property
     def deltas(self) -> bool: ...
+    @property
+    def partial(self) -> bool: ...
 
     def layout(self, model: Arrays) -> Layout:
         """What `client_update` sends for such a model; `aggregate.Fold` refuses anything else."""

@@ -144,12 +144,18 @@ class Application:
         return None if self._central is None else self._central(self.config)
 
     def train(
-        self, model: Any, data: Any, rng: np.random.Generator, correction: Correction | None
+        self,
+        model: Any,
+        data: Any,
+        rng: np.random.Generator,
+        correction: Correction | None,
+        epochs: int | None = None,
     ) -> dict[str, float]:
-        """Train in place."""
+        """Train in place, for so many epochs where they are not those of the run's `config`."""
+        config = self.config if epochs is None else {**self.config, "epochs": epochs}
         seed_everything(int(rng.integers(2**31)))
         extra = {} if correction is None else {"correction": correction}
-        found = (self._train or _nothing)(model, data, self.config, rng, **extra)
+        found = (self._train or _nothing)(model, data, config, rng, **extra)
         return _numbers("train", found)
 
     def evaluate(self, model: Any, data: Any) -> dict[str, float]:
@@ -163,10 +169,14 @@ class Application:
 class UserTraining:
     """One client's `Local`: the user's `train` on the user's data."""
 
-    def __init__(self, application: Application, module: Any, data: Any) -> None:
+    def __init__(
+        self, application: Application, module: Any, data: Any, epochs: int | None = None
+    ) -> None:
+        """``epochs`` is for who has no time for as many as `config` says."""
         self._application = application
         self._module = module
         self._data = data
+        self._epochs = epochs
 
     @property
     def examples(self) -> int:
@@ -190,7 +200,7 @@ class UserTraining:
         if correction is not None and not self._application.takes_correction:
             raise UnsupportedByTraining("train() takes no `correction` argument")
         set_weights(self._module, model)
-        found = self._application.train(self._module, self._data, rng, correction)
+        found = self._application.train(self._module, self._data, rng, correction, self._epochs)
         examples = found.pop("examples", float(_size(self._data)))
         if examples < 0:
             raise ApplicationError(f"train() says that it saw {examples:g} examples")

@@ -12,7 +12,12 @@ from pathlib import Path
 from types import TracebackType
 
 import fedml
-from fedml.federate.algorithm import BadParameter, UnknownAlgorithm, UnsupportedByTraining
+from fedml.federate.algorithm import (
+    BadParameter,
+    NobodyLearned,
+    UnknownAlgorithm,
+    UnsupportedByTraining,
+)
 from fedml.federate.application import ApplicationError
 from fedml.federate.layout import BadUpdate
 from fedml.federate.local_sgd import BadData
@@ -34,6 +39,7 @@ def says_all(error: BaseException) -> bool:
         | BadParameter
         | BadUpdate
         | DatasetMissing
+        | NobodyLearned
         | NotPrivate
         | TooFewClients
         | UnknownAlgorithm

@@ -53,6 +53,7 @@ class FedAsync:
     stages: ClassVar[int] = 1
     buffer: ClassVar[int] = 1
     deltas: ClassVar[bool] = False
+    partial: ClassVar[bool] = False
 
     alpha: float = 0.6
     rho: float = 0.0

@@ -36,6 +36,7 @@ class FedAvg:
     needs: ClassVar[frozenset[Need]] = frozenset()
     stages: ClassVar[int] = 1
     deltas: ClassVar[bool] = True
+    partial: ClassVar[bool] = False
 
     server_lr: float = 1.0
 

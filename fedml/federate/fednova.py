@@ -53,6 +53,7 @@ class FedNova(FedAvg):
     """
 
     name: ClassVar[str] = "fednova"
+    partial: ClassVar[bool] = True
     SPELLINGS: ClassVar[dict[str, str]] = {"fedprox_mu": "mu"}
 
     momentum: float = 0.0

@@ -6,7 +6,8 @@ MLSys 2020, Algorithm 2. Client k approximately minimises, for as many steps as 
 
     h_k(w; w^t) = F_k(w) + mu/2 ||w - w^t||^2
 
-and partial work counts like full work: nobody is dropped for being slow.
+and partial work counts like full work: who is too slow for all epochs sends those that he had time
+for, instead of being dropped.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class FedProx(FedAvg):
     """
 
     name: ClassVar[str] = "fedprox"
+    partial: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CORRECTION})
     SPELLINGS: ClassVar[dict[str, str]] = {"fedprox_mu": "mu"}
 

@@ -34,6 +34,7 @@ class FedSGD:
     needs: ClassVar[frozenset[Need]] = frozenset({Need.GRADIENT})
     stages: ClassVar[int] = 1
     deltas: ClassVar[bool] = True
+    partial: ClassVar[bool] = False
     SPELLINGS: ClassVar[dict[str, str]] = {"learning_rate": "lr", "server_lr": "lr"}
 
     lr: float = 0.1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedml.federate.aggregate import Fold, combine
-from fedml.federate.algorithm import Algorithm, Facts, Trained, Update
+from fedml.federate.algorithm import Algorithm, Facts, NobodyLearned, Trained, Update
 from fedml.federate.arrays import Arrays, tagged, untagged, without_tags
 from fedml.federate.fedavg import counted
 from fedml.federate.round import Made, of_training
@@ -77,7 +77,7 @@ class GroupTurn:
         A group of which nobody has answered is not among them: it sits the rest of the round out.
 
         Raises:
-            ValueError: No update of a group counts for anything.
+            NobodyLearned: No update of a group counts for anything.
             SumBroken: A file has changed since it was added; begin the turn anew.
         """
         state, starts = dict(self._state), {}
@@ -95,7 +95,7 @@ class GroupTurn:
             turns: That the round has had.
 
         Raises:
-            ValueError: No update of a group counts for anything.
+            NobodyLearned: No update of a group counts for anything.
             SumBroken: A file has changed since it was added; begin the turn anew.
         """
         state, updates, answered = dict(self._state), {}, {}
@@ -118,11 +118,10 @@ class GroupTurn:
     def _step(self, g: int) -> tuple[Arrays, Arrays, Update]:
         """A group's next model, what its server keeps, and its members' updates combined."""
         model = self._models.get(g, self.model)
-        try:
-            combined = self._folds[g].result()
-        except ValueError as error:
-            raise ValueError(f"group {g}: {error}") from error
         learned = self._learned[g]
+        if not learned:
+            raise NobodyLearned(len(self._folds[g].clients), f"group {g}: ")
+        combined = self._folds[g].result()
         facts = Facts(clients=learned, population=max(len(self._members[g]), learned))
         own = self._own(g)
         return *self._within.server_update(model, own, combined, facts), combined

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedml.federate import cohort
 from fedml.federate.aggregate import Fold
-from fedml.federate.algorithm import Algorithm, BadParameter, Facts, Update
+from fedml.federate.algorithm import Algorithm, BadParameter, Facts, NobodyLearned, Update
 from fedml.federate.arrays import Arrays
 from fedml.federate.exact_sum import WeightedMetrics
 from fedml.federate.hierarchical import GroupedFold, Groups
@@ -140,11 +140,13 @@ class ServerRound:
         """Nobody else comes: the next model.
 
         Raises:
-            ValueError: No update counts for anything.
+            NobodyLearned: No update counts for anything.
             TooFewClients: The rule wants more.
             SumBroken: A file has changed since it was added; begin the round anew.
         """
         clients = len(self._fold.clients)
+        if not self._learned and self._treatment.rule is None:
+            raise NobodyLearned(clients)
         population = max(self._population, clients)
         combined, own, told = self._treatment.combined(
             self._fold.result(),

@@ -78,6 +78,7 @@ class Order(NamedTuple):
         careful: Report client by client: the last member died over these.
         kept: The last turn that a checkpoint holds; states from then on are kept.
         places: Where data of clients lies that this member may not know of.
+        epochs: Of clients that have no time for as many as all others.
     """
 
     task: Task
@@ -90,6 +91,7 @@ class Order(NamedTuple):
     careful: bool = False
     kept: int = -1
     places: Mapping[int, Place] = _NOTHING
+    epochs: Mapping[int, int] = _NOTHING
 
 
 class Done(NamedTuple):

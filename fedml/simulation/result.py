@@ -29,7 +29,11 @@ class ClientFailed(RunFailed):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """What a listener hears when a round has ended."""
+    """What a listener hears when a round has ended.
+
+    `follows` says whether what clients find of its model is still to come (`Listener.evaluated`):
+    they evaluate it when they are asked in the next round.
+    """
 
     number: int
     rounds: int
@@ -39,6 +43,7 @@ class Round:
     wall_s: float
     simulated_s: float | None
     clients_per_s: float
+    follows: bool = False
 
 
 class Listener:
@@ -55,6 +60,9 @@ class Listener:
 
     def ended(self, round_: Round) -> None:
         """A round has ended."""
+
+    def evaluated(self, number: int, metrics: Mapping[str, float]) -> None:
+        """What clients found of the model of a round; 0 is the first model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -255,17 +255,26 @@ class Simulation:
         if self.plan.on_central and self._application.evaluates:
             self._central = Central(self._application, own_model)
 
-    def duration(self, client: int) -> float:
-        """Simulated seconds of one client's part."""
+    @property
+    def partial(self) -> bool:
+        """Whether who runs out of time sends what he has; groups with rounds of their own wait."""
+        return self.algorithm.partial and self.nested is None
+
+    @property
+    def epochs(self) -> float:
+        """Of each client's training, as far as `config` says."""
+        said = self.plan.config.get("epochs", 1)
+        return said if isinstance(said, int | float) and said > 0 else 1
+
+    def duration(self, client: int, epochs: float | None = None) -> float:
+        """Simulated seconds of one client's part; of so many epochs, or of all."""
         devices = self.plan.devices
         if devices is None:
             return 1.0
         sizes = self.crew.sizes()
         if client not in sizes:
             self._count()
-        epochs = self.plan.config.get("epochs", 1)
-        passes = epochs if isinstance(epochs, int | float) and epochs > 0 else 1
-        examples = sizes.get(client, 0) * passes
+        examples = sizes.get(client, 0) * (self.epochs if epochs is None else epochs)
         once = devices.duration(client, examples, self.bytes_down, self.bytes_up)
         return self.passes * once
 
@@ -354,6 +363,7 @@ class Simulation:
         took = now - self._previous[1]
         self._previous = (self.turn, now)
         simulated = self.clock if self.plan.devices is not None else None
+        in_rounds = self.algorithm.kind is Kind.SYNCHRONOUS
         turns = self.passes * self.algorithm.stages
         self.record.add_round(
             number,
@@ -387,6 +397,8 @@ class Simulation:
                 wall_s=self._wall_before + now - self._began,
                 simulated_s=simulated,
                 clients_per_s=len(good) / took if took > 0 else 0.0,
+                follows=self.evaluates_clients
+                and (number == self.plan.rounds or (in_rounds and number % self.plan.every == 0)),
             )
         )
         self.save()
@@ -408,7 +420,9 @@ class Simulation:
 
     def add_devices(self, number: int, done: Sequence[Done]) -> None:
         """What clients found of the model of round ``number``."""
-        self.record.add_metrics(number, evaluation.of_clients(done))
+        found = evaluation.of_clients(done)
+        self.record.add_metrics(number, found)
+        self.listener.evaluated(number, found)
 
     def _last_evaluation(self) -> None:
         """The last model on every client's data, as in deployed runs."""

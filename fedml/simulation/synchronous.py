@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Cohort:
-    """Whose answers a round takes, how many were asked, and when on the clock it ends."""
+    """Whose answers a round takes, how many were asked, and when on the clock it ends.
+
+    `epochs` are those of clients that have no time for all.
+    """
 
     clients: tuple[int, ...]
     asked: int
     ends: float
+    epochs: Mapping[int, int] = field(default_factory=dict)
 
 
 def walk(run: Simulation) -> None:
@@ -59,9 +63,12 @@ def walk(run: Simulation) -> None:
             good, made = _turn(run, taken, meanwhile, first=stage == 0)
             # All stages of a round are served by the same clients.
             asked = taken.asked
-            taken = _Cohort(tuple(one.client for one in good), asked, taken.ends)
+            taken = replace(taken, clients=tuple(one.client for one in good))
             if stage == stages - 1:
-                ended.append(partial(run.ended, index + 1, good, asked, made.metrics, made.told))
+                told = dict(made.told)
+                if taken.epochs:
+                    told["partial.clients"] = float(len(taken.epochs))
+                ended.append(partial(run.ended, index + 1, good, asked, made.metrics, told))
     finally:
         while ended:
             ended.pop()()
@@ -89,6 +96,7 @@ def _turn(
             version=0,
             evaluate=evaluate,
             kept=run.kept_turn,
+            epochs=taken.epochs,
         )
         shares = run.crew.run(order, run.heard, meanwhile)
         good = run.settle(number, [one for _, each in shares for one in each], least=least)
@@ -196,11 +204,27 @@ def _cohort(run: Simulation, index: int) -> _Cohort:
             f"{len(answering)} answer and clients.minimum is {plan.minimum}",
             "clients.over_select asks more; or a smaller clients.minimum",
         )
-    arrivals = sorted((at + run.duration(c), c) for c in answering)[: plan.per_round]
     deadline = at + plan.deadline_s if plan.deadline_s else math.inf
+    epochs = _fitting(run, answering, deadline - at) if run.partial else {}
+    arrivals = sorted((at + run.duration(c, epochs.get(c)), c) for c in answering)
+    arrivals = arrivals[: plan.per_round]
     # At its deadline a round closes with enough answers, or waits until there are.
     taken = [(t, c) for i, (t, c) in enumerate(arrivals) if t <= deadline or i < plan.minimum]
     ends = taken[-1][0]
     if len(taken) < min(plan.per_round, len(asked)) and plan.deadline_s:
         ends = max(ends, deadline)  # it hopes for the others until then
-    return _Cohort(tuple(sorted(c for _, c in taken)), len(asked), ends)
+    clients = tuple(sorted(c for _, c in taken))
+    less = {client: epochs[client] for client in clients if client in epochs}
+    return _Cohort(clients, len(asked), ends, less)
+
+
+def _fitting(run: Simulation, clients: Sequence[int], seconds: float) -> dict[int, int]:
+    """Of clients with too little time for all epochs, how many they have time for, if for one."""
+    found = {}
+    for client in clients:
+        if run.duration(client) > seconds:
+            whole = range(math.ceil(run.epochs) - 1, 0, -1)
+            fit = next((k for k in whole if run.duration(client, k) <= seconds), None)
+            if fit is not None:
+                found[client] = fit
+    return found

@@ -36,6 +36,14 @@ def test_what_is_promised_is_there_when_it_is_used() -> None:
     assert fedml.run_hierarchical_cross_silo_server is fedml.run_cross_silo_server
 
 
+def test_trainers_are_found_where_fedmls_applications_look_for_them() -> None:
+    from fedml.core.alg_frame.client_trainer import ClientTrainer
+    from fedml.core.alg_frame.server_aggregator import ServerAggregator
+
+    assert ClientTrainer is fedml.core.ClientTrainer
+    assert ServerAggregator is fedml.core.ServerAggregator
+
+
 def test_what_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'nothing'"):
         fedml.nothing  # noqa: B018

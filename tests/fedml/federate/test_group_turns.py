@@ -59,5 +59,5 @@ def test_a_group_that_learned_nothing_is_named() -> None:
     this = turn({}, {})
     this.add(0, delta(1.0), 1.0, {})
     this.add(3, delta(1.0), 0.0, {})
-    with pytest.raises(ValueError, match="group 1: no update of weight > 0"):
+    with pytest.raises(ValueError, match="group 1: none of 1 clients has an example"):
         this.turned()

@@ -16,6 +16,7 @@ from fedml.simulation import simulate
 from fedml.simulation.devices import Devices, online
 from fedml.simulation.plan import read
 from tests.fedml.simulation import apps
+from tests.fedml.simulation.bits import same_bits
 
 
 def plan(folder: Path, devices: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -86,6 +87,32 @@ def test_at_its_deadline_a_round_closes_with_those_who_have_answered(tmp_path: P
     assert times(result)[1] == 30
     asked["clients"]["minimum"] = 3
     assert times(simulate(asked, debug=True))[1] == pytest.approx(34)
+
+
+def test_who_has_no_time_for_all_epochs_of_fedprox_sends_those_he_has_time_for(
+    tmp_path: Path,
+) -> None:
+    app = apps.LINEAR.replace(", epochs=2", "")
+    asked = plan(tmp_path, {"seconds_per_example": 1.0}, algorithm="fedprox", rounds=1)
+    asked["config"]["epochs"] = 3
+    # An epoch takes 9, 13 and 17 seconds.
+    asked["clients"] = {"count": 3, "minimum": 1, "deadline_s": 30}
+    apps.write(tmp_path, app)
+    result = simulate(asked, engine="exact", debug=True)
+    (row,) = result.history[1:]
+    assert (row["answered"], row["partial.clients"]) == (3, 2)
+    assert times(result)[1] == 27
+    asked["algorithm"] = "fedavg"  # drops who is late
+    assert simulate(asked, debug=True).history[1]["answered"] == 1
+    # By hand: a training that counts its epochs itself, and as much time as it likes.
+    apps.write(
+        tmp_path,
+        app + "\nloop = train\ndef train(model, data, config, rng, correction=None):\n"
+        "    few = {9: 3, 13: 2, 17: 1}[len(data[0])]\n"
+        "    return loop(model, data, {**config, 'epochs': few}, rng, correction)\n",
+    )
+    asked |= {"algorithm": "fedprox", "clients": {"count": 3}}
+    assert same_bits(simulate(asked, engine="exact", debug=True).model, result.model)
 
 
 def test_over_selection_takes_the_fastest_and_makes_rounds_shorter(tmp_path: Path) -> None:

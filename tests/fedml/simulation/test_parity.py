@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedml.federate.algorithm import NobodyLearned
 from fedml.simulation import simulate
 from tests.fedml.simulation import apps, deployed
 from tests.fedml.simulation.bits import same_bits
@@ -65,6 +66,16 @@ def test_the_built_in_training_is_deployed_with_the_same_bits(tmp_path: Path) ->
         asked = plan(app, algorithm)
         models = deployed.run(app, tmp_path / algorithm, asked)
         assert same_bits(simulate(asked, engine="exact", workers=2).model, models[-1])
+
+
+@pytest.mark.parametrize("groups", [{}, {"count": 2, "rounds": 2}])
+def test_a_deployed_round_of_nobody_with_examples_says_so(
+    groups: dict[str, int], tmp_path: Path
+) -> None:
+    app = apps.OWN_TRAIN + "\ndef train(model, data, config, rng):\n    return {'examples': 0}\n"
+    file = apps.write(tmp_path / "app", app)
+    with pytest.raises(NobodyLearned, match=r"none of \d clients has an example to learn from"):
+        deployed.run(file, tmp_path / "deployed", plan(file, "fedavg", groups=groups))
 
 
 def test_metrics_are_called_as_in_deployed_runs(tmp_path: Path) -> None:

@@ -240,6 +240,9 @@ def test_the_command_says_rounds_as_json_lines_and_ends_with_the_result(
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line.get("round") for line in lines] == [1, 2, 3, None]
     assert lines[-1]["end"]["engine"] == "closed_form"
+    # The second model is looked at (`every: 2`), and the last one.
+    assert ["devices.accuracy" in line["metrics"] for line in lines[:-1]] == [False, True, True]
+    assert lines[2]["metrics"]["devices.loss"] == lines[3]["end"]["metrics"]["devices.loss"]
     assert (tmp_path / "simulations" / "tiny-1" / "report.html").exists()
     again = run("run.yaml", "--debug", "--json", "--rounds", "5", "--resume")
     assert [json.loads(line).get("round") for line in again.stdout.splitlines()] == [4, 5, None]
