@@ -264,9 +264,20 @@ class Launcher:
         """When it is to go.
 
         Raises:
-            Problem: 403 a priority that only admins give; 422 numbers that cannot be.
+            Problem: 403 a priority that only admins give; 404 a cluster that reserves no machine;
+                422 numbers that cannot be.
         """
         check_priority(user, request.priority)
+        reserved = {one.cluster for one in self._fleet.candidates(user.tenant)}
+        if request.cluster and request.cluster not in reserved:
+            name = request.cluster
+            raise Problem(
+                404,
+                f"no machine is reserved as {name}",
+                "there is no such cluster, or it is stopped",
+                hint=f"`fedml cluster start {name}`, or first "
+                f"`fedml cluster create {name} --device MACHINE`",
+            )
         if not (1 <= request.nodes <= MAX_NODES and request.restarts >= 0):
             raise Problem(
                 422,

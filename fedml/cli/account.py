@@ -26,8 +26,12 @@ from fedml.session import Session
     help="Sign in with a browser, at the broker of this URL, or that of the last login.",
 )
 @click.option("--no-browser", is_flag=True, help="With --oidc: the browser is on another machine.")
+# FedML's: this machine joins as one that does work.
+@click.option("-c", "--compute-node", "joins", is_flag=True, hidden=True, help="Not here.")
+@click.option("-s", "--server", "joins", is_flag=True, hidden=True, help="Not here.")
+@click.option("-p", "--provider", "joins", is_flag=True, hidden=True, help="Not here.")
 @home_option
-def login(key: str | None, oidc_url: str | None, no_browser: bool, home: Path) -> None:
+def login(key: str | None, oidc_url: str | None, no_browser: bool, joins: bool, home: Path) -> None:
     """Keep KEY as your login, or sign in with a browser. What was kept before is replaced.
 
     "-" reads it from stdin, so that nobody sees it in the list of processes.
@@ -42,6 +46,11 @@ def login(key: str | None, oidc_url: str | None, no_browser: bool, home: Path) -
       fedml login --oidc https://broker:8443     # with a browser; later on: fedml login --oidc
       fedml login --oidc https://broker:8443 --no-browser
     """
+    if joins:
+        raise click.UsageError(
+            "this is for people: a machine joins with `fedml-agent login KEY`, whose key an admin "
+            "makes with `fedml-broker keys create`"
+        )
     if (key is None) == (oidc_url is None):
         raise click.UsageError("either a KEY, or --oidc")
     if key is not None:

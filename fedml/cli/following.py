@@ -14,7 +14,7 @@ import click
 
 from fedml.cli.job_view import JobView
 from fedml.cli.log_lines import OneTask, lines_view, task_of
-from fedml.cli.tables import duration, print_json
+from fedml.cli.tables import duration, print_json, visible
 from fedml.client import Client, Seen
 
 INTERRUPTED = 130
@@ -158,9 +158,9 @@ def _tell_end(end: dict[str, Any], view: View) -> None:
     cause = end["cause"]
     if not cause or good:
         return
-    click.echo(f"  {cause['message']}", err=True)
+    click.echo(f"  {visible(cause['message'])}", err=True)
     if cause["traceback"] and not view.has_told(cause):
-        click.echo(indented(users_part(cause["traceback"])), err=True)
+        click.echo(indented(visible(users_part(cause["traceback"]))), err=True)
     if cause["hint"]:
         click.echo(f"  try: {cause['hint']}", err=True)
 

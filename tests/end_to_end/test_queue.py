@@ -69,7 +69,8 @@ def test_torchrun_needs_no_options(place: Place) -> None:
     pytest.importorskip("torch")
     program = (
         "import torch, torch.distributed as d; d.init_process_group('gloo'); "
-        "t = torch.tensor([d.get_rank() + 1.0]); d.all_reduce(t); print('sum', t.item())"
+        "t = torch.tensor([d.get_rank() + 1.0]); d.all_reduce(t); print('sum', t.item()); "
+        "d.destroy_process_group()"  # or else its threads may abort the process at its exit
     )
     script = f'cat > p.py <<"END"\n{program.replace("; ", chr(10))}\nEND\n'
     run = place.launch(f"{script}{sys.executable} -m torch.distributed.run p.py", nodes=2)

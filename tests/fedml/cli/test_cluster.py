@@ -25,6 +25,19 @@ def test_several_clusters_at_once_and_one_that_is_not_there_keeps_nobody(fedml: 
     assert re.search(r"^cluster +none$", fedml("device", "show", "two").stdout, re.M)
 
 
+def test_a_cluster_that_is_not_there_or_is_stopped_is_told_as_such(fedml: Fedml) -> None:
+    job = fedml.file("job.yaml", "job: echo\n")
+    fedml("cluster", "create", "off", "--device", "one")
+    fedml("cluster", "stop", "off")
+    for name, more in (("off", ()), ("none", ()), ("none", ("--dry-run",))):
+        said = fedml("launch", job, "-c", name, *more, code=6).stderr
+        assert f"no machine is reserved as {name}" in said
+        assert f"`fedml cluster create {name} --device MACHINE`" in said
+    fedml("cluster", "start", "off")
+    fedml("launch", job, "-c", "off")
+    fedml("cluster", "kill", "off")
+
+
 def test_all_clusters_are_those_that_are_mine_to_change(fedml: Fedml, tmp_path: Path) -> None:
     call = fedml.place.client.call
     call("POST", "/v1/users", {"name": "cara", "role": "member"})

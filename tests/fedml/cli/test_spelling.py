@@ -41,6 +41,11 @@ def test_what_another_program_does_here_is_named(fedml: Fedml) -> None:
     assert "`fedml-agent logout`" in fedml("device", "unbind", code=2).stderr
 
 
+def test_a_machine_that_would_join_as_with_fedml_is_told_how(fedml: Fedml) -> None:
+    for option in ("-c", "--compute_node", "-s", "-p"):
+        assert "`fedml-agent login KEY`" in fedml("login", "KEY", option, code=2).stderr
+
+
 def test_platforms_versions_and_groups_have_no_effect_and_are_named(fedml: Fedml) -> None:
     job = fedml.file("job.yaml", "job: echo hello\n")
     done = fedml("launch", job, "-g", "gpus", "-v", "release")
