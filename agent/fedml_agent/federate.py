@@ -28,7 +28,7 @@ from fedml_agent.errors import AgentError
 from fedml_agent.home import Home
 from fedml_agent.https import BlobChanged, Https, file_blob, patiently
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Reporter, limits_of, out_of_time
+from fedml_agent.launch import Reporter, limits_of, out_of_time, result_of
 from fedml_agent.observe import LogShipper
 from fedml_agent.outbox import FilesSpoilt, send_file
 from fedml_agent.packages import BadPackage, Packages
@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 SOCKET = "worker.sock"
 # A worker that dies so often without finishing a stage dies of the user's code.
-_DEATHS = 3
+_DEATHS = 5
 # Of this round and the one before: a model, and what the algorithm sends with it.
 _MODELS_KEPT = 4
 # What a stage frees, up to so much, stays with its worker: the next stage asks for it again, and
@@ -71,7 +71,17 @@ _IDLE_S = 3600.0
 
 
 class WorkerDied(Exception):
-    """The worker is gone; the text says how."""
+    """The worker is gone.
+
+    Attributes:
+        end: What its shim recorded; without it, the text says how it went.
+        tail: What it wrote last.
+    """
+
+    def __init__(self, text: str, end: Ended | None = None, tail: str = "") -> None:
+        super().__init__(text)
+        self.end = end
+        self.tail = tail
 
 
 class Stages:
@@ -131,7 +141,7 @@ class Stages:
         except belongings.NotAFile as error:
             result = _failed(entry, Fault.TASK, str(error))
         except WorkerDied as error:
-            result = self._worker_died(entry, str(error))
+            result = self._worker_died(entry, error)
         except (AgentError, tending.TendingError, OSError) as error:
             result = _result(entry, TaskState.LOST, Cause(fault=Fault.MACHINE, message=str(error)))
         finally:
@@ -307,14 +317,21 @@ class Stages:
             file.touch()  # used again: not the oldest any more
         return str(file)
 
-    def _worker_died(self, entry: Entry, how: str) -> Result:
+    def _worker_died(self, entry: Entry, died: WorkerDied) -> Result:
         name = _stage_spec(entry).session
         self._sessions.pop(name, None)
         deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
-        if deaths >= _DEATHS:
-            return _failed(entry, Fault.TASK, f"its worker died {deaths} times: {how}")
-        cause = Cause(fault=Fault.MACHINE, message=f"its worker died: {how}")
-        return _result(entry, TaskState.LOST, cause)
+        how, hint = str(died), ""
+        if died.end is not None:
+            why = result_of(entry, died.end).cause
+            how, hint = (why.message, why.hint) if why is not None else ("it ended by itself", "")
+        times = f" {deaths} times" if deaths >= _DEATHS else ""
+        cause = Cause(
+            fault=Fault.TASK if times else Fault.MACHINE,
+            message=f"its worker died{times}: {how}" + (f"\n{died.tail}" if died.tail else ""),
+            hint=hint,
+        )
+        return _result(entry, TaskState.FAILED if times else TaskState.LOST, cause)
 
     # ------------------------------------------------------------------ sessions
 
@@ -502,7 +519,7 @@ class Session:
                     self._streams = None
                     self._open.clear()
                     if attempt == 2 or self.tended is None or self.tended.is_over:
-                        raise WorkerDied(await self._how_it_ended(error)) from error
+                        raise await self._death(error) from error
             raise AssertionError("unreachable")
 
     async def _talk(self, order: StageOrder) -> StageDone:
@@ -565,19 +582,20 @@ class Session:
                 raise ConnectionError("the worker did not introduce itself")
         return self._streams
 
-    async def _how_it_ended(self, error: Exception) -> str:
+    async def _death(self, error: Exception) -> WorkerDied:
         if self.tended is None:
-            return str(error)
+            return WorkerDied(str(error))
         try:
             async with asyncio.timeout(5):
                 end = await self.tended.ended()
         except TimeoutError:
             self.tended.kill()
-            return f"it closed the connection: {error}"
+            return WorkerDied(f"it closed the connection: {error}")
         last = self.tended.log("err").read(max(self.tended.logs.err.size - 2000, 0), 2000)[1]
         tail = last.decode(errors="replace").strip()
-        how = end.why if isinstance(end, Gone) else f"{end.reason}, {end.code or end.signal}"
-        return f"{how}\n{tail}" if tail else how
+        if isinstance(end, Gone):
+            return WorkerDied(end.why, tail=tail)
+        return WorkerDied(end.reason, end, tail)
 
     def detach(self) -> None:
         """Stop listening; the worker goes on."""

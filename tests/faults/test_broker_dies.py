@@ -5,6 +5,7 @@ Each run must end FINISHED with the very model that an undisturbed one gives: an
 lost or counted twice would change its bits.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from fedml_protocol.tasks import TaskState
-from tests.place import Place, began_round, ended_round
+from tests.place import APP, Place, began_round, ended_round
 
 CONFIG = {"train_s": 0.15}
 
@@ -72,9 +73,7 @@ def test_what_dies_in_the_middle_of_the_groups_own_rounds_goes_on_there(place: P
     place.broker.kill()
     place.start_broker()
     waits("round 2, turn 2 of 3")
-    for process in psutil.process_iter():
-        if place.is_ours(process) and "fedml.federate.aggregator" in process.cmdline():
-            process.kill()
+    _kill_aggregator(place)
     waits("round 2, turn 3 of 3")
     place.broker.kill()
     place.start_broker()
@@ -87,6 +86,29 @@ def test_what_dies_in_the_middle_of_the_groups_own_rounds_goes_on_there(place: P
     for what in ("stage", "updates"):
         owner = f"run/{run}/{what}/%"
         assert place.query("SELECT owner FROM blob_refs WHERE owner LIKE :o", o=owner) == []
+
+
+@pytest.mark.parametrize("place", ["embedded"], indirect=True)
+def test_an_aggregator_may_die_in_every_round_but_not_for_ever_in_one(place: Place) -> None:
+    expected = _expected(place, rounds=6)
+    run = place.federate(rounds=6, config=CONFIG)
+    for number in range(1, 7):
+        place.until(run, lambda item, number=number: began_round(item) == number)
+        _kill_aggregator(place)
+    place.finishes(run)
+    assert place.model(run) == expected
+
+    dies = APP.replace("    return {", "    import os; os._exit(3)\n    return {", 1)
+    end = place.end(place.federate(dies, rounds=2))
+    assert end["state"] == "FAILED"
+    assert end["cause"]["message"].startswith("the aggregator died 5 times: it ended with exit co")
+
+
+def _kill_aggregator(place: Place) -> None:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if place.is_ours(process) and "fedml.federate.aggregator" in process.cmdline():
+                process.kill()
 
 
 def test_a_killed_broker_loses_no_job_of_a_loaded_fleet(place: Place) -> None:
