@@ -2,7 +2,9 @@
 """Orders to devices: numbered, signed, published.
 
 Counters are taken from the store in blocks, so that an order costs no commit of its own; after a
-crash the rest of a block is skipped, which an agent does not mind: they only have to grow.
+crash the rest of a block is skipped, which an agent does not mind: they only have to grow. A store
+that was restored from a backup has forgotten how far they were: so they begin, after each start, no
+lower than the milliseconds since 1970, which no machine gets orders fast enough to outrun.
 """
 
 import os
@@ -82,7 +84,8 @@ class Orders:
     async def _counter(self, device: str) -> int:
         # No await between reading and advancing: two orders never get one number.
         if self._next.get(device, 0) >= self._end.get(device, 0):
-            end = await self._store.write(lambda tx: _take_block(tx, device))
+            least = 0 if device in self._end else time.time_ns() // 1_000_000
+            end = await self._store.write(lambda tx: _take_block(tx, device, least))
             if end > self._end.get(device, 0):
                 self._next[device], self._end[device] = end - _BLOCK, end
         counter = self._next[device] + 1
@@ -90,9 +93,9 @@ class Orders:
         return counter
 
 
-def _take_block(tx: Connection, device: str) -> int:
-    tx.execute(
-        devices.update().where(devices.c.id == device).values(counter=devices.c.counter + _BLOCK)
-    )
-    end = tx.execute(sa.select(devices.c.counter).where(devices.c.id == device)).scalar()
-    return int(end) if end is not None else _BLOCK  # a removed device: nobody will read it
+def _take_block(tx: Connection, device: str, at_least: int) -> int:
+    row = devices.c.id == device
+    found = tx.execute(sa.select(devices.c.counter).where(row)).scalar()
+    end = max(int(found or 0), at_least) + _BLOCK
+    tx.execute(devices.update().where(row).values(counter=end))
+    return end  # a removed device has no row: nobody will read it
