@@ -28,8 +28,12 @@ SETS = HOME / "sets"
 BIN = Path(sys.executable).parent
 ROUNDS = 10
 
-# What dies so soon after its start will not get better by being started again.
-TOO_SOON_S = 3.0
+# What ends by itself so soon after its start will not get better by being started again; nor does
+# what is killed so often in a row, by whomever.
+TOO_SOON_S, TOO_OFTEN = 3.0, 5
+# How often a command is tried that was killed, or found no broker: that is being started again.
+TRIES, PAUSE_S = 15, 1.0
+NO_BROKER = 5  # the exit code of `fedml` and `fedml-agent`
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -53,6 +57,7 @@ class Service:
 
     async def keep(self) -> None:
         """Start it, and start it again, for ever. `said` becomes its first line of output."""
+        killed = 0
         while True:
             began = time.monotonic()
             with self.log.open("a") as log:
@@ -71,7 +76,9 @@ class Service:
                     self.said.set_result(line.decode())
             code = await self.process.wait()
             how = f"ended with code {code}" if code >= 0 else f"got {signal.Signals(-code).name}"
-            if time.monotonic() - began < TOO_SOON_S:
+            soon = time.monotonic() - began < TOO_SOON_S
+            killed = killed + 1 if soon and code == -signal.SIGKILL else 0
+            if soon and not 0 < killed < TOO_OFTEN:
                 lines = "\n".join(self.log.read_text().splitlines()[-8:])
                 raise Broken(f"{self.name} {how}; the end of {self.log}:\n{lines}")
             say(f"{self.name} {how}; it is started again and goes on where it was")
@@ -124,7 +131,7 @@ class Demo:
         await call(HOME, "fedml", "login", Path(told["admin_key_file"]).read_text())
         say("a job on one of them")
         (HOME / "hello.yaml").write_text("job: echo hello from $(uname -n)\n")
-        await call(HOME, "fedml", "launch", str(HOME / "hello.yaml"))
+        await watch("launch", HOME / "hello.yaml")
         say(f"{ROUNDS} federated rounds across all four; no patient leaves his hospital")
         shutil.copytree(ROOT / "examples" / "heart", HOME / "heart", dirs_exist_ok=True)
         config = {"features": int(heart.train.x.shape[1]), "lr": 0.3, "steps": 20}
@@ -135,11 +142,10 @@ class Demo:
             "config": config,
         }
         (HOME / "heart" / "run.yaml").write_text(json.dumps(run))
-        await call(HOME, "fedml", "federate", str(HOME / "heart" / "run.yaml"))
-        newest = json.loads(await answer(HOME, "fedml", "run", "list", "--limit=1", "--json"))[0]
-        rounds = json.loads(await answer(HOME, "fedml", "run", "show", newest["id"], "--json"))
+        trained = await watch("federate", HOME / "heart" / "run.yaml")
+        rounds = json.loads(await answer("fedml", "run", "show", trained, "--json"))
         compare(heart, config, rounds["rounds"][ROUNDS]["metrics"]["devices.accuracy"])
-        return str(newest["id"])
+        return trained
 
     def say_what_to_try(self, run: str) -> None:
         """Commands that work as they stand."""
@@ -179,11 +185,60 @@ def compare(heart, config, together: float) -> None:
 
 
 async def call(home: Path, *words: str, quiet: bool = False) -> None:
-    """A command, as a person would type it.
+    """A command, as a person would type it; again if it was killed or found no broker.
 
     Raises:
         Broken: It did not end with 0.
     """
+    for left in reversed(range(TRIES)):
+        code, _, errors = await attempt(home, *words, quiet=quiet)
+        if left and code in (NO_BROKER, -signal.SIGKILL):
+            await asyncio.sleep(PAUSE_S)
+        elif code:
+            raise Broken(f"`{' '.join(words[:3])}` ended with code {code}\n{errors}")
+        else:
+            return
+
+
+async def watch(word: str, file: Path) -> str:
+    """`fedml launch` or `fedml federate`; its run, which goes on when whoever watches it dies.
+
+    Raises:
+        Broken: It did not end well.
+    """
+    for left in reversed(range(TRIES)):
+        code, _, _ = await attempt(HOME, "fedml", word, str(file))
+        lost = code in (NO_BROKER, -signal.SIGKILL)
+        if code and not (lost and left):
+            raise Broken(f"`fedml {word} {file}` ended with code {code}")
+        runs = json.loads(await answer("fedml", "run", "list", "--json"))
+        begun = [str(run["id"]) for run in runs if run["kind"] == word]
+        if lost and begun:
+            say(f"`fedml {word}` has gone; {begun[0]} goes on without it")
+            await call(HOME, "fedml", "run", "wait", begun[0])
+            await call(HOME, "fedml", "run", "show", begun[0])
+        if begun:
+            return begun[0]
+        await asyncio.sleep(PAUSE_S)
+    raise AssertionError("unreachable")
+
+
+async def answer(*words: str) -> str:
+    """What a command of the person's prints.
+
+    Raises:
+        Broken: It did not end with 0.
+    """
+    for _ in range(TRIES):
+        code, text, errors = await attempt(HOME, *words, quiet=True)
+        if not code:
+            return text
+        await asyncio.sleep(PAUSE_S)
+    raise Broken(f"`{' '.join(words[:3])}` ended with code {code}\n{errors}")
+
+
+async def attempt(home: Path, *words: str, quiet: bool = False) -> tuple[int, str, str]:
+    """Run a command: its exit code, and if `quiet` its output and what it said."""
     sys.stdout.flush()
     pipe = asyncio.subprocess.PIPE if quiet else None
     process = await asyncio.create_subprocess_exec(
@@ -197,25 +252,13 @@ async def call(home: Path, *words: str, quiet: bool = False) -> None:
         preexec_fn=die_with_parent,
     )
     try:
-        _, errors = await process.communicate()
+        said, errors = await process.communicate()
     except asyncio.CancelledError:
         process.terminate()
         await process.wait()
         raise
-    if process.returncode:
-        text = (errors or b"").decode()
-        raise Broken(f"`{' '.join(words[:3])}` ended with code {process.returncode}\n{text}")
-
-
-async def answer(home: Path, *words: str) -> str:
-    """What a command prints."""
-    process = await asyncio.create_subprocess_exec(
-        str(BIN / words[0]), *words[1:], env=env(home), stdout=asyncio.subprocess.PIPE
-    )
-    text, _ = await process.communicate()
-    if process.returncode:
-        raise Broken(f"`{' '.join(words[:3])}` ended with code {process.returncode}")
-    return text.decode()
+    code = process.returncode
+    return code or 0, (said or b"").decode(), (errors or b"").decode()
 
 
 def say(text: str) -> None:

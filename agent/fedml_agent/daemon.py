@@ -19,7 +19,7 @@ from fedml_agent import containers, hardware, login, sandbox, systemd
 from fedml_agent.attic import Attic
 from fedml_agent.control import Control
 from fedml_agent.environments import Environments
-from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable
+from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable, HomeUnusable
 from fedml_agent.federate import Stages
 from fedml_agent.heartbeat import Heart
 from fedml_agent.home import Home
@@ -253,7 +253,7 @@ class Daemon:
                 self.membership = await asyncio.to_thread(
                     login.hello, self.home, self.https(), told, self.version
                 )
-            except (BrokerUnreachable, BrokerRefused, OSError) as error:
+            except (BrokerUnreachable, BrokerRefused, HomeUnusable, OSError) as error:
                 log.info("the broker was not told about this machine yet: %s", error)
                 await asyncio.sleep(_HELLO_PAUSE_S)
                 continue

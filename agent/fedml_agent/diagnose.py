@@ -141,8 +141,8 @@ class Diagnosis:
             text = f"{error}, and does not answer on {self._home.control}"
             hint = "it may be starting, or hang: look at its log, or end it and start it again"
             yield Finding(name="agent", state=WRONG, text=text, next=hint)
-        except (HomeUnusable, OSError) as error:
-            hint = "are all files in it this user's?"
+        except HomeUnusable as error:
+            hint = error.hint
             yield Finding(name="agent", state=WRONG, text=str(error), next=hint)
         else:
             text = "none runs on this home"
@@ -395,6 +395,9 @@ class Diagnosis:
         except AlreadyRunning:
             text = "not tried: an agent holds this home"
             yield Finding(name="mqtt", state=NOTE, text=text, next="ask again when it answers")
+        except HomeUnusable as error:
+            text = f"not tried: {error}"
+            yield Finding(name="mqtt", state=NOTE, text=text, next="ask again when that is mended")
         except (AgentError, OSError, ValueError) as error:
             text = f"{member.mqtt_host}:{member.mqtt_port}: {error}"
             hint = "see the lines above; else ask the broker's admin: `fedml-broker status`"

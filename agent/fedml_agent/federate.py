@@ -4,9 +4,8 @@
     sessions/RUN/shim-N/       of the shim of the N-th worker
     sessions/RUN/work/         the worker's own: package, models, client state, its socket
 
-The worker has no network and no credentials: models come and updates go through this module. It
-prints a line when it listens, which is how we know when to connect. It answers a stage that it has
-done before from its disk, so that an agent that was restarted simply asks again.
+The worker (`warm_worker`) has no network and no credentials: models come and updates go through
+this module.
 """
 
 import asyncio
@@ -20,7 +19,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from fedml_agent import belongings, processes, records, sandbox, tending
 from fedml_agent.attic import Attic, mark_owed
@@ -28,7 +26,7 @@ from fedml_agent.errors import AgentError
 from fedml_agent.home import Home
 from fedml_agent.https import BlobChanged, Https, file_blob, patiently
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Reporter, limits_of, out_of_time
+from fedml_agent.launch import Reporter, limits_of, out_of_time, result_of
 from fedml_agent.observe import LogShipper
 from fedml_agent.outbox import FilesSpoilt, send_file
 from fedml_agent.packages import BadPackage, Packages
@@ -36,42 +34,25 @@ from fedml_agent.policy import Policy, time_limit_s
 from fedml_agent.redact import Secrets
 from fedml_agent.room import Room
 from fedml_agent.secret_names import secrets_of
-from fedml_agent.sockets import address_of
-from fedml_agent.tending import Ended, Gone, TaskSpec, Tended
+from fedml_agent.tending import TaskSpec, Tended
+from fedml_agent.warm_worker import SOCKET, Session, WorkerDied
 from fedml_protocol.blob import Blob, NamedBlob
 from fedml_protocol.cause import Cause, Fault
-from fedml_protocol.codec import parse
-from fedml_protocol.errors import ProtocolError
-from fedml_protocol.federate import (
-    StageCancel,
-    StageDone,
-    StageOrder,
-    StageSpec,
-    WorkerFrame,
-    WorkerReady,
-)
-from fedml_protocol.frames import HEAD_BYTES, frame, frame_length
+from fedml_protocol.federate import StageOrder, StageSpec
 from fedml_protocol.tasks import Needs, Result, TaskState
 
 log = logging.getLogger(__name__)
 
-SOCKET = "worker.sock"
 # A worker that dies so often without finishing a stage dies of the user's code.
-_DEATHS = 3
+_DEATHS = 5
 # Of this round and the one before: a model, and what the algorithm sends with it.
 _MODELS_KEPT = 4
 # What a stage frees, up to so much, stays with its worker: the next stage asks for it again, and
 # memory that comes from the system is cleared page by page first.
 _KEPT_FREE_BYTES = 256 << 20
 _ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # of the GNU C library
-# How long a worker has to give up a stage that nobody waits for.
-_GIVE_UP_S = 5.0
 # A worker that nobody has used for so long gives its memory back.
 _IDLE_S = 3600.0
-
-
-class WorkerDied(Exception):
-    """The worker is gone; the text says how."""
 
 
 class Stages:
@@ -131,7 +112,7 @@ class Stages:
         except belongings.NotAFile as error:
             result = _failed(entry, Fault.TASK, str(error))
         except WorkerDied as error:
-            result = self._worker_died(entry, str(error))
+            result = self._worker_died(entry, error)
         except (AgentError, tending.TendingError, OSError) as error:
             result = _result(entry, TaskState.LOST, Cause(fault=Fault.MACHINE, message=str(error)))
         finally:
@@ -307,18 +288,25 @@ class Stages:
             file.touch()  # used again: not the oldest any more
         return str(file)
 
-    def _worker_died(self, entry: Entry, how: str) -> Result:
+    def _worker_died(self, entry: Entry, died: WorkerDied) -> Result:
         name = _stage_spec(entry).session
         self._sessions.pop(name, None)
         deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
-        if deaths >= _DEATHS:
-            return _failed(entry, Fault.TASK, f"its worker died {deaths} times: {how}")
-        cause = Cause(fault=Fault.MACHINE, message=f"its worker died: {how}")
-        return _result(entry, TaskState.LOST, cause)
+        how, hint = str(died), ""
+        if died.end is not None:
+            why = result_of(entry, died.end).cause
+            how, hint = (why.message, why.hint) if why is not None else ("it ended by itself", "")
+        times = f" {deaths} times" if deaths >= _DEATHS else ""
+        cause = Cause(
+            fault=Fault.TASK if times else Fault.MACHINE,
+            message=f"its worker died{times}: {how}" + (f"\n{died.tail}" if died.tail else ""),
+            hint=hint,
+        )
+        return _result(entry, TaskState.FAILED if times else TaskState.LOST, cause)
 
     # ------------------------------------------------------------------ sessions
 
-    async def _session(self, entry: Entry, *, only_adopt: bool = False) -> "Session | None":
+    async def _session(self, entry: Entry, *, only_adopt: bool = False) -> Session | None:
         name = _stage_spec(entry).session
         session = self._sessions.get(name)
         if session is None:
@@ -337,7 +325,7 @@ class Stages:
             raise
         return session
 
-    async def _start(self, session: "Session", entry: Entry, *, only_adopt: bool) -> None:
+    async def _start(self, session: Session, entry: Entry, *, only_adopt: bool) -> None:
         found = await session.find()
         if isinstance(found, Tended):
             log.info("the worker of %s goes on", session.name)
@@ -369,7 +357,7 @@ class Stages:
         tended = await tending.start(shim_dir, self._spec(session, entry, work, recorded))
         session.take(tended, self._shipper(session, tended))
 
-    def _without_secrets(self, session: "Session", entry: Entry, cause: Cause) -> Cause:
+    def _without_secrets(self, session: Session, entry: Entry, cause: Cause) -> Cause:
         """A traceback may show what no log does."""
         env = self._env(entry, session.folder / "work")
         secrets = Secrets(secrets_of(env, (), self._policy().log_hide))
@@ -395,7 +383,7 @@ class Stages:
             extra["OPENBLAS_CORETYPE"] = os.environ["OPENBLAS_CORETYPE"]
         return sandbox.clean_env(os.environ, extra, home=work)
 
-    def _spec(self, session: "Session", entry: Entry, work: Path, recorded: Path) -> TaskSpec:
+    def _spec(self, session: Session, entry: Entry, work: Path, recorded: Path) -> TaskSpec:
         policy = self._policy()
         env = {**self._env(entry, work), records.ENV: str(recorded)}
         python = os.environ.get("FEDML_WORKER_PYTHON", sys.executable)
@@ -415,7 +403,7 @@ class Stages:
             marker=session.name,
         )
 
-    def _shipper(self, session: "Session", tended: Tended) -> LogShipper:
+    def _shipper(self, session: Session, tended: Tended) -> LogShipper:
         return LogShipper(
             tended,
             *session.log_key,
@@ -432,181 +420,6 @@ class Stages:
     def _out_dir(self, entry: Entry) -> Path:
         spec = _stage_spec(entry)
         return self._home.sessions / spec.session / "work" / "out" / entry.folder
-
-
-class Session:
-    """The warm worker of one run, and the socket to it."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.folder = folder
-        self.tended: Tended | None = None
-        self.shipper: LogShipper | None = None
-        self.starting = asyncio.Lock()
-        self.used_at = asyncio.get_running_loop().time()
-        self._turn = asyncio.Lock()
-        # Stages that the worker was given and has not answered.
-        self._open: set[tuple[str, int]] = set()
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._background: set[asyncio.Task[None]] = set()
-
-    async def find(self) -> Tended | Ended | Gone | None:
-        """The worker that a former agent started, if it lives."""
-        dirs = sorted(self.folder.glob("shim-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-        if not dirs:
-            return None
-        return await tending.adopt(dirs[-1])
-
-    def lease(self) -> dict[str, Any]:
-        """What it holds of the machine, and since which boot; empty: it never began."""
-        try:
-            found: dict[str, Any] = json.loads((self.folder / "lease.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return found
-
-    @property
-    def log_key(self) -> tuple[str, int]:
-        """Under which (task, epoch) the worker's log is filed."""
-        task, epoch = self.lease()["log"]
-        return str(task), int(epoch)
-
-    def next_shim_dir(self) -> Path:
-        """A fresh directory for the next worker's shim."""
-        numbers = [int(p.name.rpartition("-")[2]) for p in self.folder.glob("shim-*")]
-        folder = self.folder / f"shim-{max(numbers, default=0) + 1}"
-        folder.mkdir(mode=0o700, parents=True)
-        return folder
-
-    def take(self, tended: Tended, shipper: LogShipper | None) -> None:
-        """The worker runs."""
-        self.tended, self.shipper = tended, shipper
-        if shipper is None:
-            return
-        shipping = asyncio.get_running_loop().create_task(shipper.run(), name=f"log.{self.name}")
-        self._background.add(shipping)
-        shipping.add_done_callback(self._background.discard)
-
-    async def ask(self, order: StageOrder) -> StageDone:
-        """Give the worker a stage and wait for its answer.
-
-        Raises:
-            WorkerDied: It ended before it answered.
-        """
-        async with self._turn:
-            self.used_at = asyncio.get_running_loop().time()
-            for attempt in (1, 2):
-                try:
-                    return await self._talk(order)
-                except (OSError, asyncio.IncompleteReadError, ProtocolError) as error:
-                    self._streams = None
-                    self._open.clear()
-                    if attempt == 2 or self.tended is None or self.tended.is_over:
-                        raise WorkerDied(await self._how_it_ended(error)) from error
-            raise AssertionError("unreachable")
-
-    async def _talk(self, order: StageOrder) -> StageDone:
-        reader, writer = await self._connected()
-        writer.write(frame(WorkerFrame(body=order)))
-        self._open.add((order.task, order.epoch))
-        await writer.drain()
-        while True:
-            done = await self._next_answer(reader)
-            if (done.task, done.epoch) == (order.task, order.epoch):
-                return done
-
-    async def _next_answer(self, reader: asyncio.StreamReader) -> StageDone:
-        body = await _read(reader)
-        if not isinstance(body, StageDone):
-            raise ConnectionError(f"a worker does not send {type(body).__name__}")
-        self._open.discard((body.task, body.epoch))
-        return body
-
-    def give_up(self, key: tuple[str, int]) -> None:
-        """Make the worker give up a stage; one that does not is ended, and the next one starts."""
-        if key not in self._open or self._streams is None:
-            return
-        task, epoch = key
-        self._streams[1].write(frame(WorkerFrame(body=StageCancel(task=task, epoch=epoch))))
-        waiting = asyncio.get_running_loop().create_task(
-            self._await_end(key, self._streams[0]), name=f"give-up.{task}"
-        )
-        self._background.add(waiting)
-        waiting.add_done_callback(self._background.discard)
-
-    async def _await_end(self, key: tuple[str, int], reader: asyncio.StreamReader) -> None:
-        async with self._turn:
-            try:
-                async with asyncio.timeout(_GIVE_UP_S):
-                    while key in self._open:
-                        await self._next_answer(reader)
-            except (TimeoutError, OSError, asyncio.IncompleteReadError, ProtocolError) as error:
-                log.warning("the worker of %s does not give up and is ended: %r", self.name, error)
-                self._open.clear()
-                self._streams = None
-                tended, self.tended = self.tended, None
-                if tended is not None:
-                    tended.kill()
-                    await tended.ended()
-
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._streams is None:
-            if self.tended is None:
-                raise ConnectionError("there is no worker")
-            path = self.folder / "work"
-            # A worker says a line when it listens; each growth of its log is a reason to look.
-            async for _ in self.tended.events():
-                if (path / SOCKET).exists():
-                    break
-            with address_of(path / SOCKET) as address:
-                self._streams = await asyncio.open_unix_connection(address)
-            ready = await _read(self._streams[0])
-            if not isinstance(ready, WorkerReady):
-                raise ConnectionError("the worker did not introduce itself")
-        return self._streams
-
-    async def _how_it_ended(self, error: Exception) -> str:
-        if self.tended is None:
-            return str(error)
-        try:
-            async with asyncio.timeout(5):
-                end = await self.tended.ended()
-        except TimeoutError:
-            self.tended.kill()
-            return f"it closed the connection: {error}"
-        last = self.tended.log("err").read(max(self.tended.logs.err.size - 2000, 0), 2000)[1]
-        tail = last.decode(errors="replace").strip()
-        how = end.why if isinstance(end, Gone) else f"{end.reason}, {end.code or end.signal}"
-        return f"{how}\n{tail}" if tail else how
-
-    def detach(self) -> None:
-        """Stop listening; the worker goes on."""
-        for task in self._background:
-            task.cancel()
-        if self._streams is not None:
-            self._streams[1].close()
-        if self.tended is not None:
-            self.tended.detach()
-
-    async def end(self) -> None:
-        """End the worker and wait for it; what it wrote last is still shipped."""
-        if self._streams is not None:
-            self._streams[1].close()
-        if self.tended is None:
-            return
-        self.tended.stop(2.0)
-        await self.tended.ended()
-        if self._background:
-            await asyncio.wait(self._background, timeout=10)
-        for task in self._background:
-            task.cancel()
-
-
-async def _read(
-    reader: asyncio.StreamReader,
-) -> WorkerReady | StageOrder | StageDone | StageCancel:
-    head = await reader.readexactly(HEAD_BYTES)
-    return parse(WorkerFrame, await reader.readexactly(frame_length(head))).body
 
 
 def _stage_spec(entry: Entry) -> StageSpec:

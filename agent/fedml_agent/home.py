@@ -11,6 +11,8 @@ HOME/agent/logs/              of tasks that have ended
 HOME/agent/lock, control      held and served by the running agent
 """
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -177,9 +179,13 @@ class Home:
 
         Raises:
             AlreadyRunning: Another agent holds it.
+            HomeUnusable: The disk or its permissions do not allow it.
         """
         self.make()
-        with (self.root / "lock").open("a+") as file:
+        path = self.root / "lock"
+        with _writing(path):
+            file = path.open("a+")
+        with contextlib.closing(file):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -189,19 +195,42 @@ class Home:
                     f"another agent (pid {pid or '?'}) works on {self.root}",
                     "stop it, or give this one a home of its own with --home",
                 ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            # Not through the file's buffer: what a full disk refuses would be tried once more, as
+            # it is closed.
+            with _writing(path):
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), str(os.getpid()).encode())
             yield
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise HomeUnusable(
+            f"cannot write {path}: {error.strerror}",
+            "make room on that disk" if full else "are it and its folder this user's?",
+        ) from error
+
+
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file as a whole, readable by its owner only, and wait until it is on the disk."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Replace a file as a whole, readable by its owner only, and wait until it is on the disk.
+
+    Raises:
+        HomeUnusable: The disk or its permissions do not allow it.
+    """
     beside = path.with_name(path.name + ".new")
-    number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(number, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with _writing(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            with os.fdopen(number, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+        beside.replace(path)

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import urllib3
-from urllib3.exceptions import HTTPError, InsecureRequestWarning, MaxRetryError, SSLError
+from urllib3.exceptions import (
+    HTTPError,
+    InsecureRequestWarning,
+    MaxRetryError,
+    NewConnectionError,
+    SSLError,
+)
 from urllib3.response import BaseHTTPResponse
 
 from fedml_agent.errors import AgentError, BrokerRefused, BrokerUnreachable, KeyRefused
@@ -252,7 +258,17 @@ def pinned_ca(url: str, ca_sha256: bytes) -> bytes:
     with warnings.catch_warnings():
         # That this connection proves nothing is the point; the hash below decides.
         warnings.simplefilter("ignore", InsecureRequestWarning)
-        pem = bytes(Https(url, context)._ask("GET", "/v1/ca", None, {}).data)
+        try:
+            pem = bytes(Https(url, context)._ask("GET", "/v1/ca", None, {}).data)
+        except BrokerUnreachable as error:
+            # `diagnose` knows no address yet.
+            hint = "is `fedml-broker up` running there, and does a firewall let this machine out?"
+            raise BrokerUnreachable(str(error), hint) from error
+        except BrokerRefused as error:
+            if error.status != 404:
+                raise
+            hint = "something else answers there, or in between: ask the broker's admin"
+            raise KeyRefused(f"no broker answers at {url}: {error}", hint) from error
     try:
         der = ssl.PEM_cert_to_DER_cert(pem.decode())
     except ValueError as error:
@@ -285,4 +301,6 @@ def _plainly(error: Exception) -> str:
     """The innermost reason, without the library's wrapping."""
     if isinstance(error, MaxRetryError | SSLError) and error.args:
         return str(error.args[-1])
+    if isinstance(error, NewConnectionError) and isinstance(error.__cause__, OSError):
+        return error.__cause__.strerror or str(error.__cause__)
     return str(error)

@@ -187,6 +187,10 @@ class Intake:
         if known is not None:  # said twice: the answer may have been lost
             if known.result is None:
                 self._obeying.answer(Accept(task=offer.task, epoch=offer.epoch))
+            elif known.confirmed:
+                # A broker that knows of its result takes no notice; one that was restored from a
+                # backup, and has forgotten it, offers the task again under another epoch.
+                self._reject(offer, RejectReason.STALE, "it did this before the broker forgot it")
             return
         epochs = [e.offer.epoch for e in self._journal.of_task(offer.task)]
         if order.counter <= self._journal.floor or max(epochs, default=0) > offer.epoch:

@@ -8,6 +8,7 @@ and told the same round.
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -128,7 +129,8 @@ class Aggregator:
                 data = await stdout.readexactly(frame_length(head))
             except (OSError, asyncio.IncompleteReadError) as error:
                 code = await self._process.wait()
-                raise AggregatorDied(f"it ended with {code}\n{self._last_lines()}") from error
+                how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+                raise AggregatorDied(f"it ended with {how}\n{self._last_lines()}") from error
             self._timed(time.perf_counter() - begun)
         body = parse(AggregatorFrame, data).body
         if isinstance(body, Failed):

@@ -451,8 +451,11 @@ def _port_error(error: OSError, host: str, port: int) -> Exception:
             f"port {port} on {host} is taken by another program; "
             "stop it, or choose another port (0 chooses a free one)"
         )
-    if error.errno in (errno.EACCES, errno.EADDRNOTAVAIL):
-        return PortInUse(f"cannot listen on {host} port {port}: {error.strerror}")
+    unknown = (error.errno or 0) < 0  # of getaddrinfo: the name is nobody's
+    if unknown or error.errno in (errno.EACCES, errno.EADDRNOTAVAIL):
+        # Python adds the address once more, in brackets.
+        why = (error.strerror or "").partition(" (while attempting")[0]
+        return PortInUse(f"cannot listen on {host} port {port}: {why}")
     return error
 
 

@@ -340,10 +340,12 @@ class Devices:
         return [self._describe(row) for row in rows]
 
     async def count(self, tenant: str) -> tuple[int, int]:
-        """How many devices a tenant has, and how many of them beat."""
-        query = sa.select(sa.func.count()).where(devices.c.tenant == tenant)
+        """How many devices a tenant has, without those it revoked, and how many of them beat."""
+        query = sa.select(sa.func.count()).where(
+            devices.c.tenant == tenant, devices.c.state != "revoked"
+        )
         known = await self._store.read(lambda tx: tx.execute(query).scalar_one())
-        return known, sum(m.address.tenant == tenant and self._fleet.online(m) for m in self._fleet)
+        return known, len(self._fleet.online_of(tenant))
 
     async def show(self, tenant: str, device: str) -> dict[str, Any]:
         """One device, by id or name.

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How often the aggregator may die before the run is given up.
-_DEATHS = 3
+# How often the aggregator may die over one and the same round before the run is given up.
+_DEATHS = 5
 # A machine that loses a stage gets it again, as often as it takes: the round's deadline decides.
 _TRIES = 1_000_000
 NOTHING: Mapping[str, float] = MappingProxyType({})
@@ -82,6 +82,7 @@ class Driver:
         self._needs = request.needs.needs()
         self._stopped_by = ""
         self._stopping = asyncio.Event()
+        self._deaths = 0  # of the aggregator since a round was finished
         self.clients: dict[int, str] = {}
         # How the algorithm is walked, and the group of each client, where groups have rounds.
         self.way = RunOpened()
@@ -103,7 +104,6 @@ class Driver:
 
     async def drive(self) -> None:
         """Walk the run to its end, whatever it takes."""
-        deaths = 0
         while True:
             try:
                 await self._walk()
@@ -116,11 +116,11 @@ class Driver:
             except AggregatorRefused as error:
                 await self._end(TaskState.FAILED, error.cause)
             except AggregatorDied as error:
-                deaths += 1
                 log.warning("%s: the aggregator died: %s", self.run, error)
-                if deaths < _DEATHS:
+                self._deaths += 1
+                if self._deaths < _DEATHS:
                     continue
-                message = f"the aggregator died {deaths} times: {error}"
+                message = f"the aggregator died {self._deaths} times: {error}"
                 await self._end(TaskState.FAILED, Cause(fault=Fault.BROKER, message=message))
             except (StoreUnavailable, OSError) as error:
                 log.warning("%s waits for the disk: %s", self.run, error)
@@ -273,6 +273,7 @@ class Driver:
             )
 
         await self.commit(kept, commit)
+        self._deaths = 0
         if number > 0:  # 0 is the model before the first round
             self.all.on_round()
         shutil.rmtree(Path(made.model_path).parent, ignore_errors=True)

@@ -522,6 +522,9 @@ def _write(file: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         part.replace(file)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # of a full disk, the system names none
+        raise
     finally:
         part.unlink(missing_ok=True)
     directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)

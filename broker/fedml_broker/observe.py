@@ -301,8 +301,8 @@ class Observer:
             reading = seen[attempt]
             if tail is not None:
                 for stream in STREAMS:
-                    size = self.size(run, LogFile(*attempt, stream)) or 0
-                    reading.begin_at(stream, size - tail)
+                    whole = self.size(run, LogFile(*attempt, stream)) or 0
+                    reading.begin_at(stream, whole - tail)
             for chunk in reading.ordered.chunks(all_of_it=all_of_it):
                 text = reading.texts[chunk.log.stream].of(chunk)
                 place = {"offset": chunk.offset, "end": chunk.end, "at": chunk.at}

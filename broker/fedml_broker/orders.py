@@ -2,7 +2,9 @@
 """Orders to devices: numbered, signed, published.
 
 Counters are taken from the store in blocks, so that an order costs no commit of its own; after a
-crash the rest of a block is skipped, which an agent does not mind: they only have to grow.
+crash the rest of a block is skipped, which an agent does not mind: they only have to grow. A store
+that was restored from a backup has forgotten how far they were: so they begin, after each start, no
+lower than the milliseconds since 1970, which no machine gets orders fast enough to outrun.
 """
 
 import os
@@ -37,7 +39,9 @@ _BLOCK = 1000
 _TAKE = Prepared(
     devices.update()
     .where(devices.c.id == given("id_"))
-    .values(counter=devices.c.counter + sa.literal_column(str(_BLOCK)))
+    .values(
+        counter=sa.func.max(devices.c.counter, given("least_")) + sa.literal_column(str(_BLOCK))
+    )
     .returning(devices.c.counter)
 )
 
@@ -90,7 +94,8 @@ class Orders:
     async def _counter(self, device: str) -> int:
         # No await between reading and advancing: two orders never get one number.
         if self._next.get(device, 0) >= self._end.get(device, 0):
-            end = await self._store.write(lambda tx: _take_block(tx, device))
+            least = 0 if device in self._end else time.time_ns() // 1_000_000
+            end = await self._store.write(lambda tx: _take_block(tx, device, least))
             if end > self._end.get(device, 0):
                 self._next[device], self._end[device] = end - _BLOCK, end
         counter = self._next[device] + 1
@@ -98,6 +103,7 @@ class Orders:
         return counter
 
 
-def _take_block(tx: Connection, device: str) -> int:
-    row = _TAKE.first(tx, id_=device)
-    return int(row[0]) if row is not None else _BLOCK  # a removed device: nobody will read it
+def _take_block(tx: Connection, device: str, at_least: int) -> int:
+    row = _TAKE.first(tx, id_=device, least_=at_least)
+    # A removed device has no row: nobody will read it.
+    return int(row[0]) if row is not None else at_least + _BLOCK

@@ -209,9 +209,11 @@ class _Bar:
         last = number > self._rounds
         title = "last evaluation" if last else f"round {number} of {self._rounds}"
         self._number = number
-        self._progress.reset(bar, total=asked, description=title)
         left = "" if seconds_left is None or last else f"about {duration(seconds_left)} left"
-        self._progress.update(bar, received="", left=left, missing="")
+        # At once, or the new round is drawn with what the one before has received.
+        self._progress.reset(
+            bar, total=asked, description=title, received="", left=left, missing=""
+        )
 
     def move(self, numbers: dict[str, int], missing: str) -> None:
         """Somebody has answered; `missing` names those who have not."""

@@ -364,6 +364,9 @@ def test_something_else_than_a_broker_says_so(server: HttpsServer, identity: Ide
     server.on("GET", "/v1/ca", lambda asked: asked.answer(200, b"<html>Welcome</html>"))
     with pytest.raises(KeyRefused, match="does not answer as a broker does"):
         pinned_ca(server.url, identity.ca_sha256)
+    server.on("GET", "/v1/ca", lambda asked: asked.problem(404, "not found"))
+    with pytest.raises(KeyRefused, match=f"no broker answers at {server.url}"):
+        pinned_ca(server.url, identity.ca_sha256)
 
 
 # ---------------------------------------------------------------------- patience

@@ -145,6 +145,24 @@ async def test_an_offer_that_comes_twice_is_answered_twice_and_begun_once(machin
     assert machine.obedient.done.count(Accept(task="t-1", epoch=1)) == 2
 
 
+async def test_an_offer_of_what_was_done_and_confirmed_is_refused_not_done_again(
+    machine: Machine,
+) -> None:
+    """Of a broker that was restored from a backup: it then makes another one."""
+    await machine.take(machine.order(offer()))
+    result = Result(task="t-1", epoch=1, state=TaskState.FINISHED)
+    entry = machine.journal.get("t-1", 1)
+    assert entry is not None
+    machine.journal.end(entry, result)
+    await machine.take(machine.order(offer()))
+    assert machine.obedient.refusals == []  # the result is on its way
+    machine.journal.confirm("t-1", 1)
+    await machine.take(machine.order(offer()))
+    assert machine.obedient.refusals == [RejectReason.STALE]
+    await machine.take(machine.order(offer(epoch=2)))
+    assert machine.obedient.done[-1] == ("begin", "t-1", 2)
+
+
 @pytest.mark.parametrize(
     "forge",
     [

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,40 @@ def test_check_says_rule_by_rule_what_would_happen(home: Path) -> None:
     assert (code, said["taken"]) == (1, False)
     assert [rule["rule"] for rule in said["rules"] if not rule["ok"]] == ["publishers.allow"]
     assert check(home, "--publisher", "ada")[0] == 0
+
+
+def test_check_asks_for_a_container_a_network_and_another_tenants_user(home: Path) -> None:
+    (home / "agent" / "policy.toml").write_text(
+        'publishers.allow = ["ward/*"]\nnetwork.jobs = false\n'
+        '[containers]\nallow = true\nimages = ["docker.io/library/*"]\nmounts = ["/srv/scans"]\n'
+    )
+    words = ("--publisher", "ward/dr-lee", "--no-network", "--image", "python:3.12")
+    assert check(home, *words, "--mount", "/srv/scans")[0] == 0
+
+    def refused(*words: str) -> list[str]:
+        return [rule["rule"] for rule in check(home, *words)[1]["rules"] if not rule["ok"]]
+
+    assert refused(*words, "--mount", "/srv/scans:rw") == ["containers.mounts"]
+    assert refused(*words, "--image", "ghcr.io/a/b") == ["containers.images"]
+    assert refused(*words, "--network") == ["network.jobs"]
+    assert refused("--no-network") == ["publishers.allow"]  # of this machine's own tenant
+    assert refused(*words, "--disk-gb", "1e9") == ["resources.disk_reserve"]
+
+
+def test_check_is_a_table_for_people_with_a_verdict(home: Path) -> None:
+    done = command(home, "check", "--kind", "federate")
+    assert re.search(r"^RULE +SAYS +ASKED FOR +MAY BE$", done.stdout, re.M)
+    assert re.search(r"^tasks\.kinds +ok +kind federate +launch, federate$", done.stdout, re.M)
+    assert "such a task of default/somebody would be taken" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("--gpus=-1",), ("--memory-gb=nan",), ("--cpus=-2",), ("--publisher=a/b/c",)]
+)
+def test_check_of_what_nobody_can_ask_for_is_typed_wrongly(home: Path, words: list[str]) -> None:
+    done = command(home, "check", *words)
+    assert done.exit_code == 2
+    assert "Error: " in done.stderr
 
 
 def test_check_of_a_broken_file_is_json_too(home: Path) -> None:

@@ -107,7 +107,7 @@ async def test_users_code_reads_no_key_writes_nothing_and_calls_nobody(
 async def test_an_aggregator_that_dies_says_how(broker: Broker) -> None:
     aggregator = await broker.start()
     await aggregator.ask(broker.opening(die=True), RunOpened)
-    with pytest.raises(AggregatorDied, match="ended with 3"):
+    with pytest.raises(AggregatorDied, match="ended with exit code 3"):
         await aggregator.ask(MakeModel(out_dir=str(broker.work / "out")), ModelMade)
     await aggregator.close()
 

@@ -361,6 +361,20 @@ async def test_a_machine_is_drained_and_taken_up_again(registry: Registry) -> No
         assert await registry.devices.count("acme") == (1, 1)
 
 
+async def test_a_draining_machine_is_online_and_a_revoked_one_is_not_counted(
+    registry: Registry,
+) -> None:
+    for _ in range(2):
+        address = await registry.join(machine())
+        registry.fleet.heard(address.device, 1, Heartbeat(free_slots=2))
+    assert await registry.devices.count("acme") == (2, 2)
+    await registry.devices.drain("acme", address.device, on=True, by="ann")
+    assert await registry.devices.count("acme") == (2, 2)
+    await registry.devices.revoke("acme", address.device, by="ann")
+    assert await registry.devices.count("acme") == (1, 1)
+    assert await registry.devices.count("other") == (0, 0)
+
+
 async def test_labels_are_put_and_taken_by_id_or_name(registry: Registry) -> None:
     address = await registry.join(machine(), labels={"old": "1", "both": "2"})
     devices = registry.devices

@@ -904,6 +904,20 @@ async def test_numbers_of_orders_grow_across_restarts(
     assert len(place.post.offers()) == 3
 
 
+async def test_a_store_that_was_restored_from_a_backup_numbers_no_order_as_before(
+    place: Place,
+) -> None:
+    one = await place.device("one")
+    for n in range(2):
+        await place.queue(job(f"t-{n}"))
+        place.dispatcher.release("one", f"r-{n}")
+        await one.end(f"t-{n}", 1)
+        await place.store.write(lambda tx: tx.execute(tables.devices.update().values(counter=0)))
+        await place.restart()
+        await one.beat()
+    assert len(place.post.offers()) == 2  # the post refuses a number that is not above all before
+
+
 async def test_orders_at_the_same_moment_have_different_numbers(place: Place) -> None:
     one = await place.device("one")
     for _ in range(2):

@@ -111,7 +111,9 @@ def test_a_broker_that_is_not_there_is_named(broker: Place, tmp_path: Path) -> N
         ca_sha256=good.ca_sha256,
         secret=good.secret,
     )
-    _says(agent(tmp_path, "login", str(absent)), "https://localhost:9", "does not answer")
+    found = agent(tmp_path, "login", str(absent))
+    _says(found, "https://localhost:9 does not answer: Connection refused", "`fedml-broker up`")
+    assert found.returncode == 5
 
 
 # ---------------------------------------------------------------------- places that are taken
@@ -121,6 +123,22 @@ def test_a_taken_port_is_named_with_the_way_out(broker: Place, tmp_path: Path) -
     port = broker.client.url.rpartition(":")[2]
     found = _run(tmp_path, "fedml_broker", "up", "--https-port", port, "--mqtt-port", "0")
     _says(found, f"port {port}", "0 chooses a free one")
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--https-port=80000", "not in the range"),
+        ("--host=nosuch.invalid", "cannot listen on nosuch.invalid"),
+        ("--heartbeat=30", "less than two heartbeats of 30 s"),
+        ("--heartbeat=0", "not in the range"),
+        ("--disk-reserve-gb=-1", "not in the range"),
+        ("--home=/proc/here", "/proc/here"),
+    ],
+)
+def test_what_a_broker_cannot_serve_with_is_named(option: str, says: str, tmp_path: Path) -> None:
+    found = _run(tmp_path, "fedml_broker", "up", "--https-port=0", "--mqtt-port=0", option)
+    _says(found, says)
 
 
 def test_a_second_broker_on_one_home_is_refused(broker: Place) -> None:
@@ -233,6 +251,50 @@ def test_a_full_broker_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
         with pytest.raises(BrokerRefused, match="disk is full") as refused:
             _package(place, "true")
         assert "give it more disk" in refused.value.hint
+
+
+def can_mount() -> bool:
+    return (
+        os.geteuid() == 0 and not subprocess.run(["unshare", "-m", "true"], check=False).returncode
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs root, to mount a small disk")
+def test_nothing_starts_on_a_disk_without_a_byte_and_each_says_so(
+    broker: Place, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # What is there already is copied onto a small disk, and the rest of it is filled.
+    small = (
+        'mount -t tmpfs -o size=1m none "$0" && cp -a "$1/." "$0" && shift '
+        '&& { head -c 2m /dev/zero > "$0/fill" 2>/dev/null; "$@"; }'
+    )
+
+    def on_full_disk(old: Path, package: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-c", small, str(disk), str(old), *command(package, *words)],
+            env={**os.environ, "FEDML_HOME": str(disk)},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+    new, joined = tmp_path / "new", tmp_path / "joined"
+    new.mkdir()
+    key = _new_key(broker)
+    found = on_full_disk(new, "fedml_agent", "login", key)
+    _says(found, "No space left on device", str(disk), "make room")
+    assert found.returncode == 8
+    assert agent(joined, "login", key).returncode == 0  # the key was not used up
+    found = on_full_disk(joined, "fedml_agent", "run")
+    _says(found, "No space left on device", str(disk), "make room")
+    assert found.returncode == 8
+    found = on_full_disk(joined, "fedml_agent", "diagnose")
+    assert "agent              not ok" in found.stdout
+    assert "next: make room on that disk" in found.stdout
+    found = on_full_disk(new, "fedml_broker", "up", "--https-port=0", "--mqtt-port=0")
+    _says(found, "No space left on device", str(disk), "make room")
 
 
 # ---------------------------------------------------------------------- updates

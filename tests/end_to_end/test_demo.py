@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make demo`, as a person and as a script meet it: what it shows, and that it leaves nothing."""
 
+import contextlib
 import os
 import pty
 import re
@@ -138,6 +139,26 @@ def test_a_killed_broker_comes_back_and_a_closed_terminal_ends_it_all(demo: Demo
     demo.process.send_signal(signal.SIGHUP)
     assert demo.process.wait(30) == 128 + signal.SIGHUP
     assert _running(demo.folder) == []
+
+
+def test_whatever_is_killed_at_whatever_age_no_run_is_lost(demo: Demo) -> None:
+    def kill(*words: str) -> None:
+        for process in _running(demo.folder):
+            with contextlib.suppress(psutil.Error):
+                if all(any(word in part for part in process.cmdline()) for word in words):
+                    process.kill()
+
+    demo.read_until("a job on one of them")
+    kill("fedml-agent", "run")  # all four, seconds old
+    kill("fedml-broker", "up")
+    demo.read_until("4 clients: ")
+    kill("fedml", "federate")
+    text = demo.read_all()
+    assert demo.process.wait(20) == 0, text
+    assert text.count("got SIGKILL; it is started again") == 5
+    assert re.search(r"`fedml federate` has gone; r-\w+ goes on without it", text)
+    assert "hello from" in text
+    assert re.search(r"^  federated +[\d.]+ %$", text, re.M)
 
 
 @pytest.mark.parametrize("inner", [False, True])

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from fedml_protocol.tasks import TaskState
-from tests.place import Agent, Place, began_round
+from tests.place import APP, Agent, Place, began_round
 
 CONFIG = {"train_s": 0.4}
 
@@ -98,6 +98,19 @@ def test_a_worker_that_is_killed_is_started_again_and_its_stage_too(place: Place
         worker.kill()
     place.finishes(run)
     assert place.model(run) == expected
+
+
+@pytest.mark.parametrize("place", ["embedded"], indirect=True)
+def test_a_worker_that_always_dies_ends_its_run_with_how_and_its_last_words(place: Place) -> None:
+    dies = (
+        "import os, sys\n    print('so be it', file=sys.stderr)\n    os.kill(os.getpid(), 9)\n    "
+    )
+    run = place.federate(APP.replace("x, y = data", dies + "x, y = data", 1), rounds=2)
+    end = place.end(run)
+    assert end["state"] == "FAILED"
+    message = end["cause"]["message"]
+    assert "its worker died 5 times: it was ended by SIGKILL" in message
+    assert "so be it" in message
 
 
 def test_agent_shim_and_worker_killed_together_lose_nothing(place: Place) -> None:

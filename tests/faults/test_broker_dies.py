@@ -5,7 +5,12 @@ Each run must end FINISHED with the very model that an undisturbed one gives: an
 lost or counted twice would change its bits.
 """
 
+import contextlib
 import json
+import os
+import shutil
+import sqlite3
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,7 @@ import psutil
 import pytest
 
 from fedml_protocol.tasks import TaskState
-from tests.place import Place, began_round, ended_round
+from tests.place import APP, Place, began_round, command, ended_round
 
 CONFIG = {"train_s": 0.15}
 
@@ -72,9 +77,7 @@ def test_what_dies_in_the_middle_of_the_groups_own_rounds_goes_on_there(place: P
     place.broker.kill()
     place.start_broker()
     waits("round 2, turn 2 of 3")
-    for process in psutil.process_iter():
-        if place.is_ours(process) and "fedml.federate.aggregator" in process.cmdline():
-            process.kill()
+    _kill_aggregator(place)
     waits("round 2, turn 3 of 3")
     place.broker.kill()
     place.start_broker()
@@ -87,6 +90,29 @@ def test_what_dies_in_the_middle_of_the_groups_own_rounds_goes_on_there(place: P
     for what in ("stage", "updates"):
         owner = f"run/{run}/{what}/%"
         assert place.query("SELECT owner FROM blob_refs WHERE owner LIKE :o", o=owner) == []
+
+
+@pytest.mark.parametrize("place", ["embedded"], indirect=True)
+def test_an_aggregator_may_die_in_every_round_but_not_for_ever_in_one(place: Place) -> None:
+    expected = _expected(place, rounds=6)
+    run = place.federate(rounds=6, config=CONFIG)
+    for number in range(1, 7):
+        place.until(run, lambda item, number=number: began_round(item) == number)
+        _kill_aggregator(place)
+    place.finishes(run)
+    assert place.model(run) == expected
+
+    dies = APP.replace("    return {", "    import os; os._exit(3)\n    return {", 1)
+    end = place.end(place.federate(dies, rounds=2))
+    assert end["state"] == "FAILED"
+    assert end["cause"]["message"].startswith("the aggregator died 5 times: it ended with exit co")
+
+
+def _kill_aggregator(place: Place) -> None:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if place.is_ours(process) and "fedml.federate.aggregator" in process.cmdline():
+                process.kill()
 
 
 def test_a_killed_broker_loses_no_job_of_a_loaded_fleet(place: Place) -> None:
@@ -168,3 +194,49 @@ def test_a_client_who_follows_sees_every_round_once_across_a_restart(place: Plac
                 place.broker.kill()
                 place.start_broker()
     assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("place", ["embedded"], indirect=True)
+def test_machines_work_for_a_broker_that_was_restored_from_a_backup(place: Place) -> None:
+    """It has forgotten what came after: orders that it gave, runs, and rounds of one that goes on.
+
+    None of its orders may look like an old one that somebody plays back, and what a machine did
+    under the same name is offered again.
+    """
+    expected = _expected(place, rounds=5)
+    run = place.federate(rounds=5, config=CONFIG)
+    place.until(run, lambda item: ended_round(item) == 2)
+    backup = place.folder / "backup.tar.gz"
+    _broker_command(place, "backup", str(backup))
+    place.finishes(run)
+    one = place.agents["one"]
+    place.broker.stop()
+    one.stop()
+    # As if thousands of tasks had come and gone: the machine knows below which number orders are
+    # old, also when it starts again.
+    with contextlib.closing(sqlite3.connect(place.home / "broker/broker.db")) as db, db:
+        db.execute("UPDATE devices SET counter = counter + 7000")
+        (floor,) = db.execute("SELECT max(counter) FROM devices").fetchone()
+    journal = one.home / "agent/private/journal.db"
+    with contextlib.closing(sqlite3.connect(journal)) as db, db:
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('floor', ?)", (str(floor),))
+    place.start_broker()
+    one.start()
+    place.finishes(place.launch("true", labels={}))
+
+    place.broker.stop()
+    shutil.rmtree(place.home / "broker")
+    subprocess.run(["tar", "-xzf", backup, "-C", place.home], check=True)
+    place.start_broker()
+    place.finishes(place.launch("true"))
+    place.finishes(run)
+    assert place.model(run) == expected
+
+
+def _broker_command(place: Place, *words: str) -> None:
+    subprocess.run(
+        command("fedml_broker", *words),
+        env={**os.environ, "FEDML_HOME": str(place.home)},
+        check=True,
+        capture_output=True,
+    )

@@ -7,11 +7,14 @@ went wrong, 2 the command was typed wrongly, and those of `errors.py`.
 
 import difflib
 import importlib
+import os
+import sqlite3
 import sys
+from typing import NoReturn
 
 import click
 
-from fedml_agent.errors import AgentError
+from fedml_agent.errors import AgentError, HomeUnusable
 
 # Verb -> module. A command is imported when it is used: `run` must stay small.
 _VERBS = {
@@ -64,10 +67,7 @@ def main() -> None:
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
     except AgentError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        if error.hint:
-            click.secho(f"  try: {error.hint}", err=True)
-        sys.exit(error.exit_code)
+        _end(error)
     except click.exceptions.Abort:
         click.echo("stopped", err=True)
         sys.exit(130)
@@ -77,4 +77,17 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except BrokenPipeError:
+        # Whoever read our output has gone; at exit Python would complain about it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # of a disk, as a rule: what goes over the network says so itself
+        _end(HomeUnusable(str(error), "`fedml-agent diagnose` looks at the home and its disk"))
+    except sqlite3.OperationalError as error:
+        _end(HomeUnusable(f"the journal: {error}", "`fedml-agent diagnose` looks at its disk"))
+
+
+def _end(error: AgentError) -> NoReturn:
+    click.secho(f"error: {error}", fg="red", err=True)
+    if error.hint:
+        click.secho(f"  try: {error.hint}", err=True)
+    sys.exit(error.exit_code)

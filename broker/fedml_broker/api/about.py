@@ -47,11 +47,13 @@ class Handlers:
             "version": broker.version,
             "url": broker.url,
             "mqtt": broker.mqtt_url,
+            "mqtt_connected": broker.post.connected,
             "up_s": time.monotonic() - broker.started_at,
             "devices": known,
             "online": online,
             "runs": await broker.runs.counts(call.user.tenant),
             "refused_messages": sum(broker.reports.refused.values()),
+            "disk_reserve_bytes": broker.config.disk_reserve_bytes,
         }
 
     async def metrics(self, call: Call) -> Any:

@@ -6,9 +6,11 @@ was typed wrongly, 5 the broker does not answer, 6 it answered no.
 """
 
 import difflib
+import errno
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -95,10 +97,7 @@ def main() -> None:
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
     except CommandFailed as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        if error.hint:
-            click.echo(f"  try: {error.hint}", err=True)
-        sys.exit(error.exit_code)
+        _end(error)
     except click.exceptions.Abort:
         click.echo("stopped", err=True)
         sys.exit(130)
@@ -111,13 +110,23 @@ def main() -> None:
         # Whoever read our output has gone; at exit Python would complain about it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room on the disk" if full else "are the home and its files this user's?"
+        _end(CommandFailed(str(error), hint))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _BROUGHT:
             raise
-        click.secho(
-            f"error: the broker's part is not installed: no {error.name}", fg="red", err=True
+        _end(
+            CommandFailed(
+                f"the broker's part is not installed: no {error.name}",
+                "pip install 'fedml-agent[broker]', or '.[broker]' in a checkout",
+            )
         )
-        click.echo(
-            "  try: pip install 'fedml-agent[broker]', or '.[broker]' in a checkout", err=True
-        )
-        sys.exit(1)
+
+
+def _end(error: CommandFailed) -> NoReturn:
+    click.secho(f"error: {error}", fg="red", err=True)
+    if error.hint:
+        click.echo(f"  try: {error.hint}", err=True)
+    sys.exit(error.exit_code)

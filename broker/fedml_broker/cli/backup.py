@@ -2,6 +2,7 @@
 """`fedml-broker backup FILE`."""
 
 import contextlib
+import json
 import os
 import sqlite3
 import tarfile
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from fedml_broker import audit, tables
-from fedml_broker.cli.client import CommandFailed, home_option
+from fedml_broker.cli.client import CommandFailed, home_option, json_option
 from fedml_broker.store import beside
 
 
@@ -23,7 +24,8 @@ from fedml_broker.store import beside
     "--blobs/--no-blobs", default=True, show_default=True, help="Models and packages too."
 )
 @home_option
-def backup(file: Path, blobs: bool, home: Path) -> None:
+@json_option
+def backup(file: Path, blobs: bool, home: Path, as_json: bool) -> None:
     """Write everything that the broker knows into FILE (.tar.gz), while it runs or not.
 
     The file holds the CA's key: keep it as safe as the broker's own disk.
@@ -49,7 +51,11 @@ def backup(file: Path, blobs: bool, home: Path) -> None:
     except (OSError, sqlite3.Error, sa.exc.DatabaseError) as error:
         part.unlink(missing_ok=True)
         raise CommandFailed(f"the backup failed: {error}") from error
-    click.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB", err=True)
+    size = file.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"file": str(file.absolute()), "bytes": size, "blobs": blobs}))
+    else:
+        click.echo(f"{file}: {size / 1e6:.1f} MB", err=True)
 
 
 def _archive(home: Path, part: Path, blobs: bool) -> None:
@@ -61,11 +67,25 @@ def _archive(home: Path, part: Path, blobs: bool) -> None:
         ):
             source.backup(target)
         number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(number, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz") as archive:
+        with (
+            os.fdopen(number, "wb") as raw,
+            # Most of it are models, which hardly become smaller, whatever is tried.
+            tarfile.open(fileobj=raw, mode="w:gz", compresslevel=1) as archive,
+        ):
             archive.add(copy, "broker/broker.db")
-            for name in ("identity", "admin.key", "logs", *(("blobs",) if blobs else ())):
-                if (home / name).exists():
-                    archive.add(home / name, f"broker/{name}")
+            # Not what is still being uploaded, or being deleted.
+            kept = ("blobs/sha256",) if blobs else ()
+            for name in ("identity", "admin.key", "logs", *kept):
+                _add(archive, home / name, f"broker/{name}")
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    """A file, or a folder with all that is in it; the broker may delete it at the same time."""
+    with contextlib.suppress(FileNotFoundError):
+        archive.add(path, name, recursive=False)
+        if path.is_dir():
+            for inner in sorted(path.iterdir()):
+                _add(archive, inner, f"{name}/{inner.name}")
 
 
 def _note(tx: Connection, file: Path, size: int, blobs: bool) -> None:

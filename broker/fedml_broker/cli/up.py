@@ -30,10 +30,20 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--name", help="Under which machines reach it; goes into keys and certificate.")
 @click.option(
-    "--https-port", default=HTTPS_PORT, show_default=True, help="0 chooses one and keeps it."
+    "--https-port",
+    default=HTTPS_PORT,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    metavar="N",
+    help="0 chooses one and keeps it.",
 )
 @click.option(
-    "--mqtt-port", default=MQTTS_PORT, show_default=True, help="0 chooses one and keeps it."
+    "--mqtt-port",
+    default=MQTTS_PORT,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    metavar="N",
+    help="0 chooses one and keeps it.",
 )
 @click.option(
     "--mqtt",
@@ -48,15 +58,29 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
     metavar="URL",
     help="An MLflow server that gets all that runs record too; see docs/mlops.md.",
 )
-@click.option("--heartbeat", default=10.0, show_default=True, help="Seconds between heartbeats.")
+@click.option(
+    "--heartbeat",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 3600),
+    metavar="SECONDS",
+    help="Between two heartbeats of a machine.",
+)
 @click.option(
     "--lease",
     default=45.0,
     show_default=True,
-    help="Seconds until a silent machine's tasks go elsewhere.",
+    type=click.FloatRange(0.1, 7 * 86400),
+    metavar="SECONDS",
+    help="Until a silent machine's tasks go elsewhere; at least two heartbeats.",
 )
 @click.option(
-    "--disk-reserve-gb", default=1.0, show_default=True, help="Uploads stop before less is left."
+    "--disk-reserve-gb",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    metavar="GB",
+    help="Uploads stop before less is left.",
 )
 @click.option("--oidc-issuer", metavar="URL", help="People may sign in with this provider.")
 @click.option("--oidc-client-id", default="", metavar="ID", help="This broker's name there.")
@@ -121,6 +145,11 @@ def up(
       fedml-broker up --oidc-issuer https://id.example.org --oidc-client-id fedml \\
         --oidc-client-secret-file secret.txt --oidc-grant 'ml-team=member'
     """
+    if lease < 2 * heartbeat:
+        # Each machine would count as lost between two heartbeats.
+        raise click.BadParameter(
+            f"{lease:g} s are less than two heartbeats of {heartbeat:g} s", param_hint="--lease"
+        )
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",

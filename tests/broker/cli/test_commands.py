@@ -9,10 +9,14 @@ import sqlite3
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import load_file
 
 from fedml import session
@@ -263,6 +267,63 @@ def test_the_audit_tells_who_did_what_and_is_verified(place: Place) -> None:
     )
 
 
+def test_doctor_finds_a_healthy_broker_and_says_what_is_not(place: Place, tmp_path: Path) -> None:
+    def checks(code: int) -> dict[str, Any]:
+        told = json.loads(_broker(place, "doctor", "--json", code=code).stdout)
+        assert told["ok"] == (code == 0)
+        return {one["name"]: one for one in told["checks"]}
+
+    found = checks(0)
+    assert {one["state"] for one in found.values()} <= {"ok", "note"}
+    assert found["mqtt"]["text"].startswith("mqtts://localhost:")
+    _broker(place, "backup", str(tmp_path / "b.tar.gz"), "--no-blobs")
+    key = place.home / "broker" / "identity" / "ca.key"
+    key.chmod(0o644)
+    try:
+        found = checks(1)
+    finally:
+        key.chmod(0o600)
+    assert found["keys"]["state"] == "not ok"
+    assert found["keys"]["next"] == f"chmod go= {key}"
+    assert found["backup"]["state"] == "ok"
+    assert str(tmp_path / "b.tar.gz") in found["backup"]["text"]
+    text = _broker(place, "doctor").stdout
+    assert "certificate            ok      good until 20" in text
+
+    away = subprocess.run(
+        command("fedml_broker", "doctor"),
+        env={**os.environ, "FEDML_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert away.returncode == 1
+    assert "holds no broker yet\n                       next: `fedml-broker up`" in away.stdout
+
+
+def test_doctor_of_a_broker_that_is_down_looks_at_its_disk_and_certificates(
+    tmp_path: Path,
+) -> None:
+    with Place(tmp_path) as place:
+        pass
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "CA")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now).not_valid_after(now + timedelta(days=100))
+    ca = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    (place.home / "broker" / "identity" / "ca.pem").write_bytes(ca)
+    for file in (place.home / "broker").glob("broker.db*"):  # its log of writes too
+        file.unlink()
+    (place.home / "broker" / "broker.db").write_bytes(b"garbage" * 1000)
+    told = json.loads(_broker(place, "doctor", "--json", code=1).stdout)
+    found = {one["name"]: one for one in told["checks"]}
+    assert (found["store"]["state"], found["https"]["state"]) == ("not ok", "not ok")
+    assert "restore a backup" in found["store"]["next"]
+    assert "is `fedml-broker up` running?" in found["https"]["next"]
+    assert found["CA"]["state"] == "note"
+    assert "every machine must log in anew" in found["CA"]["next"]
+    assert found["disk"]["state"] == "ok"
+
+
 def test_a_backup_is_in_the_audit_and_holds_it(place: Place, tmp_path: Path) -> None:
     file = tmp_path / "b.tar.gz"
     before = _json(place, "audit", "head")
@@ -279,6 +340,36 @@ def test_a_backup_is_in_the_audit_and_holds_it(place: Place, tmp_path: Path) -> 
         command("fedml_broker", *words), env={**os.environ, **other}, capture_output=True, text=True
     )
     assert told.returncode == 0, told.stderr
+
+
+def test_what_the_broker_deletes_during_a_backup_is_left_out_of_it(tmp_path: Path) -> None:
+    home = tmp_path / "broker"
+    logs = home / "logs" / "r-1"
+    logs.mkdir(parents=True)
+    sqlite3.connect(home / "broker.db").close()
+    (home / "blobs" / "parts").mkdir(parents=True)
+    (home / "blobs" / "parts" / "half").touch()
+    (home / "blobs" / "sha256").mkdir()
+    (home / "identity").mkdir()
+    (home / "admin.key").touch()
+    files = [logs / f"{n:04}.log" for n in range(4000)]
+    for file in files:
+        file.touch()
+    process = subprocess.Popen(
+        command("fedml_broker", "backup", str(tmp_path / "b.tar.gz"), "--json"),
+        env={**os.environ, "FEDML_HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / ".b.tar.gz.part").exists():
+        assert process.poll() is None
+    for file in reversed(files):  # in the middle they meet
+        file.unlink()
+    told = json.loads(process.communicate()[0])
+    assert process.returncode == 0
+    assert told["bytes"] == (tmp_path / "b.tar.gz").stat().st_size
+    with tarfile.open(tmp_path / "b.tar.gz") as archive:
+        assert not [n for n in archive.getnames() if "parts" in n]
 
 
 def test_a_changed_and_a_shortened_audit_are_found(place: Place, tmp_path: Path) -> None:

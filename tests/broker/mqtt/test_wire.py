@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fedml_broker.mqtt import wire
+from fedml_broker.mqtt.endpoint import Endpoint
 from tests.broker.mqtt.conftest import make_endpoint
 from tests.broker.mqtt.peer import Peer
 
@@ -109,33 +110,39 @@ def test_a_puback_is_what_the_codec_makes() -> None:
 
 @pytest.mark.parametrize("greeted", [True, False])
 def test_garbage_over_a_socket_never_hurts_the_endpoint(
-    greeted: bool, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+    greeted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder: Path = tmp_path_factory.mktemp("garbage")
+    async def throw(endpoint: Endpoint, witness: Peer, pieces: list[bytes]) -> None:
+        for data in pieces:
+            peer = await Peer.open(endpoint.port)
+            if greeted:
+                await peer.connect("somebody")
+            peer.send_bytes(data)
+            peer.writer.write_eof()
+            while await peer.reader.read(65536):
+                pass
+            await peer.close()
+        await witness.silent()
 
-    async def throw(pieces: list[bytes]) -> None:
-        async with make_endpoint(folder / "mqtt.db") as endpoint:
-            witness = await Peer.open(endpoint.port)
-            await witness.connect("witness")
-            for data in pieces:
-                peer = await Peer.open(endpoint.port)
-                if greeted:
-                    await peer.connect("somebody")
-                peer.send_bytes(data)
-                peer.writer.write_eof()
-                while await peer.reader.read(65536):
-                    pass
-                await peer.close()
-            await witness.silent()
-            await witness.close()
+    # One endpoint for all of it: opened anew for each example, it was most of the time that this
+    # takes, and on a busy machine more than a test may.
+    with asyncio.Runner() as runner:
+        endpoint = make_endpoint(tmp_path / "mqtt.db")
+        runner.run(endpoint.__aenter__())
+        witness = runner.run(Peer.open(endpoint.port))
+        runner.run(witness.connect("witness"))
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(st.lists(damaged() | st.binary(max_size=80), max_size=8))
-    def run(pieces: list[bytes]) -> None:
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "fedml_broker"):
-            asyncio.run(throw(pieces))
-        assert not [record for record in caplog.records if record.exc_info]
-        assert all("broke the protocol" in record.getMessage() for record in caplog.records)
+        @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @given(st.lists(damaged() | st.binary(max_size=80), max_size=8))
+        def run(pieces: list[bytes]) -> None:
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, "fedml_broker"):
+                runner.run(throw(endpoint, witness, pieces))
+            assert not [record for record in caplog.records if record.exc_info]
+            assert all("broke the protocol" in record.getMessage() for record in caplog.records)
 
-    run()
+        try:
+            run()
+        finally:
+            runner.run(witness.close())
+            runner.run(endpoint.__aexit__(None, None, None))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The view of a federated run, fed with what a broker tells."""
 
+import io
+import re
 from typing import Any
 
 import pytest
@@ -61,6 +63,30 @@ def test_a_metric_that_comes_later_gets_a_column_under_a_new_head(
         ["2", "1.0000", "–"],
         ["3", "1.0000", "1.23e+04"],
     ]
+
+
+class Terminal(io.StringIO):
+    """What a bar takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_of_a_new_round_forgets_what_the_one_before_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    view = RoundsView(2)
+    waiting = _waiting(1, "two")
+    waiting["round"]["received_bytes"] = 2048
+    for item in (_begins(1, 1.0), waiting, _begins(2, 2.0)):
+        view.show(item)
+    view.close()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "round 2 of 2" in drawn
+    assert "0 of 2 clients 2.0 kB" not in drawn
 
 
 def test_who_is_away_is_said_once_for_each_round(capsys: pytest.CaptureFixture[str]) -> None:
