@@ -130,7 +130,7 @@ def test_a_taken_port_is_named_with_the_way_out(broker: Place, tmp_path: Path) -
     [
         ("--https-port=80000", "not in the range"),
         ("--host=nosuch.invalid", "cannot listen on nosuch.invalid"),
-        ("--heartbeat=30", "less than two heartbeats of 30 s"),
+        ("--lease=15", "15 s are less than two heartbeats of 10 s"),
         ("--heartbeat=0", "not in the range"),
         ("--disk-reserve-gb=-1", "not in the range"),
         ("--home=/proc/here", "/proc/here"),

@@ -105,7 +105,10 @@ def test_every_task_has_one_effect_whatever_is_killed(
     assert set(reaper.killed) == {"broker", "agent", "shim"}
     for n, run in enumerate(found):
         (row,) = place.tasks(run)
-        assert place.stdout(run, row.epoch) == f"effect-{n}\n"
+        # A result does not wait for its log: an agent that was just shot may owe it still.
+        while not (text := place.stdout(run, row.epoch)):
+            place.wait(0.2)
+        assert text == f"effect-{n}\n"
     finals = place.query(
         "SELECT run, count(*) AS n FROM events WHERE kind = 'state'"
         " AND json_extract(data, '$.state') = 'FINISHED' GROUP BY run"

@@ -68,8 +68,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 )
 @click.option(
     "--lease",
-    default=45.0,
-    show_default=True,
+    show_default="45, or 4.5 heartbeats if that is more",
     type=click.FloatRange(0.1, 7 * 86400),
     metavar="SECONDS",
     help="Until a silent machine's tasks go elsewhere; at least two heartbeats.",
@@ -118,7 +117,7 @@ def up(
     external: str,
     forward_mlflow: str,
     heartbeat: float,
-    lease: float,
+    lease: float | None,
     disk_reserve_gb: float,
     oidc_issuer: str | None,
     oidc_client_id: str,
@@ -145,6 +144,8 @@ def up(
       fedml-broker up --oidc-issuer https://id.example.org --oidc-client-id fedml \\
         --oidc-client-secret-file secret.txt --oidc-grant 'ml-team=member'
     """
+    if lease is None:
+        lease = max(45.0, 4.5 * heartbeat)
     if lease < 2 * heartbeat:
         # Each machine would count as lost between two heartbeats.
         raise click.BadParameter(
