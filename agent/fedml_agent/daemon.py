@@ -26,7 +26,7 @@ from fedml_agent.home import Home
 from fedml_agent.https import Https, patiently
 from fedml_agent.intake import Intake, room_name
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Jobs, container_name, full_disk
+from fedml_agent.launch import Jobs, container_name
 from fedml_agent.link import Link, LinkDown
 from fedml_agent.outbox import Outbox
 from fedml_agent.packages import Packages
@@ -35,6 +35,7 @@ from fedml_agent.policy_file import load_or_refuse
 from fedml_agent.room import Room, all_names, disk_free, leasable, report, slots
 from fedml_agent.traces import Traces
 from fedml_agent.unleased import Use, unleased
+from fedml_agent.verdict import full_disk
 from fedml_agent.voice import Voice
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import LaunchSpec

@@ -26,7 +26,7 @@ from fedml_agent.errors import AgentError
 from fedml_agent.home import Home
 from fedml_agent.https import BlobChanged, Https, file_blob, patiently
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Reporter, limits_of, out_of_time, result_of
+from fedml_agent.launch import Reporter, limits_of
 from fedml_agent.observe import LogShipper
 from fedml_agent.outbox import FilesSpoilt, send_file
 from fedml_agent.packages import BadPackage, Packages
@@ -35,6 +35,7 @@ from fedml_agent.redact import Secrets
 from fedml_agent.room import Room
 from fedml_agent.secret_names import secrets_of
 from fedml_agent.tending import TaskSpec, Tended
+from fedml_agent.verdict import out_of_time, result_of
 from fedml_agent.warm_worker import SOCKET, Session, WorkerDied
 from fedml_protocol.blob import Blob, NamedBlob
 from fedml_protocol.cause import Cause, Fault

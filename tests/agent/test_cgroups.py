@@ -16,9 +16,9 @@ import pytest
 
 from fedml_agent import cgroups
 from fedml_agent.journal import Entry
-from fedml_agent.launch import result_of
 from fedml_agent.sandbox import Limits, SandboxError
 from fedml_agent.tending import Ended, Gone, TaskRefused
+from fedml_agent.verdict import result_of
 from fedml_protocol.cause import Fault
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import Needs, Offer, TaskState

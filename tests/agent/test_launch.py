@@ -12,10 +12,11 @@ import pytest
 from fedml_agent.attic import OWED, Attic
 from fedml_agent.home import Home, Membership
 from fedml_agent.journal import Entry, Journal
-from fedml_agent.launch import Jobs, limits_of, out_of_time
+from fedml_agent.launch import Jobs, limits_of
 from fedml_agent.policy import Policy
 from fedml_agent.tending import TaskSpec
 from fedml_agent.traces import Traces
+from fedml_agent.verdict import out_of_time
 from fedml_protocol.cause import Fault
 from fedml_protocol.launch import LaunchSpec
 from fedml_protocol.tasks import Needs, Offer, Result, TaskState
