@@ -17,7 +17,7 @@ import click
 import pytest
 
 from fedml.cli import command as fedml
-from fedml.jobfile import ALIASES, KEYS
+from fedml.jobkeys import ALIASES, KEYS
 from fedml.workflowfile import STEP_KEYS
 from fedml_agent.cli import command as fedml_agent
 from fedml_broker.cli import command as fedml_broker

@@ -106,7 +106,7 @@ def init(file: Path) -> None:
       fedml launch init
       fedml launch init train.yaml
     """
-    from fedml.jobfile import EXAMPLE
+    from fedml.jobkeys import EXAMPLE
 
     try:
         with file.open("x") as new:

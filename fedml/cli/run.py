@@ -156,7 +156,7 @@ def priority(run_id: str, number: str, home: Path, as_json: bool) -> None:
       fedml run priority r-1c0ffee123 high
       fedml run priority r-1c0ffee123 -20
     """
-    from fedml.jobfile import PRIORITIES
+    from fedml.jobkeys import PRIORITIES
 
     try:
         wanted = PRIORITIES.get(number.lower())

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fedml.errors import ConfigError
-from fedml.jobfile import EXAMPLE, GIB, read_job
+from fedml.jobfile import read_job
+from fedml.jobkeys import EXAMPLE, GIB
 
 
 def _job(folder: Path, text: str) -> Path:
