@@ -192,7 +192,7 @@ class Accounts:
         await self._store.write(end)
 
     async def revoke_tokens(
-        self, name: str, *, by: str, of: str | None = None, keep: bytes | None = None
+        self, name: str, *, by: str, of: str | None = None, keep: str = ""
     ) -> int:
         """End all tokens and browser sessions of a user; how many tokens these were.
 
@@ -201,20 +201,19 @@ class Accounts:
         Args:
             by: Who does it, as the audit names him.
             of: The tenant that the user must belong to; None: any.
-            keep: But not this one.
+            keep: But not the one with this hash, nor what was begun with it.
 
         Raises:
             Problem: 404 no such user.
         """
-        kept = "" if keep is None else _hash(keep)
 
         def end(tx: Connection) -> int:
             tenant = tx.execute(sa.select(users.c.tenant).where(users.c.name == name)).scalar()
             if tenant is None or (of is not None and tenant != of):
                 raise _unknown(name)
             his = sa.and_(tokens.c.user == name, tokens.c.run.is_(None))
-            count = tx.execute(tokens.delete().where(his, tokens.c.secret_sha256 != kept)).rowcount
-            others = sa.func.coalesce(sessions.c.token_sha256, "-") != kept
+            count = tx.execute(tokens.delete().where(his, tokens.c.secret_sha256 != keep)).rowcount
+            others = sa.func.coalesce(sessions.c.token_sha256, "-") != keep
             tx.execute(sessions.delete().where(sessions.c.user == name, others))
             audit.note(tx, tenant, by, "token.revoke", name, tokens=count)
             return count
@@ -282,13 +281,14 @@ class Accounts:
         row = await self._store.read(lambda tx: tx.execute(query).first())
         return None if row is None else User(row.name, row.tenant, row.role)
 
-    def still_fits(self, key: str) -> bool:
-        """Whether a user's key names this broker as it can be reached now."""
+    async def still_fits(self, key: str) -> bool:
+        """Whether a user's key is good, and names this broker as it can be reached now."""
         try:
             found = parse_login_key(key, Scope.USER)
-        except BadKey:
+            good = await self.authenticate(found.secret) is not None
+        except (BadKey, SignInRefused):
             return False
-        return found.url == self._url and found.ca_sha256 == self._ca_sha256
+        return good and found.url == self._url and found.ca_sha256 == self._ca_sha256
 
     # ------------------------------------------------------------------ login keys
 

@@ -145,6 +145,12 @@ class Sessions:
                 )
         return User(row.name, row.tenant, row.role)
 
+    async def token_sha256(self, request: web.Request) -> str:
+        """The hash of the token that the browser's session was begun with; empty: none."""
+        mine = sessions.c.secret_sha256 == _hash(request.cookies.get(COOKIE, "").encode())
+        query = sa.select(sessions.c.token_sha256).where(mine)
+        return await self._store.read(lambda tx: tx.execute(query).scalar()) or ""
+
     async def end(self, secret: str) -> None:
         """Sign out; again is harmless."""
         mine = sessions.c.secret_sha256 == _hash(secret.encode())

@@ -149,12 +149,14 @@ async def test_nobody_gets_a_token_who_is_not_there(accounts: Accounts) -> None:
 async def test_a_key_fits_only_the_broker_as_it_is_now(accounts: Accounts, store: Store) -> None:
     await accounts.create_user("ann", "admin", by=CLI)
     token = await accounts.create_token("ann", by=CLI)
-    assert accounts.still_fits(token)
-    assert not accounts.still_fits(token[:-1])
+    assert await accounts.still_fits(token)
+    assert not await accounts.still_fits(token[:-1])
     _, machines = await accounts.create_key(ANN, uses=1, days=1, labels={})
-    assert not accounts.still_fits(machines)
-    assert not Accounts(store, url=URL + "4", ca_sha256=CA).still_fits(token)
-    assert not Accounts(store, url=URL, ca_sha256=bytes(32)).still_fits(token)
+    assert not await accounts.still_fits(machines)
+    assert not await Accounts(store, url=URL + "4", ca_sha256=CA).still_fits(token)
+    assert not await Accounts(store, url=URL, ca_sha256=bytes(32)).still_fits(token)
+    await accounts.revoke_tokens("ann", by="cli")
+    assert not await accounts.still_fits(token)
 
 
 async def test_the_key_of_a_run_is_nobodys_unless_jobs_are_asked_for(

@@ -243,3 +243,21 @@ def test_an_admin_signs_somebody_out_everywhere(desk: Desk) -> None:
     expect(row.get_by_role("cell").nth(2)).to_have_text("0")
     theirs.reload()
     expect(theirs.get_by_label("Your key")).to_be_visible()
+
+
+def test_an_admin_who_signs_himself_out_everywhere_stays_where_he_does_it(desk: Desk) -> None:
+    keys = [desk.key_of("boss", "admin") for _ in range(2)]
+    windows = []
+    for key in keys:
+        page = desk.window()
+        page.goto(desk.url)
+        sign_in(page, key)
+        windows.append(page)
+    here, there = windows
+    desk.go(here, "people")
+    here.get_by_role("button", name="Sign boss out everywhere").click()
+    here.get_by_role("dialog").get_by_role("button", name="Sign out").click()
+    row = here.get_by_role("row").filter(has_text="boss")
+    expect(row.get_by_role("cell").nth(2)).to_have_text("1")
+    there.reload()
+    expect(there.get_by_label("Your key")).to_be_visible()

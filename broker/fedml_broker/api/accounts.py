@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Login keys, users, roles and tokens."""
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -102,8 +103,11 @@ class Handlers:
         """All tokens of a user end, and the sessions of browsers; but not the caller's token."""
         name = call.part("user")
         by, of = audit.user(call.user.name), _only_of(call.user)
-        accounts = self._broker.accounts
-        count = await accounts.revoke_tokens(name, by=by, of=of, keep=call.token)
+        if call.token is None:
+            keep = await self._broker.sessions.token_sha256(call.http)
+        else:
+            keep = hashlib.sha256(call.token).hexdigest()
+        count = await self._broker.accounts.revoke_tokens(name, by=by, of=of, keep=keep)
         return {"name": name, "tokens": count}
 
     async def end_token(self, call: Call) -> Any:

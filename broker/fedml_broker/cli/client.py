@@ -58,7 +58,7 @@ class Client:
     """Asks the broker as the admin whose token lies in its home."""
 
     def __init__(self, home: Path) -> None:
-        token = home / "admin.key"
+        self._file = token = home / "admin.key"
         try:
             key = parse_login_key(token.read_text(), Scope.USER)
         except FileNotFoundError as error:
@@ -90,7 +90,11 @@ class Client:
         found = json.loads(response.data)
         if response.status >= 400:
             text = found["title"] + (f": {found['detail']}" if found.get("detail") else "")
-            raise CommandFailed(text, found.get("hint", ""), 6)
+            hint = found.get("hint", "")
+            if response.status == 401:
+                text = f"the token in {self._file} is good no more"
+                hint = "start the broker again: it then makes another"
+            raise CommandFailed(text, hint, 6)
         return found
 
 

@@ -242,12 +242,13 @@ async def _serve(settings: Settings, as_json: bool) -> None:
 async def _first_keys(broker: Broker) -> str | None:
     """At the first start: an admin with a token in a file, and a key for the first machines."""
     admin_file = broker.config.home / "admin.key"
-    # The address may have changed since: the file is made anew, its old token stays good.
+    # The address may have changed since: the file is made anew, its old token stays good. Or that
+    # was revoked: whoever may write here is the admin.
     known = admin_file.read_text() if admin_file.exists() else ""
     first = not await broker.accounts.list_users(DEFAULT_TENANT)
     if first:
         await broker.accounts.create_user("admin", "admin", by=CLI)
-    if broker.accounts.still_fits(known):
+    if await broker.accounts.still_fits(known):
         return None
     token = await broker.accounts.create_token("admin", by=CLI)
     number = os.open(admin_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

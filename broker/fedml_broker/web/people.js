@@ -90,7 +90,7 @@ export async function show(page) {
   async function signOut(user) {
     const done = await ask({
       title: `Sign ${user.name} out everywhere?`,
-      content: h("p", {}, `All tokens of ${user.name} end at once, and all sessions of browsers. What was started runs on.`),
+      content: h("p", {}, `All tokens of ${user.name} end at once, and all sessions of browsers; but not what you are signed in with here. What was started runs on.`),
       yes: "Sign out",
       danger: true,
       work: () => call("DELETE", `/v1/users/${encodeURIComponent(user.name)}/tokens`),

@@ -398,3 +398,17 @@ def test_a_changed_and_a_shortened_audit_are_found(place: Place, tmp_path: Path)
         copy.commit()
         told = _broker(place, "audit", "list", "--home", str(tmp_path), code=1)
         assert "older than the audit" in told.stderr
+
+
+def test_a_revoked_admin_key_is_made_anew_at_the_next_start(tmp_path: Path) -> None:
+    with Place(tmp_path) as place:
+        place.client.call("POST", "/v1/users", {"name": "eva", "role": "admin"})
+        token = place.client.call("POST", "/v1/users/eva/tokens", {})["key"]
+        eva = Client(session.login(tmp_path / "eva", token))
+        eva.call("DELETE", "/v1/users/admin/tokens")
+        said = _broker(place, "users", "list", code=6).stderr
+        assert "admin.key is good no more" in said
+        assert "start the broker again" in said
+        place.broker.stop()
+        place.start_broker()
+        assert {"admin", "eva"} == {user["name"] for user in _json(place, "users", "list")}
