@@ -56,7 +56,9 @@ def load(args: Any) -> tuple[Eight, int]:
 
     def batches(part: Examples, *, shuffle: bool) -> Batches:
         x = part.x.reshape(len(part), -1) if as_rows else part.x
-        tensors = TensorDataset(torch.from_numpy(x), torch.from_numpy(part.y))
+        # Whole sets are read-only and everybody's; what a script gets it may change.
+        own = (array if array.flags.writeable else array.copy() for array in (x, part.y))
+        tensors = TensorDataset(*map(torch.from_numpy, own))
         return DataLoader(tensors, batch if batch > 0 else max(len(part), 1), shuffle=shuffle)
 
     train, test = {}, {}

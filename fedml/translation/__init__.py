@@ -11,6 +11,7 @@ an unknown defence) is refused where real machines take part, and named where al
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 _PAGE = "docs/fedml.md has every key"
 _WORKSPACE = Path(fedml.named.__file__).parent
+_OURS = str(_WORKSPACE.parent)
 SGD, OPTIMIZER = "sgd.py", "optimizer.py"  # the user files in there
 
 
@@ -151,9 +153,12 @@ def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
 
 
 def tell(notes: Iterable[Note], called: str) -> None:
-    """Warn of each."""
+    """Warn of each, as of the line of the user's that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
     for note in notes:
-        warnings.warn(f"{called}: {note.text}", Differs, stacklevel=3)
+        warnings.warn(f"{called}: {note.text}", Differs, stacklevel=level)
 
 
 def flatten(sections: Sections) -> dict[str, Any]:

@@ -185,7 +185,11 @@ def test_the_script_of_the_page_runs(tmp_path: Path) -> None:
     text = page.partition("```python\n")[2].partition("```")[0]
     file = _script(tmp_path, "None", "None")
     file.write_text(text)
-    assert "round 3/3  central.accuracy" in _run(file).stderr
+    said = _run(file).stderr
+    assert "round 3/3  central.accuracy" in said
+    line = text.splitlines().index("    dataset, output_dim = fedml.data.load(args)") + 1
+    assert f"{file}:{line}: Differs: fedml.data.load" in said  # its own line, none of ours
+    assert "fedml/data" not in said
 
 
 def test_a_client_process_is_told_that_agents_are_the_clients(tmp_path: Path) -> None:
