@@ -3,7 +3,7 @@
 
     ROOT/sha256/ab/ab12...   whole and verified; never changed, only deleted
     ROOT/parts/              uploads under way (uploads.py)
-    ROOT/trash/              what is being deleted
+    ROOT/trash/              what is being deleted (rubbish.py)
 
 Over HTTP (`/v1/blobs/{sha256}`; the caller has authorised the request):
 
@@ -37,6 +37,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from fedml_broker.problems import Problem
 from fedml_broker.ranges import AnnouncedBody, announced_body, precondition, requested_range
+from fedml_broker.rubbish import Rubbish, free_bytes
 from fedml_broker.uploads import (
     UPLOAD_OFFSET,
     Upload,
@@ -56,6 +57,8 @@ CLAIM_S = 600.0
 # for a fraction of a millisecond. Over TLS it is ten times as fast as aiohttp's FileResponse.
 _CHUNK = 512 * 1024
 _DAY_S = 86_400.0
+# Discarded blobs whose place nobody takes are deleted after so long.
+_RUBBISH_S = 30.0
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -108,6 +111,8 @@ class Blobs:
         self._tidy_at = 1024
         self._spared: set[str] | None = None
         self._uploads = Uploads(self._parts)
+        self._rubbish = Rubbish(reserve_bytes=reserve_bytes)
+        self._emptying: asyncio.TimerHandle | None = None
 
     # What is here -------------------------------------------------------------------------------
 
@@ -218,7 +223,12 @@ class Blobs:
             self._at(sha256).rename(rubbish)
         except FileNotFoundError:
             return False
-        await self._in_thread(rubbish.unlink, missing_ok=True)  # a sweep may be quicker
+        await self._in_thread(self._rubbish.add, rubbish)
+        if self._emptying is not None:
+            self._emptying.cancel()
+        self._emptying = asyncio.get_running_loop().call_later(
+            _RUBBISH_S, self._threads.submit, self._rubbish.empty
+        )
         return True
 
     async def sweep(
@@ -252,6 +262,9 @@ class Blobs:
 
     def close(self) -> None:
         """Wait for the threads; nothing can be read or written afterwards."""
+        if self._emptying is not None:
+            self._emptying.cancel()
+        self._rubbish.empty()
         self._threads.shutdown(wait=True)
 
     # HTTP: out ----------------------------------------------------------------------------------
@@ -423,14 +436,18 @@ class Blobs:
         return piece
 
     def _append(self, upload: Upload, turn: int, blocks: Sequence[bytes]) -> None:
-        self._check_room(sum(map(len, blocks)), upload)
+        size = sum(map(len, blocks))
+        self._rubbish.make_way(size)
+        self._check_room(size, upload)
         upload.append(turn, blocks)
 
     def _check_room(self, wanted: int, upload: Upload) -> None:
         if wanted == 0:
             return  # to end an upload takes no room
-        disk = os.statvfs(self._parts)
-        free = disk.f_bavail * disk.f_frsize
+        free = free_bytes(self._parts)
+        if free - wanted < self._reserve_bytes:
+            self._rubbish.empty()
+            free = free_bytes(self._parts)
         if free - wanted < self._reserve_bytes:
             raise disk_full(
                 f"{wanted} bytes do not fit: {free} are free, {self._reserve_bytes} stay free",
