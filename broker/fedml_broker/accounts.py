@@ -285,7 +285,7 @@ class Accounts:
         """Whether a user's key is good, and names this broker as it can be reached now."""
         try:
             found = parse_login_key(key, Scope.USER)
-            good = await self.authenticate(found.secret) is not None
+            good = self.authenticate(found.secret) is not None
         except (BadKey, SignInRefused):
             return False
         return good and found.url == self._url and found.ca_sha256 == self._ca_sha256
