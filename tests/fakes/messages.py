@@ -45,7 +45,7 @@ from fedml_protocol import wire_pb2
 from fedml_protocol.devices import Presence
 from fedml_protocol.envelope import Envelope
 from fedml_protocol.federate import StageKind, StageSpec
-from fedml_protocol.launch import Container, LaunchSpec, Mount
+from fedml_protocol.launch import Container, LaunchSpec, Mount, Service
 from fedml_protocol.tasks import FINAL, TRACEPARENT, Progress, Result, TaskState
 
 T = TypeVar("T")
@@ -84,11 +84,13 @@ BY_NAME: Mapping[str, st.SearchStrategy[Any]] = {
     "lease_s": _SOME_SECONDS,
     "lifetime_s": _SOME_SECONDS,
     "name": st.text(min_size=1, max_size=12),
+    "port": st.integers(0, 65535),
     "run": IDS,
     "session": IDS,
     "sha256": SHA256,
     "task": IDS,
     "traceparent": st.just("") | st.from_regex(TRACEPARENT, fullmatch=True),
+    "within_s": _SOME_SECONDS,
 }
 
 BY_FIELD: Mapping[tuple[type, str], st.SearchStrategy[Any]] = {
@@ -101,12 +103,23 @@ BY_FIELD: Mapping[tuple[type, str], st.SearchStrategy[Any]] = {
     (Mount, "source"): _PATH,
     (Mount, "target"): _PATH,
     (Progress, "state"): st.just(TaskState.RUNNING),
+    (Service, "path"): st.just("") | _PATH,
     (Result, "state"): st.sampled_from(sorted(FINAL)),
 }
 
 TOGETHER: Mapping[type, st.SearchStrategy[Mapping[str, Any]]] = {
-    LaunchSpec: st.tuples(st.dictionaries(_ENV_NAME, _NO_NUL, max_size=3), st.integers(0, 3)).map(
-        lambda two: {"env": two[0], "secrets": tuple(sorted(two[0])[: two[1]])}
+    LaunchSpec: st.tuples(
+        st.dictionaries(_ENV_NAME, _NO_NUL, max_size=3),
+        st.integers(0, 3),
+        # A service is not offline.
+        st.booleans() | st.deferred(lambda: messages(Service)),
+    ).map(
+        lambda three: {
+            "env": three[0],
+            "secrets": tuple(sorted(three[0])[: three[1]]),
+            "offline": three[2] is True,
+            "service": three[2] if isinstance(three[2], Service) else None,
+        }
     ),
     Container: st.sampled_from([("", ""), ("ana", "open sesame")]).map(
         lambda two: {"username": two[0], "password": two[1]}
