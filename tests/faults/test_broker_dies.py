@@ -212,7 +212,7 @@ def test_machines_work_for_a_broker_that_was_restored_from_a_backup(place: Place
     one = place.agents["one"]
     place.broker.stop()
     one.stop()
-    # As if more than a thousand tasks had come and gone, though fewer than milliseconds: the machine
+    # As if over a thousand tasks had come and gone, though fewer than milliseconds: the machine
     # knows below which number orders are old, also when it starts again.
     with contextlib.closing(sqlite3.connect(place.home / "broker/broker.db")) as db, db:
         db.execute("UPDATE devices SET counter = counter + 1500")
