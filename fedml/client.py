@@ -281,6 +281,10 @@ class Client:
                 body = self._counted(read(start), start, size, told)
                 self._ask("PUT", f"/v1/blobs/{sha256}", body, headers)
                 return
+            except _ElsewhereByNow as error:  # the rest of a part that was cut has come meanwhile
+                if attempt == _RESUMPTIONS - 1:
+                    raise
+                start = error.offset
             except BrokerUnreachable as error:
                 found = self._uploaded(sha256) if attempt < _RESUMPTIONS - 1 else None
                 if found is None:
@@ -429,6 +433,8 @@ class Client:
             hint = problem.get("hint", "")
         except (ValueError, KeyError, TypeError):
             text, hint = f"the broker answered {response.status}", ""
+        if response.status == 409 and "Upload-Offset" in response.headers:
+            raise _ElsewhereByNow(text, hint, int(response.headers["Upload-Offset"]))
         raise BrokerRefused(text, hint)
 
     def _unreachable(self, error: Exception) -> BrokerUnreachable | BrokerRefused:
@@ -440,6 +446,14 @@ class Client:
         return BrokerUnreachable(
             f"the broker does not answer at {self.url}", "is `fedml-broker up` running there?"
         )
+
+
+class _ElsewhereByNow(BrokerRefused):
+    """An upload does not stand where this part begins."""
+
+    def __init__(self, message: str, hint: str, offset: int) -> None:
+        super().__init__(message, hint)
+        self.offset = offset
 
 
 def _read(file: Path, start: int) -> Iterator[bytes]:

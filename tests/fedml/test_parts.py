@@ -144,6 +144,27 @@ def test_an_upload_that_is_cut_off_goes_on_where_it_stopped(broker: Place, tmp_p
     assert broker.client.lacks([blob["sha256"]]) == {}
 
 
+def test_an_upload_goes_on_where_it_stands_when_more_has_come_than_was_known(
+    broker: Place, tmp_path: Path
+) -> None:
+    """The broker may still read what a client had sent before it was cut off."""
+    data = os.urandom(300_000)
+    (tmp_path / "small.bin").write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+
+    def read(start: int) -> Iterator[bytes]:
+        yield data[start:]
+
+    def cut(start: int) -> Iterator[bytes]:
+        yield data[:200_000]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broker.client.put(sha256, len(data), cut)
+    broker.client.put(sha256, len(data), read, start=1000)  # what was known before the rest came
+    assert broker.client.has(sha256)
+
+
 def test_a_broker_that_does_not_come_back_is_named_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
