@@ -36,7 +36,7 @@ from fedml_agent.traces import Traces
 from fedml_agent.verdict import result_of, stopped
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
-from fedml_protocol.launch import Container, LaunchSpec
+from fedml_protocol.launch import Container, LaunchSpec, Service
 from fedml_protocol.tasks import Result, TaskState
 
 log = logging.getLogger(__name__)
@@ -194,8 +194,7 @@ class Jobs:
 
     def port(self, entry: Entry) -> int:
         """Where a task answers at this moment, if it is a service; 0: nowhere."""
-        spec = entry.offer.spec
-        if entry.result is not None or not isinstance(spec, LaunchSpec) or spec.service is None:
+        if entry.result is not None or _service(entry) is None:
             return 0
         return self._services.port(self._folder(entry))
 
@@ -434,12 +433,11 @@ class Jobs:
 
     async def _served(self, entry: Entry, tended: Tended) -> End:
         """Its end; as long as it runs, whether it answers is looked at."""
-        spec = entry.offer.spec
-        if not isinstance(spec, LaunchSpec) or spec.service is None:
+        if (service := _service(entry)) is None:
             return await tended.ended()
         watching = asyncio.create_task(
             self._services.watch(
-                self._folder(entry), spec.service, lambda why: self.oust(entry.key[0], why)
+                self._folder(entry), service, lambda why: self.oust(entry.key[0], why)
             ),
             name=f"service.{entry.key[0]}",
         )
@@ -543,6 +541,12 @@ def limits_of(entry: Entry, policy: Policy, *, disk_free: int | None = None) -> 
 def _user(policy: Policy) -> tuple[int, int] | None:
     """As whom jobs run; None: as the agent itself."""
     return None if policy.user is None else sandbox.ids_of(policy.user)
+
+
+def _service(entry: Entry) -> Service | None:
+    """How a job that stays up answers; None: it is not one."""
+    spec = entry.offer.spec
+    return spec.service if isinstance(spec, LaunchSpec) else None
 
 
 def _owner(spec: LaunchSpec, policy: Policy) -> tuple[int, int] | None:

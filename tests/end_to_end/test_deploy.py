@@ -2,9 +2,7 @@
 """Services on a real broker with two machines: when they answer, where, and what ends them."""
 
 import json
-import os
 import socket
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +14,8 @@ import pytest
 from fedml import Run
 from fedml.workflow import ModelDeployJob, ModelInferenceJob, Workflow
 from fedml.workflows import WorkflowRun, resume, submit
-from tests.place import Place, command
+from tests.end_to_end.test_workflow import fedml
+from tests.place import Place
 
 # Answers GET /ready with 200 while the file of its first argument is there, POST /predict with the
 # sum of what it gets.
@@ -53,17 +52,6 @@ def code(tmp_path: Path) -> Path:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/serve.py").write_text(SERVER)
     return tmp_path
-
-
-def fedml(place: Place, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command("fedml", *words),
-        env={**os.environ, "FEDML_HOME": str(place.folder / "me")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
-    return done
 
 
 def job(folder: Path, ready: Path, *, by: str = "first", name: str = "serve.yaml") -> Path:
