@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import shutil
 import signal
 import sys
@@ -381,7 +382,9 @@ def hear(talk: Connection) -> Any:
         EOFError: Nobody will say anything any more.
     """
     until = time.perf_counter() + _SPIN_S
-    while not talk.poll(0) and time.perf_counter() < until:
+    news = select.poll()  # `Connection.poll` makes one for each look
+    news.register(talk.fileno(), select.POLLIN)
+    while not news.poll(0) and time.perf_counter() < until:
         os.sched_yield()  # to whoever else wants this core
     return pickle.loads(talk.recv_bytes())  # noqa: S301 - from our own process
 

@@ -25,6 +25,8 @@ from fedml.simulation.sums import added_up, barren
 if TYPE_CHECKING:
     from fedml.simulation.run import Simulation
 
+_AHEAD = 16  # cohorts chosen at once: in the middle of a round, one takes twice as long
+
 
 @dataclass(frozen=True, slots=True)
 class _Cohort:
@@ -51,8 +53,9 @@ def walk(run: Simulation) -> None:
             ended.pop()()
         run.listener.begins(run.turn // stages + 1, len(taken.clients) * run.passes)
         # With devices it depends on when this round ends.
-        if run.plan.devices is None:
-            known[run.turn // stages + 1] = _cohort(run, run.turn // stages + 1)
+        if run.plan.devices is None and not known:
+            later = range(run.turn // stages + 1, run.plan.rounds)
+            known.update((index, _cohort(run, index)) for index in later[:_AHEAD])
 
     taken = _Cohort((), 0, run.clock)
     try:
