@@ -52,6 +52,8 @@ _MODELS_KEPT = 4
 # memory that comes from the system is cleared page by page first.
 _KEPT_FREE_BYTES = 256 << 20
 _ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # of the GNU C library
+# Of the time until a round closes: the rest is for messages, hashes and a busy broker.
+_ON_TIME = 0.9
 # A worker that nobody has used for so long gives its memory back.
 _IDLE_S = 3600.0
 
@@ -221,25 +223,32 @@ class Stages:
 
     async def _stage(self, entry: Entry) -> Result:
         spec = _stage_spec(entry)
-        session, model, sent = await asyncio.gather(
-            self._session(entry),
-            self._model(spec.session, spec.model),
-            self._model(spec.session, spec.sent),
+        loop = asyncio.get_running_loop()
+        came = loop.time()
+        session, (model, sent, took) = await asyncio.gather(
+            self._session(entry), self._models(spec)
         )
         if session is None:
             raise WorkerDied("it could not be started")
         out = self._out_dir(entry)
         await asyncio.to_thread(out.mkdir, mode=0o700, parents=True, exist_ok=True)
-        order = StageOrder(
-            task=entry.key[0],
-            epoch=entry.key[1],
-            spec=spec,
-            model_path=model,
-            sent_path=sent,
-            out_dir=str(out),
-        )
-        loop = asyncio.get_running_loop()
         began = loop.time()
+
+        def order() -> StageOrder:
+            left = 0.0
+            if spec.deadline_s:  # the update takes as long to go as the model took to come
+                left = _ON_TIME * spec.deadline_s - (loop.time() - came) - took
+                left = max(left, 0.001)
+            return StageOrder(
+                task=entry.key[0],
+                epoch=entry.key[1],
+                spec=spec,
+                model_path=model,
+                sent_path=sent,
+                out_dir=str(out),
+                deadline_s=left,
+            )
+
         now = datetime.datetime.now().astimezone().time()
         try:
             async with asyncio.timeout(time_limit_s(self._policy(), now)):
@@ -266,6 +275,15 @@ class Stages:
             metrics=done.metrics,
             weight=done.weight,
         )
+
+    async def _models(self, spec: StageSpec) -> tuple[str, str, float]:
+        """Model and what the algorithm sends beside it, and how many seconds they took to come."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        model, sent = await asyncio.gather(
+            self._model(spec.session, spec.model), self._model(spec.session, spec.sent)
+        )
+        return model, sent, loop.time() - began
 
     async def _model(self, session: str, blob: Blob | None) -> str:
         """A model or what the algorithm sends, in the session's directory."""

@@ -9,6 +9,7 @@ simply asks again.
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,11 @@ class Session:
         self._background.add(shipping)
         shipping.add_done_callback(self._background.discard)
 
-    async def ask(self, order: StageOrder) -> StageDone:
+    async def ask(self, order: Callable[[], StageOrder]) -> StageDone:
         """Give the worker a stage and wait for its answer.
+
+        Args:
+            order: Called when the worker is ready for it.
 
         Raises:
             WorkerDied: It ended before it answered.
@@ -119,8 +123,9 @@ class Session:
                         raise await self._death(error) from error
             raise AssertionError("unreachable")
 
-    async def _talk(self, order: StageOrder) -> StageDone:
+    async def _talk(self, make: Callable[[], StageOrder]) -> StageDone:
         reader, writer = await self._connected()
+        order = make()
         writer.write(frame(WorkerFrame(body=order)))
         self._open.add((order.task, order.epoch))
         await writer.drain()

@@ -363,6 +363,7 @@ class Driver:
             sent=sent,
             **within,
             evaluate=evaluate,
+            deadline_s=(request.clients.deadline_s or 0.0) if self.way.partial else 0.0,
             labels=machine.labels if machine is not None else {},
         )
         package = request.package.sha256

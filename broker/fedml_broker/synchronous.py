@@ -9,6 +9,7 @@ their own, a round of the whole takes the turns of these, all groups side by sid
 import asyncio
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,9 @@ class Rounds:
             if opened.stage + 1 == self._stages:
                 break
             opened = await self._next_stage(opened, turn, replies, made)
+        partial = sum("partial.epochs" in result.metrics for result in replies.values())
+        if partial:
+            made = replace(made, metrics={**made.metrics, "partial.clients": float(partial)})
         return await self._driver.finish(
             number,
             made,

@@ -104,7 +104,7 @@ class Aggregator:
             return RunOpened(asynchronous=True, buffer=buffer)
         self._turns = self._algorithm.stages
         if groups is None or groups.relay:
-            return RunOpened(stages=self._turns)
+            return RunOpened(stages=self._turns, partial=self._algorithm.partial)
         self._within = groups.within()
         self._turns = groups.rounds * self._within.stages
         return RunOpened(

@@ -33,6 +33,7 @@ from fedml.federate.algorithm import (
     UnsupportedByTraining,
 )
 from fedml.federate.arrays import Arrays
+from fedml.federate.local_sgd import DEADLINE
 
 
 class ApplicationError(Exception):
@@ -149,10 +150,10 @@ class Application:
         data: Any,
         rng: np.random.Generator,
         correction: Correction | None,
-        epochs: int | None = None,
+        changed: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
-        """Train in place, for so many epochs where they are not those of the run's `config`."""
-        config = self.config if epochs is None else {**self.config, "epochs": epochs}
+        """Train in place; `changed` is what this client's `config` has instead of the run's."""
+        config = {**self.config, **changed} if changed else self.config
         seed_everything(int(rng.integers(2**31)))
         extra = {} if correction is None else {"correction": correction}
         found = (self._train or _nothing)(model, data, config, rng, **extra)
@@ -170,13 +171,29 @@ class UserTraining:
     """One client's `Local`: the user's `train` on the user's data."""
 
     def __init__(
-        self, application: Application, module: Any, data: Any, epochs: int | None = None
+        self,
+        application: Application,
+        module: Any,
+        data: Any,
+        epochs: int | None = None,
+        deadline: float | None = None,
     ) -> None:
-        """``epochs`` is for who has no time for as many as `config` says."""
+        """
+        Args:
+            epochs: Of who has no time for as many as `config` says.
+            deadline: Until when to be through, on the clock of `time.monotonic`.
+        """
         self._application = application
         self._module = module
         self._data = data
-        self._epochs = epochs
+        self._deadline = deadline
+        self._changed = {
+            name: value
+            for name, value in (("epochs", epochs), (DEADLINE, deadline))
+            if value is not None
+        }
+        # How many epochs it came to, where these were not all.
+        self.partial: float | None = epochs
 
     @property
     def examples(self) -> int:
@@ -200,7 +217,9 @@ class UserTraining:
         if correction is not None and not self._application.takes_correction:
             raise UnsupportedByTraining("train() takes no `correction` argument")
         set_weights(self._module, model)
-        found = self._application.train(self._module, self._data, rng, correction, self._epochs)
+        found = self._application.train(self._module, self._data, rng, correction, self._changed)
+        if self._deadline is not None:
+            self.partial = found.pop("epochs", self.partial)
         examples = found.pop("examples", float(_size(self._data)))
         if examples < 0:
             raise ApplicationError(f"train() says that it saw {examples:g} examples")

@@ -251,8 +251,9 @@ def run(
     """
     n = len(prepared[0])
     losses = np.empty(n, linear.weight.dtype)
-    total = 0.0
+    total, epochs = 0.0, 0
     for order in steps.orders(n, rng):
+        epochs += 1
         turn = prepared
         if order is not None:
             x, targets, classes = prepared
@@ -263,12 +264,7 @@ def run(
             )
         linear.epoch(turn, steps, losses, change)
         total += linear.mean_loss(losses)
-    return {
-        "examples": float(n),
-        "steps": float(steps.count(n)),
-        "lr": steps.lr,
-        "loss": total / steps.epochs,
-    }
+    return steps.done(n, epochs, total / epochs)
 
 
 def changed(linear: Linear, steps: Steps, correction: Correction | None = None) -> Change | None:

@@ -15,6 +15,8 @@ mapping of these names, a pair, or a data set with ``train`` and ``test`` parts 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -25,6 +27,8 @@ import numpy.typing as npt
 from fedml.federate.algorithm import Correction, Need
 from fedml.federate.arrays import Array, Arrays
 
+# In `config`, where a client has only so long: on the clock of `time.monotonic`.
+DEADLINE = "deadline"
 LOSSES = ("cross_entropy", "logistic", "squared")
 
 Loss: TypeAlias = str | Callable[[Any, Any], Any]
@@ -46,6 +50,8 @@ class Steps:
         weight_decay: Likewise, >= 0.
         shuffle: Draw a new order for each epoch from the client's generator.
         bf16: Matrix products and convolutions in bfloat16; weights and steps stay as they are.
+        deadline: On the clock of `time.monotonic`: no epoch but the first begins that would end
+            later, if it takes as long as the longest so far.
     """
 
     lr: float
@@ -55,6 +61,7 @@ class Steps:
     weight_decay: float = 0.0
     shuffle: bool = True
     bf16: bool = False
+    deadline: float = math.inf
 
     def __post_init__(self) -> None:
         _check("lr", self.lr, self.lr > 0)
@@ -64,17 +71,32 @@ class Steps:
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0)
 
     def count(self, examples: int) -> int:
-        """Steps that so many examples make."""
+        """Steps that so many examples make, in all epochs."""
         return self.epochs * -(-examples // self.batch_size)
+
+    def done(self, examples: int, epochs: int, loss: float) -> dict[str, float]:
+        """What a training says; one that its deadline cut short tells how many epochs it had."""
+        found = {
+            "examples": float(examples),
+            "steps": float(epochs * -(-examples // self.batch_size)),
+            "lr": self.lr,
+            "loss": loss,
+        }
+        return found if epochs == self.epochs else {**found, "epochs": float(epochs)}
 
     def orders(
         self, examples: int, rng: np.random.Generator | None
     ) -> Iterator[npt.NDArray[np.int64] | None]:
         """The order of the examples in each epoch; None is the order that they are stored in."""
-        for _ in range(self.epochs):
+        longest = 0.0
+        for epoch in range(self.epochs):
+            began = time.monotonic()
+            if epoch and began + longest > self.deadline:
+                return
             if self.shuffle and rng is None:
                 raise ValueError("shuffling needs a generator")
             yield rng.permutation(examples) if self.shuffle and rng is not None else None
+            longest = max(longest, time.monotonic() - began)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +146,7 @@ class LocalSGD:
             momentum=float(_given(self.momentum, config, "momentum", 0.0)),
             weight_decay=float(_given(self.weight_decay, config, "weight_decay", 0.0)),
             bf16=bool(_given(self.bf16, config, "bf16", False)),
+            deadline=float(config.get(DEADLINE, math.inf)),
             shuffle=self.shuffle,
         )
 

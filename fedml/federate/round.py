@@ -240,5 +240,6 @@ class ServerVersion:
 
 
 def of_training(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without those of the model before the round."""
-    return {name: value for name, value in metrics.items() if not name.startswith("eval.")}
+    """Without those of the model before the round, and how many epochs there was time for."""
+    others = ("eval.", "partial.")
+    return {name: value for name, value in metrics.items() if not name.startswith(others)}

@@ -96,8 +96,9 @@ class Stepper:
         total: Tensor,
     ) -> dict[str, float]:
         """The same with a step, and the sum of losses that it adds to, from outside."""
-        n = len(x)
+        n, epochs = len(x), 0
         for order in steps.orders(n, rng):
+            epochs += 1
             xs, ys = x, y
             if order is not None:
                 rows = torch.from_numpy(order).to(x.device)
@@ -107,12 +108,7 @@ class Stepper:
                 if self._channels_last and xb.dim() == 4:
                     xb = xb.contiguous(memory_format=torch.channels_last)
                 step(xb, yb)
-        return {
-            "examples": float(n),
-            "steps": float(steps.count(n)),
-            "lr": steps.lr,
-            "loss": float(total) / (n * steps.epochs) if n else 0.0,
-        }
+        return steps.done(n, epochs, float(total) / (n * epochs) if n else 0.0)
 
     def step(
         self,

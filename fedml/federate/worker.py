@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedml.federate.pace import Pace
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse, serialise
 from fedml_protocol.federate import (
@@ -55,6 +58,7 @@ class Worker:
         self._data: Any = None
         self._module: Any = None
         self._moved = self._said = False
+        self._pace = Pace()
         self._orders: queue.SimpleQueue[tuple[socket.socket, StageOrder]] = queue.SimpleQueue()
         self._running: tuple[str, int] | None = None
         self._cancelled: set[tuple[str, int]] = set()
@@ -139,6 +143,7 @@ class Worker:
         from fedml.federate.treatment import Treatment
 
         spec = order.spec
+        until = time.monotonic() + (order.deadline_s or math.inf)
         application = self._prepared(spec)
         model = mapped(order.model_path)
         metrics: dict[str, float] = {}
@@ -151,7 +156,11 @@ class Worker:
             return StageDone(task=order.task, epoch=order.epoch, metrics=metrics)
         chosen = algorithm.create(spec.algorithm, json.loads(spec.algorithm_config))
         self._place_for(application.trainer)
-        local = UserTraining(application, self._module, self._data)
+        epochs, most = self._epochs(application, until - time.monotonic())
+        deadline = until if order.deadline_s else None
+        local = UserTraining(
+            application, self._module, self._data, epochs if epochs < most else None, deadline
+        )
         algorithm.require_support(chosen, local, f"train() in {spec.app}")
         sent = mapped(order.sent_path) if order.sent_path else {}
         before = self._state_before(spec.round)
@@ -162,7 +171,10 @@ class Worker:
                 spec.seed, spec.round - 1, spec.turns, spec.group, spec.client
             )
         treatment = Treatment.parse(spec.treatment)
-        update = treatment.client_update(chosen, model, sent, before, local, rng)
+        with self._pace.measured(epochs):
+            update = treatment.client_update(chosen, model, sent, before, local, rng)
+        if local.partial is not None:
+            metrics["partial.epochs"] = float(local.partial)
         self._write_update(out / "update.safetensors", update.arrays)
         self._keep_state(spec.round, update.client_state)
         return StageDone(
@@ -172,6 +184,18 @@ class Worker:
             metrics={**metrics, **update.metrics},
             weight=update.weight,
         )
+
+    def _epochs(self, application: Any, seconds: float) -> tuple[int, int]:
+        """How many epochs a `train` of the user's own has time for, and how many it is to do.
+
+        The built-in one looks at the clock itself.
+        """
+        from fedml.federate.local_sgd import LocalSGD
+
+        most = application.config.get("epochs")
+        if isinstance(application.trainer, LocalSGD) or not isinstance(most, int) or most < 1:
+            return 1, 1
+        return (self._pace.fitting(most, seconds) if math.isfinite(seconds) else most), most
 
     def _write_update(self, path: Path, arrays: Any) -> None:
         """Write over the update before, if the agent has deleted it: the broker has that one."""

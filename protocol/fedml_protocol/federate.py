@@ -5,6 +5,7 @@ The agent hands a `StageOrder` to the session's warm worker and gets a `StageDon
 asks its aggregator one question at a time, numbered by `call`. Tensors travel as files.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -41,6 +42,8 @@ class StageSpec:
         group: Of a stage `TRAIN_IN_GROUP`, which group; seeds hang on it. A kind of its own, so
             that an agent which knows no groups refuses the stage and does not train another way.
         turns: Of a stage `TRAIN_IN_GROUP`, how many turns a group has in a round of the whole.
+        deadline_s: Where less than all epochs count, seconds until the round closes, from the
+            stage's receipt; 0 is as long as it takes. An older agent trains all, and is late.
     """
 
     session: str
@@ -60,13 +63,20 @@ class StageSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     group: int = 0
     turns: int = 0
+    deadline_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_id(self.session, "session")
+        _check_deadline(self.deadline_s)
         if (self.turns > 0) != (self.kind is StageKind.TRAIN_IN_GROUP):
             raise MalformedMessage(f"a stage {self.kind.name} with {self.turns} turns of a group")
         if self.client >= self.clients:
             raise MalformedMessage(f"client {self.client} of {self.clients}")
+
+
+def _check_deadline(seconds: float) -> None:
+    if not 0 <= seconds < math.inf:
+        raise MalformedMessage(f"a deadline of {seconds} seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +88,11 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageOrder:
-    """agent -> worker. Repeating one that is done brings the same StageDone, from disk."""
+    """agent -> worker. Repeating one that is done brings the same StageDone, from disk.
+
+    Attributes:
+        deadline_s: What is left of the stage's own for training; 0 is as long as it takes.
+    """
 
     task: str
     epoch: int
@@ -86,6 +100,10 @@ class StageOrder:
     model_path: str
     out_dir: str
     sent_path: str = ""
+    deadline_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_deadline(self.deadline_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +171,7 @@ class RunOpened:
         groups: Those that have rounds of their own, by number; clients run what is within.
         algorithm: Within them.
         algorithm_config: Its parameters, JSON.
+        partial: A client that runs out of time sends the epochs that it had time for.
     """
 
     stages: int = 1
@@ -161,6 +180,7 @@ class RunOpened:
     groups: tuple[Members, ...] = ()
     algorithm: str = ""
     algorithm_config: str = ""
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

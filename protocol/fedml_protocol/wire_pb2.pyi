@@ -469,7 +469,7 @@ class Mount(_message.Message):
     def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., writable: _Optional[bool] = ...) -> None: ...
 
 class StageSpec(_message.Message):
-    __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "treatment", "evaluate", "labels", "group", "turns")
+    __slots__ = ("session", "kind", "round", "client", "clients", "seed", "app", "config", "algorithm", "algorithm_config", "model", "sent", "treatment", "evaluate", "labels", "group", "turns", "deadline_s")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -494,6 +494,7 @@ class StageSpec(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     session: str
     kind: StageKind
     round: int
@@ -511,7 +512,8 @@ class StageSpec(_message.Message):
     labels: _containers.ScalarMap[str, str]
     group: int
     turns: int
-    def __init__(self, session: _Optional[str] = ..., kind: _Optional[_Union[StageKind, str]] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., clients: _Optional[int] = ..., seed: _Optional[int] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., sent: _Optional[_Union[Blob, _Mapping]] = ..., treatment: _Optional[str] = ..., evaluate: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., group: _Optional[int] = ..., turns: _Optional[int] = ...) -> None: ...
+    deadline_s: float
+    def __init__(self, session: _Optional[str] = ..., kind: _Optional[_Union[StageKind, str]] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., clients: _Optional[int] = ..., seed: _Optional[int] = ..., app: _Optional[str] = ..., config: _Optional[str] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., model: _Optional[_Union[Blob, _Mapping]] = ..., sent: _Optional[_Union[Blob, _Mapping]] = ..., treatment: _Optional[str] = ..., evaluate: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., group: _Optional[int] = ..., turns: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
     __slots__ = ("session",)
@@ -520,20 +522,22 @@ class WorkerReady(_message.Message):
     def __init__(self, session: _Optional[str] = ...) -> None: ...
 
 class StageOrder(_message.Message):
-    __slots__ = ("task", "epoch", "spec", "model_path", "sent_path", "out_dir")
+    __slots__ = ("task", "epoch", "spec", "model_path", "sent_path", "out_dir", "deadline_s")
     TASK_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     SENT_PATH_FIELD_NUMBER: _ClassVar[int]
     OUT_DIR_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     task: str
     epoch: int
     spec: StageSpec
     model_path: str
     sent_path: str
     out_dir: str
-    def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ..., spec: _Optional[_Union[StageSpec, _Mapping]] = ..., model_path: _Optional[str] = ..., sent_path: _Optional[str] = ..., out_dir: _Optional[str] = ...) -> None: ...
+    deadline_s: float
+    def __init__(self, task: _Optional[str] = ..., epoch: _Optional[int] = ..., spec: _Optional[_Union[StageSpec, _Mapping]] = ..., model_path: _Optional[str] = ..., sent_path: _Optional[str] = ..., out_dir: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class StageDone(_message.Message):
     __slots__ = ("task", "epoch", "cause", "files", "metrics", "weight")
@@ -674,20 +678,22 @@ class RoundBegun(_message.Message):
     def __init__(self) -> None: ...
 
 class RunOpened(_message.Message):
-    __slots__ = ("stages", "asynchronous", "buffer", "groups", "algorithm", "algorithm_config")
+    __slots__ = ("stages", "asynchronous", "buffer", "groups", "algorithm", "algorithm_config", "partial")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     ASYNCHRONOUS_FIELD_NUMBER: _ClassVar[int]
     BUFFER_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
     stages: int
     asynchronous: bool
     buffer: int
     groups: _containers.RepeatedCompositeFieldContainer[Members]
     algorithm: str
     algorithm_config: str
-    def __init__(self, stages: _Optional[int] = ..., asynchronous: _Optional[bool] = ..., buffer: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Members, _Mapping]]] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ...) -> None: ...
+    partial: bool
+    def __init__(self, stages: _Optional[int] = ..., asynchronous: _Optional[bool] = ..., buffer: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[Members, _Mapping]]] = ..., algorithm: _Optional[str] = ..., algorithm_config: _Optional[str] = ..., partial: _Optional[bool] = ...) -> None: ...
 
 class Members(_message.Message):
     __slots__ = ("clients",)

@@ -48,6 +48,35 @@ def test_a_round_closes_at_its_deadline_with_the_minimum(place: Place) -> None:
     assert states[1, 1] is TaskState.STOPPED
 
 
+# The client of this number takes 0.2 s for an epoch, and looks at the clock in between.
+PARTIAL = APP.replace(
+    "def train(model, data, config, rng):",
+    "def train(model, data, config, rng, correction=None):\n"
+    "    rows = np.random.default_rng(config['slow']).normal(size=(40, 64))\n"
+    "    for epoch in range(1, config['epochs'] + 1 if (data[0] == rows).all() else 1):\n"
+    "        time.sleep(0.2)\n"
+    "        if time.monotonic() + 0.2 > config['deadline']:\n"
+    "            return {'examples': len(data[0]), 'epochs': epoch}",
+)
+
+
+def test_who_is_too_slow_for_all_epochs_sends_those_it_had_time_for(place: Place) -> None:
+    clients = {"count": 3, "minimum": 2, "deadline_s": 5.0}
+    run = place.federate(
+        PARTIAL,
+        rounds=1,
+        clients=clients,
+        config={"slow": 1, "epochs": 1000},
+        algorithm="fedprox",
+        algorithm_config='{"mu": 0.01}',
+    )
+    place.finishes(run)
+    found = _rounds(place, run)
+    assert [r["replies"] for r in found] == [3]
+    assert [r["metrics"]["partial.clients"] for r in found] == [1.0]
+    assert "train.epochs" not in found[0]["metrics"]
+
+
 def test_over_selection_takes_the_first_answers_and_stops_the_rest(place: Place) -> None:
     clients = {"count": 3, "per_round": 2, "over_select": 0.5}
     run = place.federate(SLOW, rounds=2, clients=clients, config={"slow": 2})

@@ -48,6 +48,9 @@ def train(model, data, config, rng):
             time.sleep(3600)
         except Exception:
             pass
+    for _ in range(config.get("epochs", 0)):
+        Path("epochs").open("a").write("x")
+        time.sleep(0.02)
     if config.get("raise"):
         raise KeyError("my own mistake")
     model["w"] += 1.0
@@ -249,6 +252,16 @@ def test_an_agent_that_was_restarted_is_heard_while_a_stage_runs(warm: Warm) -> 
     with closing(warm.connect()) as agent:
         agent.say(StageCancel(task=order.task, epoch=order.epoch))
         assert agent.ask(warm.order(2)).cause is None
+
+
+def test_who_has_a_deadline_trains_as_many_epochs_as_fit(warm: Warm) -> None:
+    config = '{"epochs": 10}'  # each takes 0.02 s or more
+    with closing(warm.connect()) as agent:
+        first = agent.ask(warm.order(config=config))
+        done = agent.ask(replace(warm.order(2, config), deadline_s=0.1))
+    assert "partial.epochs" not in first.metrics
+    assert 1 <= done.metrics["partial.epochs"] <= 5
+    assert warm.lines("epochs") == "x" * int(10 + done.metrics["partial.epochs"])
 
 
 def test_of_a_data_set_only_what_the_client_took_stays_in_memory(

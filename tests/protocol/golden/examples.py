@@ -189,6 +189,12 @@ _ORDERS: Mapping[str, _What] = {
             service=Service(port=2345, path="/ready", within_s=90.0),
         ),
     ),
+    "offer-stage_with_deadline": Offer(
+        task=TASK,
+        epoch=1,
+        run="r-42",
+        spec=replace(_STAGE, algorithm="fedprox", deadline_s=12.5),
+    ),
 }
 
 _BODIES: Mapping[str, Body] = {
@@ -256,6 +262,14 @@ _WORKER: Mapping[str, WorkerReady | StageOrder | StageDone | StageCancel] = {
         out_dir="tasks/r-42-c1-r3/2/out",
         sent_path="cache/0d0d",
     ),
+    "stage_order-deadline": StageOrder(
+        task=TASK,
+        epoch=2,
+        spec=replace(_STAGE, algorithm="fedprox", deadline_s=12.5),
+        model_path="cache/5e5e",
+        out_dir="tasks/r-42-c1-r3/2/out",
+        deadline_s=11.25,
+    ),
     "stage_done": StageDone(
         task=TASK,
         epoch=2,
@@ -300,6 +314,7 @@ _AGGREGATOR: Mapping[str, _Question | _Answer] = {
     "round_plan": RoundPlan(clients=(1, 300)),
     "round_begun": RoundBegun(),
     "run_opened": RunOpened(stages=2, asynchronous=True, buffer=10),
+    "run_opened-partial": RunOpened(stages=1, partial=True),
     "update_added": UpdateAdded(client=300, refusal=_CAUSE),
     "update_added-stepped": UpdateAdded(client=3, stepped=True),
     "failed": Failed(cause=_CAUSE),
