@@ -32,12 +32,13 @@ from fedml_broker.audit import Refusals, SignInRefused
 from fedml_broker.blobs import Blobs
 from fedml_broker.clusters import Clusters
 from fedml_broker.devices import Devices
-from fedml_broker.dispatch import Dispatcher, Timing
+from fedml_broker.dispatch import Dispatcher
 from fedml_broker.federate import Federation
 from fedml_broker.fleet import Fleet
 from fedml_broker.forward import Forwarder
 from fedml_broker.identity import Identity, common_name
 from fedml_broker.launch import Launcher
+from fedml_broker.leases import Timing
 from fedml_broker.metrics import Metrics
 from fedml_broker.mqtt import Post
 from fedml_broker.mqtt.endpoint import Endpoint, Refusal

@@ -11,8 +11,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from sqlalchemy import Connection
@@ -21,8 +21,10 @@ from fedml_broker import deploy, match, tasks
 from fedml_broker.backlog import Backlog
 from fedml_broker.blobs import Blobs
 from fedml_broker.fleet import Fleet, Machine
+from fedml_broker.leases import Leases, Timing
 from fedml_broker.mqtt import PostError
 from fedml_broker.observe import add_event
+from fedml_broker.open_tasks import OpenTasks
 from fedml_broker.orders import Orders
 from fedml_broker.queue import Waiting
 from fedml_broker.store import Store, StoreUnavailable
@@ -66,17 +68,6 @@ _PLANNING = 4
 _LONG_S = 0.002
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """How long things may take, seconds. Tests shorten them."""
-
-    heartbeat_s: float = 10.0
-    lease_s: float = 45.0
-    offer_s: float = 30.0
-    # A timer that fires this much late means that this process itself was away (suspended).
-    away_s: float = 5.0
-
-
 class Work(Protocol):
     """What a word does when a task of its ends."""
 
@@ -114,13 +105,10 @@ class Dispatcher:
         self._fleet = fleet
         self._orders = orders
         self._blobs = blobs
-        self._tasks: dict[str, Task] = {}
-        self._runs: dict[str, dict[str, Task]] = {}
-        self._backlog = Backlog(fleet, self._held_of)
-        # The held ones by their device: what a heartbeat costs must not grow with the fleet.
-        self._held: dict[str, dict[str, Task]] = {}
+        self._tasks = OpenTasks(fleet)
+        self._leases = Leases(fleet, timing, self._lease_is_over)
+        self._backlog = Backlog(fleet, self._tasks.held_of)
         self._wake = asyncio.Event()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._background: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------ what words ask for
@@ -131,14 +119,14 @@ class Dispatcher:
         for task in await self._store.read(tasks.load_open):
             self._know(task)
             if task.state in HELD and task.device is not None:
-                self._hold(task)
-                self._extend(task, back_s)
+                self._tasks.hold(task)
+                self._leases.extend(task, back_s)
                 if task.stopping:  # told with its next heartbeat
                     self._end_unanswered(task, back_s)
         for run, reason in {t.run: t.stopping for t in self._backlog if t.stopping}.items():
             await self._end_queued(run, reason)
-        for run, members in list(self._runs.items()):
-            await self._end_with_the_failed(run, list(members.values()))
+        for run in self._tasks.runs():
+            await self._end_with_the_failed(run, self._tasks.of_run(run))
         self._wake.set()
 
     async def _end_with_the_failed(self, run: str, members: Sequence[Task]) -> None:
@@ -157,18 +145,17 @@ class Dispatcher:
         self._wake.set()
 
     def _know(self, task: Task) -> None:
-        self._tasks[task.id] = task
-        self._runs.setdefault(task.run, {})[task.id] = task
+        self._tasks.add(task)
         if task.state is TaskState.QUEUED:
             self._backlog.add(task)
 
     def of_run(self, run: str) -> list[Task]:
         """The open tasks of a run."""
-        return list(self._runs.get(run, {}).values())
+        return self._tasks.of_run(run)
 
     def states(self) -> list[TaskState]:
         """The state of each open task."""
-        return [task.state for task in self._tasks.values()]
+        return [task.state for task in self._tasks]
 
     def waiting(self, run: str) -> str:
         """Why a run's tasks are still queued, machine by machine; empty: none is."""
@@ -331,7 +318,7 @@ class Dispatcher:
         task.device = machine.address.device
         task.accepted_seq = -1
         task.ends_by = math.inf
-        self._hold(task)
+        self._tasks.hold(task)
 
     async def _offer(self, picked: Sequence[tuple[Task, Machine]]) -> None:
         def commit(tx: Connection) -> list[bool]:
@@ -352,7 +339,7 @@ class Dispatcher:
             if not still_queued:  # stopped in the meantime
                 self._let_go(task)
                 continue
-            self._extend(task, self.timing.offer_s)
+            self._leases.extend(task, self.timing.offer_s)
             task.moments["offered"] = time.time()
             sending.append(self._publish_offer(task, machine.address))
         # All at once: the endpoint commits them together, and the last device waits for no other.
@@ -379,8 +366,8 @@ class Dispatcher:
         """Renew leases, and heal what a lost message left apart."""
         held = {(b.task, b.epoch) for b in beat.tasks}
         for told in beat.tasks:
-            task = self._tasks.get(told.task)
-            if task is not None and self._is_current(task, machine, told.epoch):
+            task = self._tasks.current(machine, told.task, told.epoch)
+            if task is not None:
                 if task.state is TaskState.OFFERED:  # its Accept was lost
                     task.state = move(task.state, TaskState.LEASED)
                     task.accepted_seq = seq
@@ -394,32 +381,30 @@ class Dispatcher:
                     Cancel(task=told.task, epoch=told.epoch, reason="no longer yours"),
                 )
         for told in beat.tasks:
-            task = self._tasks.get(told.task)
+            task = self._tasks.current(machine, told.task, told.epoch)
             if task is None or told.state is not TaskState.RUNNING:
-                continue
-            if not self._is_current(task, machine, told.epoch):
                 continue
             if task.state is TaskState.LEASED:  # its Progress was lost
                 await self._begins(task)
             if task.serves and told.port != task.port:
                 await self.on_serves(task, machine, told.port)
-                if self._is_current(task, machine, told.epoch):
+                if self._tasks.current(machine, told.task, told.epoch) is not None:
                     task.port = told.port
-        for task in self._held_by(machine):
+        for task in self._tasks.held_by(machine):
             gone = (task.id, task.epoch) not in held and task.accepted_seq < seq
             if gone and task.state in (TaskState.LEASED, TaskState.RUNNING):
                 await self._take_back(task, f"{machine.name} no longer has it")
 
     async def online(self, machine: Machine) -> None:
         """A machine (re)connected: what was offered to it may have been lost on the way."""
-        for task in self._held_by(machine):
+        for task in self._tasks.held_by(machine):
             if task.state is TaskState.OFFERED:
                 await self._publish_offer(task, machine.address)
 
     async def accept(self, machine: Machine, told: Accept, seq: int) -> None:
         """The device takes the task; not written down: the heartbeat would say it again."""
-        task = self._tasks.get(told.task)
-        if task is None or not self._is_current(task, machine, told.epoch):
+        task = self._tasks.current(machine, told.task, told.epoch)
+        if task is None:
             self._send(
                 machine.address,
                 Cancel(task=told.task, epoch=told.epoch, grace_s=0, reason="offered elsewhere"),
@@ -427,15 +412,13 @@ class Dispatcher:
         elif task.state is TaskState.OFFERED:
             task.state = move(task.state, TaskState.LEASED)
             task.accepted_seq = seq
-            self._extend(task, self.timing.lease_s)
+            self._leases.extend(task, self.timing.lease_s)
             self.on_accepted(task)
 
     async def reject(self, machine: Machine, told: Reject) -> None:
         """The device does not take it: somebody else may, or it later."""
-        task = self._tasks.get(told.task)
-        if task is None or not self._is_current(task, machine, told.epoch):
-            return
-        if task.state is not TaskState.OFFERED:
+        task = self._tasks.current(machine, told.task, told.epoch)
+        if task is None or task.state is not TaskState.OFFERED:
             return
         device = machine.address.device
         detail = told.detail or told.reason.name.lower()
@@ -453,8 +436,8 @@ class Dispatcher:
 
     async def progress(self, machine: Machine, told: Progress) -> None:
         """The task runs."""
-        task = self._tasks.get(told.task)
-        if task is None or not self._is_current(task, machine, told.epoch):
+        task = self._tasks.current(machine, told.task, told.epoch)
+        if task is None:
             return
         if task.state in (TaskState.OFFERED, TaskState.LEASED):
             await self._begins(task)
@@ -476,8 +459,8 @@ class Dispatcher:
     async def result(self, machine: Machine, told: Result) -> None:
         """The task has ended. Counted once; acknowledged always, once it is on the disk."""
         device = machine.address.device
-        task = self._tasks.get(told.task)
-        if task is not None and self._is_current(task, machine, told.epoch):
+        task = self._tasks.current(machine, told.task, told.epoch)
+        if task is not None:
             if any(self._blobs.size(a.blob.sha256) is None for a in told.artifacts):
                 # Not acknowledged: the agent uploads again before it sends again.
                 log.warning("%s: a result of %s names blobs that are not here", told.task, device)
@@ -614,79 +597,27 @@ class Dispatcher:
             self._send(machine.address, _cancel(task))
 
     def _forget(self, task: Task, result: Result | None) -> None:
-        if self._tasks.pop(task.id, None) is not None:
+        if self._tasks.remove(task):
             self.on_ended(TaskState.STOPPED if result is None else result.state)
         self._backlog.remove(task)
-        if (known := self._runs.get(task.run)) is not None:
-            known.pop(task.id, None)
-            if not known:
-                del self._runs[task.run]
-        self._let_go(task)
+        self._leases.drop(task)
         self._wake.set()
         if result is None:
             return
         self.works[task.kind].told(task, result)
         self.on_result(task, result)
-        if task.terms.nodes > 1 and result.state is not TaskState.FINISHED and known:
+        if (
+            task.terms.nodes > 1
+            and result.state is not TaskState.FINISHED
+            and self.of_run(task.run)
+        ):
             self._spawn(self.stop_run(task.run, f"rank {task.rank} {result.state.name.lower()}"))
 
-    def _held_of(self, tenant: str) -> Iterator[Task]:
-        held = (task for tasks in self._held.values() for task in tasks.values())
-        return (task for task in held if task.tenant == tenant)
-
-    def _held_by(self, machine: Machine) -> list[Task]:
-        return list(self._held.get(machine.address.device, {}).values())
-
-    def _hold(self, task: Task) -> None:
-        device = task.device or ""
-        self._held.setdefault(device, {})[task.id] = task
-        machine = self._fleet.get(device)
-        if machine is not None:
-            self._fleet.hold(machine, task.room, task.offer.needs)
-
     def _let_go(self, task: Task) -> None:
-        timer = self._timers.pop(task.id, None)
-        if timer is not None:
-            timer.cancel()
-        device = task.device or ""
-        if (held := self._held.get(device)) is not None:
-            held.pop(task.id, None)
-            if not held:
-                del self._held[device]
-        machine = self._fleet.get(device)
-        if machine is not None and task.room == task.id:  # a session's room is its run's to free
-            self._fleet.free(machine, task.room)
+        self._leases.drop(task)
+        self._tasks.let_go(task)
 
-    def _is_current(self, task: Task, machine: Machine, epoch: int) -> bool:
-        return task.epoch == epoch and task.device == machine.address.device and task.state in HELD
-
-    # ------------------------------------------------------------------ leases
-
-    def _extend(self, task: Task, seconds: float) -> None:
-        task.lease_until = self._fleet.clock() + seconds
-        old = self._timers.pop(task.id, None)
-        if old is not None:
-            old.cancel()
-        self._watch(task)
-
-    def _watch(self, task: Task) -> None:
-        delay = max(task.lease_until - self._fleet.clock(), 0.0)
-        due = asyncio.get_running_loop().time() + delay
-        self._timers[task.id] = asyncio.get_running_loop().call_at(
-            due, self._lease_is_over, task, due
-        )
-
-    def _lease_is_over(self, task: Task, due: float) -> None:
-        late = asyncio.get_running_loop().time() - due
-        if late > self.timing.away_s:
-            # This process was frozen, not the agents: let each of them be heard first.
-            task.lease_until = self._fleet.clock() + self.timing.lease_s
-        if self._fleet.clock() < task.lease_until - 0.001:  # heartbeats have renewed it
-            self._watch(task)
-            return
-        # Should the step fail (a full disk), it is tried again.
-        task.lease_until = self._fleet.clock() + self.timing.heartbeat_s
-        self._watch(task)
+    def _lease_is_over(self, task: Task) -> None:
         if task.state is TaskState.OFFERED:
             self._spawn(self._requeue(task, "its offer was not answered"))
         elif task.state in HELD:

@@ -21,9 +21,10 @@ from sqlalchemy import Connection
 from fedml_broker import runs, tables, tasks
 from fedml_broker.accounts import User
 from fedml_broker.blobs import Blobs
-from fedml_broker.dispatch import Dispatcher, Timing
+from fedml_broker.dispatch import Dispatcher
 from fedml_broker.fleet import Fleet, Machine
 from fedml_broker.identity import Identity
+from fedml_broker.leases import Timing
 from fedml_broker.match import Capacity, Gpu
 from fedml_broker.mqtt import Unavailable
 from fedml_broker.orders import Orders

@@ -19,8 +19,8 @@ from fedml_broker.accounts import User
 from fedml_broker.app import HTTPS_PORT, MQTTS_PORT, Broker, PortInUse, Settings
 from fedml_broker.audit import CLI
 from fedml_broker.cli.client import CommandFailed, home_option, json_option
-from fedml_broker.dispatch import Timing
 from fedml_broker.identity import IdentityUnusable
+from fedml_broker.leases import Timing
 from fedml_broker.tables import DEFAULT_TENANT
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
