@@ -323,6 +323,11 @@ def _connect(ray: Any, address: str, count: int, folder: Path) -> None:
     try:
         with _our_sigterm():
             ray.init(address=address, logging_level="warning", runtime_env=shipped, **own)
+    except ray.exceptions.RuntimeEnvSetupError as error:
+        raise ConfigError(
+            f"Ray does not ship {folder}: {error}",
+            "what is large in it belongs elsewhere, or into a .gitignore or .rayignore there",
+        ) from error
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster can be used at {address}: {error}",

@@ -144,6 +144,19 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused(nodes: str, tmp_path
 
 
 @marked
+def test_a_workspace_that_ray_does_not_ship_is_named(
+    nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private.runtime_env import packaging
+
+    monkeypatch.setattr(packaging, "GCS_STORAGE_MAX_SIZE", 100)  # it is 512 MiB
+    (tmp_path / "notes.txt").write_text("not what another test has shipped")
+    with pytest.raises(ConfigError, match="Ray does not ship") as refused:
+        simulate(plan(tmp_path), workers=2, ray=nodes)
+    assert ".rayignore" in refused.value.hint
+
+
+@marked
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_simulation_ends_the_ray_that_it_started(
     number: signal.Signals, tmp_path: Path
