@@ -324,6 +324,7 @@ def _connect(ray: Any, address: str, count: int, folder: Path) -> None:
         with _our_sigterm():
             ray.init(address=address, logging_level="warning", runtime_env=shipped, **own)
     except ray.exceptions.RuntimeEnvSetupError as error:
+        ray.shutdown()  # it is half connected
         raise ConfigError(
             f"Ray does not ship {folder}: {error}",
             "what is large in it belongs elsewhere, or into a .gitignore or .rayignore there",
