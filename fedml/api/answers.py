@@ -34,6 +34,15 @@ class RunStatus(StrEnum):
         return cls({"STOPPED": "KILLED", "LOST": "FAILED"}.get(run.state, run.state))
 
 
+class RunId(str):
+    """A run's id, which is a number where a script asks for one: FedML's ask `int(run_id) > 0`."""
+
+    __slots__ = ()
+
+    def __int__(self) -> int:
+        return int(self.removeprefix("r-"), 36)
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchResult:
     """What became of a job file.
@@ -50,9 +59,9 @@ class LaunchResult:
 
     result_code: int
     result_message: str
-    run_id: str | None = None
+    run_id: RunId | None = None
     project_id: str | None = None
-    inner_id: str | None = None
+    inner_id: RunId | None = None
     result_object: Run | None = None
 
     @property

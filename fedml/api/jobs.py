@@ -11,7 +11,7 @@ from typing import Any
 from fedml import jobfile, package
 from fedml import launch as submit
 from fedml.api.account import Home, connect
-from fedml.api.answers import LaunchResult
+from fedml.api.answers import LaunchResult, RunId
 from fedml.client import Client
 from fedml.clusters import Cluster
 from fedml.errors import BrokerRefused, BrokerUnreachable, ConfigError, FedMLError
@@ -172,7 +172,8 @@ def _launched(
         text = f"{error}; try: {error.hint}" if error.hint else str(error)
         return LaunchResult(code, text)
     text = f"{run.id} is queued" + (f" on {cluster}" if cluster else "")
-    return LaunchResult(0, text, run.id, None, run.id, run)
+    given = RunId(run.id)
+    return LaunchResult(0, text, given, None, given, run)
 
 
 def _reserve(client: Client, file: Path, cluster: str) -> None:

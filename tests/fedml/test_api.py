@@ -63,6 +63,10 @@ def test_a_script_of_fedmls_launches_and_reads_its_job(tmp_path: Path) -> None:
     assert result.result_code == 0, result.result_msg
     assert result.run_id
     assert (result.project_id, result.inner_id) == (None, result.run_id)
+    # FedML's examples look whether it is a number above zero, and go on with what they were given.
+    assert result.run_id is not None
+    assert int(result.run_id) > 0
+    assert api.run_status(run_id=result.run_id)
     api.run_wait(result.run_id)
     logs = api.run_logs(result.run_id, page_num=1, page_size=100)
     assert (logs.run_status, logs.total_log_lines, logs.total_log_pages) == ("FAILED", 1, 1)
