@@ -50,6 +50,8 @@ def get_local_on_premise_platform_port() -> int:
 
 
 def _set(name: str, value: str | int) -> None:
+    if value == _said[name]:  # nothing new to say
+        return
     _said[name] = value
     warnings.warn(
         f"the {name} {value!r} of FedML's platform is not used: "
