@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -145,11 +145,20 @@ def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
         translation = translate(sections, deployed=deployed)
     except ConfigError as error:
         raise ConfigError(f"{called}: {error}", error.hint) from error
-    other = [note.text for note in translation.notes if note.kind is Kind.INSTEAD]
+    settle(translation.notes, called, strict=strict)
+    return {"name": Path(called).stem if called == str(source) else "fedml", **translation.run}
+
+
+def settle(notes: Sequence[Note], called: str, *, strict: bool) -> None:
+    """Warn of each note.
+
+    Raises:
+        ConfigError: `strict`, and something else would be done than was asked for.
+    """
+    other = [note.text for note in notes if note.kind is Kind.INSTEAD]
     if strict and other:
         raise ConfigError(f"{called}: {'; '.join(other)}", "leave out --strict to run it so")
-    tell(translation.notes, called)
-    return {"name": Path(called).stem if called == str(source) else "fedml", **translation.run}
+    tell(notes, called)
 
 
 def tell(notes: Iterable[Note], called: str) -> None:
