@@ -23,6 +23,7 @@ _LAZY = {
     "federate": "fedml.federate",
     "init": "fedml.arguments:init",
     "load_arguments": "fedml.arguments:load_arguments",
+    "logging": "logging",  # FedML's scripts look for it here
     "mlops": "fedml.mlops",
     "model": "fedml.model",
     "protect": "fedml.protect",

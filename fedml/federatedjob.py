@@ -59,7 +59,8 @@ def read(
     try:
         if own:
             trainer = any(look.trainer for look in looks)
-            translated = scripts.translate(sections, trainer=trainer, deployed=True)
+            loads = any(look.loads for look in looks)
+            translated = scripts.translate(sections, trainer=trainer, deployed=True, loads=loads)
         else:
             translated = translation.translate(sections, deployed=True)
     except ConfigError as error:

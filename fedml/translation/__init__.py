@@ -290,17 +290,12 @@ def _named(
     flat: Flat, notes: Notes, present: Callable[[str], bool], *, deployed: bool
 ) -> dict[str, Any]:
     """What `fedml.named` is told."""
-    named, model = str(flat.need("dataset")), str(flat.need("model")).lower()
+    dataset = _dataset(flat, notes, present, deployed=deployed)
+    model = str(flat.need("model")).lower()
     try:
-        dataset, note, differs = _dataset(named, present, deployed=deployed)
         family = fedml.named.check(dataset, model)
-    except DataError as error:
-        text = str(error).removesuffix(f"; {error.hint}")
-        raise DataUnavailable(f"`dataset`: {text}", error.hint.removeprefix("run: ")) from error
     except ApplicationError as error:
         raise ConfigError(f"`model`: {error}") from error
-    if note:
-        (notes.instead if differs else notes.no_effect)(f"`dataset`: {note}")
     if family.note:
         notes.instead(f"`model`: {model}: {family.note}")
     config: dict[str, Any] = {
@@ -326,16 +321,35 @@ def method_of(flat: Flat, notes: Notes) -> str:
     return "hetero"
 
 
-def _dataset(
-    named: str, present: Callable[[str], bool], *, deployed: bool
-) -> tuple[str, str, bool]:
+def of_dataset(sections: Sections, *, deployed: bool) -> tuple[Note, ...]:
+    """What there is to tell of the data set that a configuration names.
+
+    Raises:
+        ConfigError: It names none.
+        DataUnavailable: Neither it nor anything near it is here.
+    """
+    notes = Notes()
+    _dataset(Flat(flatten(sections)), notes, is_here, deployed=deployed)
+    return tuple(notes.said)
+
+
+def _dataset(flat: Flat, notes: Notes, present: Callable[[str], bool], *, deployed: bool) -> str:
+    """The one of ours that stands for the one that is named."""
+    named = str(flat.need("dataset"))
     try:
-        return nearest(named, present)
-    except DatasetMissing:
-        if not deployed:
-            raise
-        # This machine need not have it: those that train must, and say so where they do not.
-        return nearest(named, lambda name: True)
+        try:
+            dataset, note, differs = nearest(named, present)
+        except DatasetMissing:
+            if not deployed:
+                raise
+            # This machine need not have it: those that train must, and say so where they do not.
+            dataset, note, differs = nearest(named, lambda name: True)
+    except DataError as error:
+        text = str(error).removesuffix(f"; {error.hint}")
+        raise DataUnavailable(f"`dataset`: {text}", error.hint.removeprefix("run: ")) from error
+    if note:
+        (notes.instead if differs else notes.no_effect)(f"`dataset`: {note}")
+    return dataset
 
 
 def _device(

@@ -29,6 +29,8 @@ _BY_NAME = {
     "fedml.run_cross_cloud_client",
     "fedml.run_cross_cloud_server",
 }
+# What brings the data set of the configuration, or the nearest one.
+_LOADERS = ("fedml.data.load", "fedml.data.MNIST.data_loader.load_partition_data_mnist")
 _TRAINER = 4  # its place among the arguments of FedMLRunner
 
 # What the training of their clients would have to do or say; a script's own decides for itself.
@@ -40,19 +42,26 @@ _BY_TRAINING = {
 }
 
 
-def translate(sections: Sections, *, trainer: bool, deployed: bool) -> Translation:
+def translate(
+    sections: Sections, *, trainer: bool, deployed: bool, loads: bool = False
+) -> Translation:
     """The run that a script asks for.
 
     Args:
         sections: Its configuration.
         trainer: It has a ClientTrainer of its own.
         deployed: It is for real machines.
+        loads: It will load the data set that the configuration names, and it is not known yet
+            which one that is.
 
     Raises:
         ConfigError: A value makes no sense, or there is nothing like it here.
+        DataUnavailable: There is no data set that could stand for its own.
     """
     found = translation.translate(sections, by_name=False, deployed=deployed)
     notes, run = list(found.notes), {"name": "fedml", **found.run}
+    if loads:
+        notes = [*translation.of_dataset(sections, deployed=deployed), *notes]
     if trainer and run["algorithm"] in _BY_TRAINING:
         text = f"{run['algorithm']} is FedAvg {_BY_TRAINING[run['algorithm']]}"
         notes.append(Note(Kind.INSTEAD, f"`federated_optimizer`: {text}"))
@@ -68,10 +77,12 @@ class Look:
     Attributes:
         by_name: It names its data set and its model, and has nothing of its own.
         trainer: It gives a ClientTrainer to its runner.
+        loads: It has the data set that the configuration names.
     """
 
     by_name: bool
     trainer: bool
+    loads: bool
 
 
 def look(file: Path) -> Look:
@@ -89,7 +100,11 @@ def look(file: Path) -> Look:
     runners = [call for call in calls if _name(call.func, names) == "fedml.FedMLRunner"]
     given = [one for call in runners if (one := _trainer(call)) is not None]
     trainer = any(not (isinstance(one, ast.Constant) and one.value is None) for one in given)
-    return Look(by_name=_is_by_name(tree, calls, runners, names), trainer=trainer)
+    return Look(
+        by_name=_is_by_name(tree, calls, runners, names),
+        trainer=trainer,
+        loads=any(_loads(call, names) for call in calls),
+    )
 
 
 def _is_by_name(
@@ -114,6 +129,13 @@ def _is_ours(call: ast.Call, names: dict[str, str]) -> bool:
     if _name(call.func, names) in _BY_NAME:
         return True
     return isinstance(call.func, ast.Attribute) and call.func.attr == "run" and not call.args
+
+
+def _loads(call: ast.Call, names: dict[str, str]) -> bool:
+    """Whether it brings what the configuration names, and not what stands in its own brackets."""
+    return _name(call.func, names) in _LOADERS and not isinstance(
+        next(iter(call.args), None), ast.Constant
+    )
 
 
 def _imported(tree: ast.Module) -> Iterator[tuple[str, str]]:

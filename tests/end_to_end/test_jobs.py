@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fedml import api
 from tests.fakes.nvml import GIB, environment
 from tests.place import Place, command
 
@@ -169,6 +170,20 @@ def test_scripts_of_a_federated_job_bring_data_model_and_training(place: Place) 
     assert lines == {f"rank {rank} of north: step 0.5, shift 2.0" for rank in (1, 2)}
 
 
+def test_a_script_with_a_model_of_its_own_trains_on_machines_that_have_what_it_asks_for(
+    place: Place,
+) -> None:
+    refused = launch(place, "federated_net", code=6)
+    assert "2 machines are asked for, 1 fit" in refused.stderr
+    assert "plain: has no GPU" in refused.stderr
+    done = launch(place, "federated_net", "--any-resource", "--json")
+    assert "`dataset`: mnist" in done.stderr
+    run = json.loads(done.stdout.splitlines()[0])["run"]
+    rounds = place.client.call("GET", f"/v1/runs/{run}")["rounds"]
+    accuracies = [r["metrics"]["devices.accuracy"] for r in rounds if r["model"]]
+    assert accuracies[-1] > 0.3 > accuracies[0]
+
+
 def test_a_dry_run_of_a_federated_job_names_its_clients(place: Place) -> None:
     found = json.loads(launch(place, "federated", "--dry-run", "--json").stdout)
     assert found["nodes"] == 2
@@ -197,3 +212,24 @@ def test_a_federated_job_trains_on_the_machines_of_its_cluster_alone(place: Plac
     nobody = launch(place, "federated_own", "-c", "nobody", code=6)
     assert "no machine is reserved as nobody" in nobody.stderr
     place.client.call("DELETE", "/v1/clusters/all")
+
+
+def test_python_packages_and_workflows_start_federated_jobs_too(
+    place: Place, tmp_path: Path
+) -> None:
+    job, home = JOBS / "federated_own" / "job.yaml", place.folder / "me"
+    built = api.federate_build(job, tmp_path)
+    run = api.launch(job, package=str(built), home=home).wait(check=True)
+    assert run.metrics[-1]["devices.w"] == 14.5
+
+    result = api.launch_job_on_cluster(job, "made", home=home)
+    assert result.result_code == 0, result.result_msg
+    assert result.result_object is not None
+    assert result.result_object.wait(check=True).details["spec"]["cluster"] == "made"
+    place.client.call("DELETE", "/v1/clusters/made")
+
+    flow = tmp_path / "flow.yaml"
+    flow.write_text(f"steps: {{train: {{job: {job}}}}}")
+    ended = api.workflow_run(flow, home=home).wait(check=True)
+    assert ended.run_of("train").details["kind"] == "federate"
+    assert ended.steps["train"]["outputs"]["values"]["devices.w"] == "14.5"

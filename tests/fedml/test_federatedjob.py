@@ -319,6 +319,17 @@ def test_lines_that_start_no_script_train_by_name_and_strict_refuses(tmp_path: P
         federatedjob.read(file, strict=True)
 
 
+def test_a_stand_in_for_the_data_that_own_scripts_load_is_named(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIG)
+    config["data_args"]["dataset"] = "cifar10"
+    script = f"{BY_NAME}\nclass Mine: pass\n"
+    with pytest.warns(Differs, match="`dataset`: cifar10 is in no package"):
+        federatedjob.read(_job(tmp_path, script, config))
+    with pytest.raises(ConfigError, match="`dataset`: cifar10 is in no package"):
+        federatedjob.read(_job(tmp_path, script, config), strict=True)
+    federatedjob.read(_job(tmp_path, OWN, config), strict=True)  # it never asks for that
+
+
 def test_fedprox_with_a_trainer_of_ones_own_is_said_to_be_fedavg(tmp_path: Path) -> None:
     config = copy.deepcopy(CONFIG)
     config["train_args"] |= {"federated_optimizer": "FedProx", "fedprox_mu": 0.1}
@@ -332,26 +343,27 @@ def test_fedprox_with_a_trainer_of_ones_own_is_said_to_be_fedavg(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("script", "by_name", "trainer"),
+    ("script", "by_name", "trainer", "loads"),
     [
-        (BY_NAME, True, False),
-        ("import fedml\nfedml.run_cross_silo_client()\n", True, False),
-        ("from fedml import run_cross_silo_server as go\ngo()\n", True, False),
-        (OWN, False, True),
-        (BY_NAME.replace("model)\n", "model, None)\n"), False, False),
-        (BY_NAME.replace("model)\n", "model, client_trainer=args.t)\n"), False, True),
-        (BY_NAME.replace("    model =", "    args.lr = 1\n    model ="), False, False),
-        (BY_NAME.replace("fedml.data.load(args)", "load(args)"), False, False),
-        (BY_NAME.replace("import fedml\n", "import fedml\nimport mine\n"), False, False),
-        (f"{BY_NAME}\nclass Net: pass\n", False, False),
-        ("", False, False),
+        (BY_NAME, True, False, True),
+        ("import fedml\nfedml.run_cross_silo_client()\n", True, False, False),
+        ("from fedml import run_cross_silo_server as go\ngo()\n", True, False, False),
+        (OWN, False, True, False),
+        (BY_NAME.replace("model)\n", "model, None)\n"), False, False, True),
+        (BY_NAME.replace("model)\n", "model, client_trainer=args.t)\n"), False, True, True),
+        (BY_NAME.replace("    model =", "    args.lr = 1\n    model ="), False, False, True),
+        (BY_NAME.replace("fedml.data.load(args)", "load(args)"), False, False, False),
+        (BY_NAME.replace("import fedml\n", "import fedml\nimport mine\n"), False, False, True),
+        (f"{BY_NAME}\nclass Net: pass\n", False, False, True),
+        (OWN.replace("args = ", 'own = fedml.data.load("heart")\nargs = '), False, True, False),
+        ("", False, False, False),
     ],
 )
 def test_a_script_that_only_names_things_is_told_from_one_with_its_own(
-    tmp_path: Path, script: str, by_name: bool, trainer: bool
+    tmp_path: Path, script: str, by_name: bool, trainer: bool, loads: bool
 ) -> None:
     (tmp_path / "main.py").write_text(script)
-    assert scripts.look(tmp_path / "main.py") == scripts.Look(by_name, trainer)
+    assert scripts.look(tmp_path / "main.py") == scripts.Look(by_name, trainer, loads)
 
 
 @pytest.fixture
