@@ -45,12 +45,17 @@ def read(
     env |= found.get("environment_variables", {})
     workspace = workspace_of(file, found)
     sent = package.files(workspace)
-    started = [Started.of(found.get(key, "")) for key in ("job", "server_job")]
-    config = _config(file, workspace, sent, started)
+    started = {key: Started.of(found.get(key, "")) for key in ("job", "server_job")}
+    for key, one in started.items():
+        if one.script and workspace / one.script[0] not in sent:
+            raise ConfigError(
+                f"{file}: `{key}` starts {one.script[0]}, which is not in the workspace "
+                f"{workspace}, or an ignore file leaves it out"
+            )
+    config = _config(file, workspace, sent, [*started.values()])
     sections = translation.read(config)
-    client, server = (_command(file, key, workspace, sent, one)
-                      for key, one in zip(("job", "server_job"), started, strict=True))  # fmt: skip
-    looks = [scripts.look(workspace / command[0]) for command in (client, server) if command]
+    client, server = (one.script for one in started.values())
+    looks = [scripts.look(workspace / script[0]) for script in (client, server) if script]
     notes = Notes()
     own = not all(look.by_name for look in looks)
     if not looks:
@@ -101,7 +106,7 @@ class Started:
             at = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
             script = () if at is None else tuple(words[at:])
             config = _value(words)
-            if config or (script and not found.config):
+            if (config and (script or not found.script)) or (script and not found.config):
                 found = cls(script, config)
         return found
 
@@ -161,18 +166,6 @@ def _config(file: Path, workspace: Path, sent: Sequence[Path], started: Sequence
     )
 
 
-def _command(
-    file: Path, key: str, workspace: Path, sent: Sequence[Path], started: Started
-) -> tuple[str, ...]:
-    """The script of some lines, which must be there, with its words; empty: there is none."""
-    if started.script and (workspace / started.script[0]) not in sent:
-        raise ConfigError(
-            f"{file}: `{key}` starts {started.script[0]}, which is not in the workspace "
-            f"{workspace}, or an ignore file leaves it out"
-        )
-    return started.script
-
-
 def _left_out(found: Mapping[str, Any], env: Mapping[str, str], notes: Notes, *, own: bool) -> None:
     """Name what a federated run has nothing for; a script of one's own might miss it."""
     say = notes.instead if own else notes.no_effect
@@ -191,7 +184,7 @@ def _left_out(found: Mapping[str, Any], env: Mapping[str, str], notes: Notes, *,
         if found.get(key):
             notes.no_effect(f"`{key}` has no effect: {by_name}")
     for key in found:
-        if key.endswith(("_args", "_params")) and found[key] and key != "environment_args":
+        if key.endswith(("_args", "_params")) and found[key]:
             notes.no_effect(f"`{key}` has no effect: {by_name}; the configuration has `train_args`")
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from fedml.errors import ConfigError
 from fedml.jobkeys import ALIASES, KEYS
+from fedml.runfile import is_federated_job
 from fedml.yamlfile import Reader, workspace_of
 from fedml_protocol.launch import SHORTEST_SECRET
 
@@ -49,13 +50,12 @@ def read_job(
     Raises:
         ConfigError: With the file's name, and the line where one is to blame.
     """
-    found, env = read_keys(file, KEYS, within)
-    # A simulation is a program on one machine.
-    if found.get("job_type") == "federate" and found.get("job_subtype") != "simulation":
+    if is_federated_job(file, within):
         raise ConfigError(
             f"{file}: `job_type` is federate: a federated run, not a job",
             f"`fedml launch {file.name}`, `fedml federate {file.name}`",
         )
+    found, env = read_keys(file, KEYS, within)
     if not found.get("job", "").strip():
         raise ConfigError(f"{file}: there is no `job`: the shell lines to run")
     needs, optional = needs_of(file, found.get("computing", {}))

@@ -118,6 +118,11 @@ def read_simulated(file: Path) -> tuple[dict[str, Any], Path]:
     Raises:
         ConfigError: With the file's name, and the line where one is to blame.
     """
+    if is_federated_job(file):
+        raise ConfigError(
+            f"{file} is a federated job: it starts on machines",
+            "`fedml launch` it; what is simulated is its configuration, which it names after --cf",
+        )
     found = Reader(file).read({**_FEDERATED, "simulation": _SIMULATION})
     found.setdefault("name", file.stem)
     if "groups" in found:

@@ -176,7 +176,7 @@ def _translated(args: Any, *, own: bool, deployed: bool) -> dict[str, Any]:
     """The run that a script asks for; its data, model and training are its own."""
     found = scripts.translate(sections_of(args), trainer=own, deployed=deployed)
     translation.tell(found.notes, "FedMLRunner")
-    return dict(found.run)
+    return {"name": "fedml", **found.run}
 
 
 def _refuse_client(args: Any) -> None:

@@ -59,7 +59,7 @@ def translate(
         DataUnavailable: There is no data set that could stand for its own.
     """
     found = translation.translate(sections, by_name=False, deployed=deployed)
-    notes, run = list(found.notes), {"name": "fedml", **found.run}
+    notes, run = list(found.notes), dict(found.run)
     if loads:
         notes = [*translation.of_dataset(sections, deployed=deployed), *notes]
     if trainer and run["algorithm"] in _BY_TRAINING:

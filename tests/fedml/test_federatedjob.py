@@ -156,7 +156,7 @@ def test_scripts_of_their_own_go_along_with_all_that_they_find(tmp_path: Path) -
     )
     request, workspace = federatedjob.read(file)
     assert workspace == tmp_path / "space"
-    assert request["app"] == "fedml_script.py"
+    assert (request["app"], request["name"]) == ("fedml_script.py", "job")
     assert request["data"] == {"rows.csv": "stored/rows.csv"}
     assert (request["rounds"], request["algorithm"]) == (4, "fedavg")
     said = json.loads(request["files"]["fedml_script.json"])
@@ -193,6 +193,7 @@ def test_an_expert_mode_names_script_and_configuration_too(tmp_path: Path) -> No
         ("python a.py --yaml_config_file c", "a.py --yaml_config_file c", "c"),
         ("# python a.py --cf c\necho it's\npython b.py --cf d # e", "b.py --cf d", "d"),
         ("mpirun -np 2 python a.py --cf c", "a.py --cf c", "c"),
+        ("python a.py --cf c; bash after.sh --cf d", "a.py --cf c", "c"),
         ("python -m pkg.main --cf c", "", "c"),
         ("echo hello", "", ""),
         ("", "", ""),
@@ -460,5 +461,12 @@ def test_its_package_is_the_workspace_and_that_of_a_train_job_is_refused(tmp_pat
     with tarfile.open(into) as archive:
         assert sorted(archive.getnames()) == ["config/fedml_config.yaml", "main.py"]
     assert api.build(job, tmp_path / "same.tar.gz").read_bytes() == into.read_bytes()
-    with pytest.raises(ConfigError, match="a federated run, not a job"):
-        api.train_build(job, tmp_path)
+    for build in (api.train_build, read_job):
+        with pytest.raises(ConfigError, match="a federated run, not a job"):
+            build(job)
+
+
+def test_what_is_simulated_is_the_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a federated job") as caught:
+        runfile.read_simulated(_job(tmp_path))
+    assert "--cf" in caught.value.hint
