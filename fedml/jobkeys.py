@@ -347,7 +347,7 @@ _KEEPS = "a federated run keeps its machines from its start to its end, and does
 _STAGES = "a client gets its part of a round again when its machine is back"
 _NOT_FEDERATED = "of a federated run every machine has a worker of ours, which trains"
 
-# What is otherwise where `job_type` is `federate`: `federatedjob.py` reads these.
+# What is otherwise where `job_type` is `federate` (docs/fedml.md): `federatedjob.py` reads these.
 FEDERATED: dict[str, Any] = KEYS | {
     "job_type": _one_of(("federate",), {}),
     "job_subtype": _one_of(
