@@ -318,7 +318,7 @@ KEYS: dict[str, Any] = {
     "fedml_env": _NO_PROJECTS,
     "job_args": "there are no stored jobs",
     "serving_args": "there are no stored models: the workspace, or `data`, brings what is served",
-    "server_job": "a launched job has no server; one with `job_type: federate` has",
+    "server_job": "a launched job has no server; a federated run on several machines has",
     # SkyPilot's.
     "resources": {
         "accelerators": _accelerators,
