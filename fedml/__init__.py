@@ -26,6 +26,7 @@ _LAZY = {
     "get_local_on_premise_platform_port": "fedml.hosted:get_local_on_premise_platform_port",
     "init": "fedml.arguments:init",
     "load_arguments": "fedml.arguments:load_arguments",
+    "logging": "logging",  # FedML's scripts look for it here
     "mlops": "fedml.mlops",
     "model": "fedml.model",
     "protect": "fedml.protect",

@@ -92,6 +92,11 @@ def load_arguments(
     return args
 
 
+def command_line(words: Sequence[str]) -> dict[str, Any]:
+    """What FedML's own options among the words of a command line say."""
+    return vars(_parser().parse_known_args(words)[0])
+
+
 def init(args: Any = None, check_env: bool = True, **_: Any) -> Any:
     """Read the configuration unless it is given, and seed what is drawn from.
 

@@ -13,6 +13,7 @@ import yaml
 
 from fedml.errors import ConfigError
 from fedml.jobkeys import ALIASES, KEYS
+from fedml.runfile import is_federated_job
 from fedml.yamlfile import Reader, workspace_of
 from fedml_protocol.launch import SHORTEST_SECRET
 
@@ -49,30 +50,15 @@ def read_job(
     Raises:
         ConfigError: With the file's name, and the line where one is to blame.
     """
-    found = Reader(file, within).read(KEYS | {alias: KEYS[name] for alias, name in ALIASES.items()})
-    for alias, name in ALIASES.items():
-        if alias in found:
-            _one_way(file, found, name, alias)
-            found[name] = found.pop(alias)
-    env = _section_variables(found)
-    if "expert_mode" in found:
-        _one_way(file, found, "job", "expert_mode")
-        _translate_expert(file, found, env)
-    if script := found.pop("environment_args", {}).get("bootstrap"):
-        _one_way(file, found, "bootstrap", "environment_args.bootstrap")
-        # FedML has the name of a file in the workspace here.
-        is_name = "workspace" in found and re.fullmatch(r"[\w.-][\w./-]{0,200}", script)
-        is_file = is_name and (workspace_of(file, found) / script).is_file()
-        found["bootstrap"] = f"bash {script}" if is_file else script
-    if "resources" in found:
-        _one_way(file, found, "computing", "resources")
-        found["computing"] = _computing(found["resources"])
-        if "job_recovery" in found["resources"]:
-            _one_way(file, found, "restarts", "resources.job_recovery")
-            found["restarts"] = found["resources"]["job_recovery"]
+    if is_federated_job(file, within):
+        raise ConfigError(
+            f"{file}: `job_type` is federate: a federated run, not a job",
+            f"`fedml launch {file.name}`, `fedml federate {file.name}`",
+        )
+    found, env = read_keys(file, KEYS, within)
     if not found.get("job", "").strip():
         raise ConfigError(f"{file}: there is no `job`: the shell lines to run")
-    needs, optional = _needs(file, found.get("computing", {}))
+    needs, optional = needs_of(file, found.get("computing", {}))
     if any_resource:
         needs.pop("gpu_model", None)
         optional = needs["gpus"] > 0
@@ -113,6 +99,43 @@ def read_job(
     if (container := _container(file, found)) is not None:
         request["container"] = container
     return request, workspace
+
+
+def read_keys(
+    file: Path, keys: Mapping[str, Any], within: yaml.Node | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a file says in our words, and the variables of its free sections.
+
+    Args:
+        keys: What each key may hold, as `jobkeys.KEYS`; its aliases are known, too.
+
+    Raises:
+        ConfigError: With the file's name, and the line where one is to blame.
+    """
+    found = Reader(file, within).read(
+        {**keys, **{alias: keys[name] for alias, name in ALIASES.items()}}
+    )
+    for alias, name in ALIASES.items():
+        if alias in found:
+            _one_way(file, found, name, alias)
+            found[name] = found.pop(alias)
+    env = _section_variables(found)
+    if "expert_mode" in found:
+        _one_way(file, found, "job", "expert_mode")
+        _translate_expert(file, found, env)
+    if script := found.pop("environment_args", {}).get("bootstrap"):
+        _one_way(file, found, "bootstrap", "environment_args.bootstrap")
+        # FedML has the name of a file in the workspace here.
+        is_name = "workspace" in found and re.fullmatch(r"[\w.-][\w./-]{0,200}", script)
+        is_file = is_name and (workspace_of(file, found) / script).is_file()
+        found["bootstrap"] = f"bash {script}" if is_file else script
+    if "resources" in found:
+        _one_way(file, found, "computing", "resources")
+        found["computing"] = _computing(found["resources"])
+        if "job_recovery" in found["resources"]:
+            _one_way(file, found, "restarts", "resources.job_recovery")
+            found["restarts"] = found["resources"]["job_recovery"]
+    return found, env
 
 
 def _required(file: Path, said: str | list[str], workspace: Path | None) -> str:
@@ -283,7 +306,7 @@ def _computing(resources: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _needs(file: Path, computing: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def needs_of(file: Path, computing: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """What is asked of a machine, and whether the job can do without its GPUs."""
     kind, gpus = computing.get("device_type", ""), computing.get("minimum_num_gpus")
     asked = [k for k in ("resource_type", "gpu_memory") if computing.get(k)]
@@ -305,3 +328,9 @@ def _needs(file: Path, computing: Mapping[str, Any]) -> tuple[dict[str, Any], bo
         "disk_bytes": computing.get("disk", 0),
     }
     return {k: v for k, v in needs.items() if v or k == "gpus"}, kind == "hybrid"
+
+
+def without_gpus(needs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a machine whose processors will do."""
+    gpus = ("gpu_model", "gpu_memory_bytes")
+    return {k: v for k, v in needs.items() if k not in gpus} | {"gpus": 0}

@@ -267,15 +267,12 @@ KEYS: dict[str, Any] = {
     "grace": number,
     # FedML's.
     "job_type": _one_of(
-        ("train", "deploy", "serve"),
-        {
-            "federate": "federated runs have a file of their own, for `fedml federate`",
-            "dev-environment": "log in to the machine by other means, such as SSH",
-        },
+        ("train", "deploy", "serve", "federate"),
+        {"dev-environment": "log in to the machine by other means, such as SSH"},
     ),
     "job_subtype": _unless(
         "general_training|generate_training|single_machine_training"
-        "|cluster_distributed_training|cross_cloud_training",
+        "|cluster_distributed_training|cross_cloud_training|simulation",
         "jobs are started alike, whatever they are for",
     ),
     "expert_mode": {
@@ -321,7 +318,7 @@ KEYS: dict[str, Any] = {
     "fedml_env": _NO_PROJECTS,
     "job_args": "there are no stored jobs",
     "serving_args": "there are no stored models: the workspace, or `data`, brings what is served",
-    "server_job": "a launched job has no server; federated runs are for `fedml federate`",
+    "server_job": "a launched job has no server; a federated run on several machines has",
     # SkyPilot's.
     "resources": {
         "accelerators": _accelerators,
@@ -345,6 +342,33 @@ KEYS: dict[str, Any] = {
     },
     "file_mounts": _ONLY_THE_WORKSPACE,
     "volumes": _ONLY_THE_WORKSPACE,
+}
+_KEEPS = "a federated run keeps its machines from its start to its end, and does not queue"
+_STAGES = "a client gets its part of a round again when its machine is back"
+_NOT_FEDERATED = "of a federated run every machine has a worker of ours, which trains"
+
+# What is otherwise where `job_type` is `federate` (docs/fedml.md): `federatedjob.py` reads these.
+FEDERATED: dict[str, Any] = KEYS | {
+    "job_type": _one_of(("federate",), {}),
+    "job_subtype": _one_of(
+        ("cross_silo", "simulation"),
+        {
+            "web": "browsers are no clients here; `cross_silo` trains on machines",
+            "smart_phone": "phones are no clients here; `cross_silo` trains on machines",
+        },
+    ),
+    "server_job": script,
+    "num_nodes": "`client_num_in_total` of the configuration says how many machines take part",
+    "priority": _KEEPS,
+    "preemptible": _off(_KEEPS),
+    "retries": _STAGES,
+    "restarts": _STAGES,
+    "deadline": "a federated run ends with its rounds, or by `fedml run stop`",
+    "grace": "a part of a round that is given up has nothing to save",
+    "network": "the owner of a machine says whether federated runs have a network there",
+    "service": _NOT_FEDERATED,
+    "containerize": _off(_NOT_FEDERATED),
+    "docker": _NOT_FEDERATED,
 }
 # Other names of the same.
 ALIASES = {

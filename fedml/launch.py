@@ -2,7 +2,6 @@
 """Asking the broker for a run: a file is read, its workspace packed and sent, the run submitted."""
 
 import hashlib
-import json
 import re
 import tarfile
 import tempfile
@@ -10,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from fedml import jobfile, package, runfile, storage
 from fedml.client import Client, Told, silent
@@ -30,9 +31,12 @@ def launch(
     any_resource: bool = False,
     cluster: str = "",
     package: str = "",
+    strict: bool = False,
     told: Told = silent,
 ) -> str:
     """Submit a job file; the run's id.
+
+    One of `job_type: federate` is submitted as `federate` does it.
 
     Args:
         client: The broker.
@@ -42,6 +46,7 @@ def launch(
         cluster: Run it on this cluster, whatever the file says.
         package: In place of the workspace: a file that `build` made, the name of a stored folder,
             or a hash.
+        strict: Of a federated job: see `federate`.
         told: Hears how far the upload is, bytes.
 
     Raises:
@@ -49,6 +54,11 @@ def launch(
         BrokerRefused: No machine can ever run it, or the broker says no for another reason.
         BrokerUnreachable: No answer.
     """
+    if runfile.is_federated_job(job):
+        return federate(
+            client, job, any_resource=any_resource, cluster=cluster, package=package,
+            strict=strict, told=told,
+        )  # fmt: skip
     request, workspace = jobfile.read_job(job, any_resource=any_resource)
     request["cluster"] = cluster or request["cluster"]
     if package:
@@ -61,7 +71,7 @@ def launch(
 def sent(
     client: Client, request: Mapping[str, Any], workspace: Path | None, job: Path, told: Told
 ) -> dict[str, Any]:
-    """What `read_job` has read, as the broker takes it: its workspace and its `data` are there.
+    """What `read_job` or `read_run` has read, as the broker takes it: all that it needs is there.
 
     Raises:
         ConfigError: They do not go together.
@@ -69,11 +79,11 @@ def sent(
         BrokerUnreachable: No answer.
     """
     request = dict(request)
-    data = request.pop("data", {})
+    data, files = request.pop("data", {}), request.pop("files", {})
     if workspace is not None:
         request["package"] = send(client, workspace, told)
-    if data:
-        request["package"] = _with_objects(client, request.get("package"), data, job)
+    if data or files:
+        request["package"] = _with_more(client, request.get("package"), data, files, job)
     return request
 
 
@@ -83,8 +93,8 @@ def look(
     """Where a job file would run at this moment; nothing is sent or started.
 
     Returns:
-        `needs`: what is asked of a machine; `nodes`: how many it takes; `taken`: the id of that of
-        rank 0, None where it would wait; `machines`: each with `device`, `name`, `fits` (now,
+        `needs`: what is asked of a machine; `nodes`: how many it takes; `taken`: the id of the
+        first, None where it would wait; `machines`: each with `device`, `name`, `fits` (now,
         later, never), the `rank` that it would get, or None, and `why`.
 
     Raises:
@@ -92,31 +102,60 @@ def look(
         BrokerRefused: The broker says no.
         BrokerUnreachable: No answer.
     """
-    request, workspace = jobfile.read_job(job, any_resource=any_resource)
-    request["cluster"] = cluster or request["cluster"]
-    request.pop("data", None)
-    if workspace is not None:
-        package.files(workspace)
-    found: dict[str, Any] = client.call("POST", "/v1/launch/match", request)
+    if runfile.is_federated_job(job):
+        word = "federate"
+        run = _asked(read_run(job)[0], any_resource=any_resource, cluster=cluster)
+        request = {key: run[key] for key in _OF_MACHINES if key in run}
+    else:
+        word = "launch"
+        request, workspace = jobfile.read_job(job, any_resource=any_resource)
+        request["cluster"] = cluster or request["cluster"]
+        request.pop("data", None)
+        if workspace is not None:
+            package.files(workspace)
+    found: dict[str, Any] = client.call("POST", f"/v1/{word}/match", request)
     return found
 
 
+# What `federate` and `look` ask of machines for a federated run.
+_OF_MACHINES = ("clients", "needs", "cluster", "max_price_per_hour")
+
+
 def federate(
-    client: Client, file: Path, *, strict: bool = False, package: str = "", told: Told = silent
+    client: Client,
+    file: Path,
+    *,
+    any_resource: bool = False,
+    cluster: str = "",
+    strict: bool = False,
+    package: str = "",
+    told: Told = silent,
 ) -> str:
     """Submit a federated run (docs/federate.md); the run's id. Raises what `launch` does.
 
     Args:
         client: The broker.
-        file: A run file, or a configuration of FedML's (docs/fedml.md).
-        strict: Refuse a configuration where something else would be done than it asks for.
+        file: A run file, or a configuration or federated job of FedML's (docs/fedml.md).
+        any_resource: Take machines without GPUs, too.
+        cluster: As for `launch`.
+        strict: Refuse a file of FedML's where something else would be done than it asks for.
         package: As for `launch`.
         told: Hears how far the upload is, bytes.
     """
     request, workspace = read_run(file, strict=strict)
-    given = package
-    request["package"] = _given(client, given, told) if given else send(client, workspace, told)
+    request = _asked(request, any_resource=any_resource, cluster=cluster)
+    if package:
+        request["package"] = _given(client, package, told)
+    request = sent(client, request, None if package else workspace, file, told)
     return client.submit("federate", request)
+
+
+def _asked(request: Mapping[str, Any], *, any_resource: bool, cluster: str) -> dict[str, Any]:
+    """A federated run on these machines."""
+    asked = {**request, "cluster": cluster or request.get("cluster", "")}
+    if any_resource:
+        asked["needs"] = jobfile.without_gpus(request.get("needs", {}))
+    return asked
 
 
 def build(file: Path, into: Path, *, kind: Kind | None = None) -> int:
@@ -175,10 +214,14 @@ def _given(client: Client, given: str, told: Told) -> dict[str, Any]:
     return {"sha256": found["sha256"]}
 
 
-def _with_objects(
-    client: Client, base: Mapping[str, Any] | None, wanted: Mapping[str, str], job: Path
+def _with_more(
+    client: Client,
+    base: Mapping[str, Any] | None,
+    wanted: Mapping[str, str],
+    texts: Mapping[str, str],
+    job: Path,
 ) -> dict[str, Any]:
-    """A package and stored objects at paths in it: their bytes are there, only its list is sent."""
+    """A package and, at paths in it, stored objects and texts. Of objects, only a list is sent."""
     content = Package() if base is None else parse(client.read(base["sha256"]))
     parts, links = list(content.parts), list(content.links)
     for path, name in wanted.items():
@@ -191,35 +234,47 @@ def _with_objects(
             links += [replace(link, path=f"{path}/{link.path}") for link in folder.links]
         else:
             parts.append(Part(found["sha256"], (File(path, found["size"]),)))
+    for path, text in texts.items():
+        blob = _put(client, text.encode())
+        parts.append(Part(blob["sha256"], (File(path, blob["size"]),)))
     manifest = Package(tuple(parts), tuple(links)).manifest()
     try:
         parse(manifest)
     except MalformedMessage as error:
         raise ConfigError(
-            f"{job}: `data` and the workspace do not go together: {error}",
+            f"{job}: `{'data' if wanted else 'workspace'}` and what is added to the workspace do "
+            f"not go together: {error}",
             "each path is inside the workspace, and not there yet",
         ) from error
-    sha256 = hashlib.sha256(manifest).hexdigest()
-    client.put(sha256, len(manifest), lambda start: iter([manifest[start:]]))
-    return {"sha256": sha256, "size": len(manifest)}
+    return _put(client, manifest)
 
 
-def read_run(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], Path]:
-    """What a run file, or a configuration of FedML's, asks for, and its workspace.
+def _put(client: Client, content: bytes) -> dict[str, Any]:
+    sha256 = hashlib.sha256(content).hexdigest()
+    client.put(sha256, len(content), lambda start: iter([content[start:]]))
+    return {"sha256": sha256, "size": len(content)}
+
+
+def read_run(
+    file: Path, *, within: yaml.Node | None = None, strict: bool = False
+) -> tuple[dict[str, Any], Path]:
+    """What a run file, or a configuration or a federated job of FedML's, asks for; its workspace.
+
+    Of a federated job, `data` and `files` do not go to the broker: `sent` adds them to the package.
+
+    Args:
+        within: The run is not all of the file, but this mapping in it.
+        strict: Refuse a file of FedML's where something else would be done than it asks for.
 
     Raises:
         ConfigError: It is wrong.
     """
-    if runfile.is_fedml(file):
+    if runfile.is_federated_job(file, within):
+        from fedml import federatedjob
+
+        return federatedjob.read(file, within, strict=strict)
+    if within is None and runfile.is_fedml(file):
         from fedml import translation  # brings NumPy, which a run file does not need
 
-        return _as_file(translation.accept(file, deployed=True, strict=strict))
-    return runfile.read_federated(file)
-
-
-def _as_file(run: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
-    """A mapping of a run file's keys, checked as a file is."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run.yaml"
-        file.write_text(json.dumps(run))
-        return runfile.read_federated(file)
+        return runfile.read_mapping(translation.accept(file, deployed=True, strict=strict))
+    return runfile.read_federated(file, within=within)

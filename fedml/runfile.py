@@ -5,6 +5,7 @@ The tables below are the format: each key with what its value must be.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,33 @@ def read_federated(file: Path, *, within: yaml.Node | None = None) -> tuple[dict
     return request, workspace
 
 
+def read_mapping(
+    run: Mapping[str, Any], files: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], Path]:
+    """A mapping of a run file's keys, checked as a file is.
+
+    Args:
+        files: Texts that will be in the workspace, by name; one of them may be its `app`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, written in (files or {}).items():
+            (Path(folder) / name).write_text(written)
+        file = Path(folder) / "run.yaml"
+        file.write_text(json.dumps(run))
+        return read_federated(file)
+
+
 def read_simulated(file: Path) -> tuple[dict[str, Any], Path]:
     """All that a federated run file says, `simulation` included, and its workspace.
 
     Raises:
         ConfigError: With the file's name, and the line where one is to blame.
     """
+    if is_federated_job(file):
+        raise ConfigError(
+            f"{file} is a federated job: it starts on machines",
+            "`fedml launch` it; what is simulated is its configuration, which it names after --cf",
+        )
     found = Reader(file).read({**_FEDERATED, "simulation": _SIMULATION})
     found.setdefault("name", file.stem)
     if "groups" in found:
@@ -131,9 +153,30 @@ def is_fedml(file: Path) -> bool:
 
 
 def is_federated(file: Path) -> bool:
-    """Whether a file describes a federated run, ours or FedML's, and not a job."""
+    """Whether a file describes a federated run: ours, FedML's, or a job that is one."""
     found = _found(file)
-    return isinstance(found, Mapping) and ("app" in found or has_fedml_sections(found))
+    return isinstance(found, Mapping) and (
+        "app" in found or has_fedml_sections(found) or is_federated_job(file)
+    )
+
+
+def is_federated_job(file: Path, within: yaml.Node | None = None) -> bool:
+    """Whether a job file of FedML's, or a mapping in one of ours, asks for a federated run.
+
+    A simulation is a program on one machine, and so a job as others are.
+    """
+    node = _node(file) if within is None else within
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    said = {key.value: str(value.value).lower() for key, value in pairs}
+    kind = said.get("job_type", said.get("task_type"))
+    return kind == "federate" and said.get("job_subtype") != "simulation"
+
+
+def _node(file: Path) -> yaml.Node | None:
+    try:
+        return yaml.compose(file.read_text(), Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
 
 
 def _found(file: Path) -> Any:

@@ -17,18 +17,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedml import arguments, script, translation
+from fedml import arguments, packed_script, script, translation
 from fedml.core import ClientTrainer, ServerAggregator
 from fedml.errors import ConfigError
 from fedml.federate.application import Application
 from fedml.script import Hooked, Script
+from fedml.translation import scripts
 from fedml.translation.keys import KEYS
 
 if TYPE_CHECKING:
     from fedml.runs import Run
     from fedml.simulation.result import Result
-
-_APP = "fedml_script.py"  # in the package of a script
 
 _NO_CLIENTS = (
     "agents are the clients here: the server's process sends what is to be trained to machines",
@@ -37,14 +36,6 @@ _NO_CLIENTS = (
 
 # What `mpirun` and its kin tell each process.
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-
-# What the training of their clients would have to do or say; a script's own decides for itself.
-_STEP = "with another local step, which your ClientTrainer takes"
-_BY_TRAINING = {
-    "fedprox": _STEP,
-    "feddyn": _STEP,
-    "fednova": "where all take equally many local steps, and your ClientTrainer says no number",
-}
 
 
 class FedMLRunner:
@@ -84,7 +75,7 @@ class FedMLRunner:
             args, self.device, self.dataset, self.model,
             self.client_trainer, self.server_aggregator,
         )  # fmt: skip
-        script.reached(parts)
+        packed_script.reached(parts)
         kind = str(getattr(args, "training_type", "simulation"))
         if kind == "simulation":
             return self._simulated(parts)
@@ -94,13 +85,9 @@ class FedMLRunner:
                 "docs/fedml.md says what does",
             )
         _refuse_client(args)
-        aggregator = self.server_aggregator
-        hooks = [name for name in script.HOOKS if aggregator and script.overrides(aggregator, name)]
-        if hooks:
+        if hooks := script.own_hooks(self.server_aggregator):
             raise ConfigError(
-                f"the ServerAggregator has its own {', '.join(hooks)}: on machines a script trains "
-                "and tests, and the broker combines",
-                "a `defense_type` of docs/fedml.md, or training_type: simulation",
+                hooks, "a `defense_type` of docs/fedml.md, or training_type: simulation"
             )
         return _deployed(args, own=self.client_trainer is not None)
 
@@ -187,15 +174,9 @@ def sections_of(args: Any) -> dict[str, dict[str, Any]]:
 
 def _translated(args: Any, *, own: bool, deployed: bool) -> dict[str, Any]:
     """The run that a script asks for; its data, model and training are its own."""
-    translated = translation.translate(sections_of(args), by_name=False, deployed=deployed)
-    notes, run = list(translated.notes), {"name": "fedml", **translated.run}
-    if own and run["algorithm"] in _BY_TRAINING:
-        text = f"{run['algorithm']} is FedAvg {_BY_TRAINING[run['algorithm']]}"
-        notes.append(translation.Note(translation.Kind.INSTEAD, f"`federated_optimizer`: {text}"))
-        run["algorithm"] = "fedavg"
-        run.pop("algorithm_config", None)
-    translation.tell(notes, "FedMLRunner")
-    return run
+    found = scripts.translate(sections_of(args), trainer=own, deployed=deployed)
+    translation.tell(found.notes, "FedMLRunner")
+    return {"name": "fedml", **found.run}
 
 
 def _refuse_client(args: Any) -> None:
@@ -214,7 +195,7 @@ def _deployed(args: Any, *, own: bool = False, named: bool = False) -> Run:
         else:
             run = _translated(args, own=own, deployed=True)
             _pack(Path(folder) / "package", args)
-            run |= {"workspace": "package", "app": _APP}
+            run |= {"workspace": "package", "app": packed_script.APP}
             file.write_text(json.dumps(run))
         found = Run.submit(file)
     _say(f"{found.id} is submitted; `fedml run logs -f {found.id}` shows it from elsewhere")
@@ -234,20 +215,8 @@ def _pack(folder: Path, args: Any) -> None:
         into = folder / file.relative_to(path.parent)
         into.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(file, into, follow_symlinks=False)
-    (folder / _APP).write_text(
-        f'''"""The script {path.name}, as an application; made by FedMLRunner."""
-
-import json
-from pathlib import Path
-
-from fedml.script import of_script
-
-_here = Path(__file__).parent
-_script = of_script(_here / {path.name!r}, json.loads((_here / "fedml_sections.json").read_text()))
-model, data, train, evaluate = _script.model, _script.data, _script.train, _script.evaluate
-'''
-    )
-    (folder / "fedml_sections.json").write_text(json.dumps(sections_of(args)))
+    for name, text in packed_script.packed([path.name], sections_of(args)).items():
+        (folder / name).write_text(text)
 
 
 def _running_script() -> Path | None:

@@ -102,8 +102,8 @@ class Run(RunFacts):
 
         Args:
             file: A job file (docs/launch.md), a run file (docs/federate.md), or one of FedML's.
-            cluster: Of a job: on the machines that are reserved under this name.
-            any_resource: Of a job: on GPUs of any model, or none where no machine has them.
+            cluster: On the machines that are reserved under this name.
+            any_resource: On GPUs of any model, or none where no machine has them.
             package: In place of the workspace: a file that `fedml build` made, the name of a
                 stored folder, or a hash.
             at: The home of a login (`~/.fedml`), or a client.
@@ -114,12 +114,8 @@ class Run(RunFacts):
             BrokerUnreachable: No answer.
         """
         client, path = _at(at), Path(file)
-        if runfile.is_federated(path):
-            run = launch.federate(client, path, package=package)
-        else:
-            run = launch.launch(
-                client, path, any_resource=any_resource, cluster=cluster, package=package
-            )
+        submit = launch.federate if runfile.is_federated(path) else launch.launch
+        run = submit(client, path, any_resource=any_resource, cluster=cluster, package=package)
         return cls.find(run, at=client)
 
     @classmethod

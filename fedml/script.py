@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A FedML script's own parts (trainer, aggregator, data, model) as the functions of an application.
 
-In a simulation they are used as they are, in the script's own process. For machines the script is
-packed with `of_script`'s five functions as its application: there it runs up to
-`FedMLRunner.run()`, which hands over what it was given instead of running.
+In a simulation they are used as they are, in the script's own process; `packed_script.py` brings
+them to machines.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import runpy
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -256,6 +250,17 @@ def sees_each(aggregator: ServerAggregator) -> bool:
     return any(overrides(aggregator, name) for name in HOOKS[:2])
 
 
+def own_hooks(aggregator: ServerAggregator | None) -> str:
+    """Why an aggregator cannot serve on machines; empty: it can."""
+    hooks = [name for name in HOOKS if aggregator is not None and overrides(aggregator, name)]
+    if not hooks:
+        return ""
+    return (
+        f"the ServerAggregator has its own {', '.join(hooks)}: on machines a script trains and "
+        "tests, and the broker combines"
+    )
+
+
 def numbers(found: Any) -> dict[str, float]:
     """What a test returned: FedML's counts as `accuracy` and mean `loss`, other numbers as is."""
     if not isinstance(found, Mapping):
@@ -339,91 +344,3 @@ def _of(by_client: Any, client: Client) -> Any:
     if client.index in by_client:
         return by_client[client.index]
     return next(iter(by_client.values())) if len(by_client) == 1 else None
-
-
-# ---------------------------------------------------------------------- on machines
-
-
-class _Reached(BaseException):
-    """A script came to its runner; no `except Exception` of its own shall stop this."""
-
-    def __init__(self, script: Script) -> None:
-        self.script = script
-
-
-_capturing = False
-
-
-def reached(script: Script) -> None:
-    """Called by the runner: hand over, if the script is run for its parts."""
-    if _capturing:
-        raise _Reached(script)
-
-
-def capture(path: Path, args: Any) -> Script:
-    """Run a script up to its runner, as ``python main.py`` does; what it gave.
-
-    Raises:
-        ApplicationError: It ended without one.
-    """
-    from fedml import arguments
-
-    global _capturing
-    _capturing = True
-    before = sys.argv
-    sys.argv = [str(path)]
-    try:
-        with arguments.giving(args):
-            runpy.run_path(str(path), run_name="__main__")
-    except _Reached as at:
-        return at.script
-    finally:
-        _capturing, sys.argv = False, before
-    raise ApplicationError(f"{path.name} ended without FedMLRunner(…).run()")
-
-
-def of_script(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> SimpleNamespace:
-    """The five functions of a packed script, which is run when the first of them is called.
-
-    A machine's script sees itself as FedML's client of its number, the broker's as the server.
-    """
-    from fedml.arguments import Arguments
-
-    known: dict[int, Script] = {}
-
-    def script(rank: int | None = None) -> Script:
-        if rank is None and known:
-            return next(iter(known.values()))
-        rank = rank or 0
-        if rank not in known:
-            known.clear()
-            role = "server" if rank == 0 else "client"
-            args = Arguments(sections, rank=rank, role=role, run_id="0", local_rank=0, node_rank=0)
-            with _inside(path.parent):
-                known[rank] = capture(path, args)
-        return known[rank]
-
-    def train(
-        model: Any, data: Any, config: Any, rng: Any, correction: Correction | None = None
-    ) -> Any:
-        run: Callable[..., Any] = script().functions(config).train
-        extra = {} if correction is None else {"correction": correction}
-        return run(model, data, config, rng, **extra)
-
-    return SimpleNamespace(
-        model=lambda config: script().model(config),
-        data=lambda client, config: script(client.index + 1).data(client, config),
-        train=train,
-        evaluate=lambda model, data, config: script().evaluate(model, data, config),
-    )
-
-
-@contextmanager
-def _inside(folder: Path) -> Any:
-    """In the script's own directory, where its relative paths lead."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)

@@ -216,8 +216,12 @@ def make_step(
         BadReference: A reference to another step is.
         NoService: It is a job that stays up and is not deployed, or the other way round.
     """
+    if kind == "job" and runfile.is_federated_job(file, within):
+        kind = "federate"
     request, workspace = _read(kind, file, within)
     if kind == "federate":
+        if env:
+            raise BadReference(f"{file} is a federated job: its step takes no `env`")
         request["config"] = json.dumps(json.loads(request["config"]) | dict(config or {}))
         values = [request["config"]]
     else:
@@ -240,7 +244,7 @@ def make_step(
 def _read(kind: str, file: Path, within: yaml.Node | None) -> tuple[dict[str, Any], Path | None]:
     if kind != "federate":
         return jobfile.read_job(file, within=within)
-    return read_run(file) if within is None else runfile.read_federated(file, within=within)
+    return read_run(file, within=within)
 
 
 def _check_service(name: str, kind: str, file: Path, request: Mapping[str, Any]) -> None:

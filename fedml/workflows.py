@@ -11,7 +11,6 @@ from urllib.parse import quote
 from fedml.client import Client, Seen, Told, silent
 from fedml.errors import RunFailed
 from fedml.launch import sent
-from fedml.parts import send
 from fedml.runs import Run
 from fedml.workflowfile import Step, read_workflow
 
@@ -166,11 +165,8 @@ class WorkflowRun:
 
 def sent_request(client: Client, step: Step, told: Told = silent) -> dict[str, Any]:
     """What a step asks of the broker; its workspace is there."""
-    if step.kind != "federate":
-        request = sent(client, step.request, step.workspace, step.file, told)
-        return {**request, "name": step.name, "follow": False}
-    assert step.workspace is not None
-    return {**step.request, "name": step.name, "package": send(client, step.workspace, told)}
+    request = {**sent(client, step.request, step.workspace, step.file, told), "name": step.name}
+    return request if step.kind == "federate" else {**request, "follow": False}
 
 
 def _bodies(client: Client, steps: Sequence[Step], told: Told) -> list[dict[str, Any]]:

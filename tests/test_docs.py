@@ -17,7 +17,7 @@ import click
 import pytest
 
 from fedml.cli import command as fedml
-from fedml.jobkeys import ALIASES, KEYS
+from fedml.jobkeys import ALIASES, FEDERATED, KEYS
 from fedml.workflowfile import STEP_KEYS
 from fedml_agent.cli import command as fedml_agent
 from fedml_broker.cli import command as fedml_broker
@@ -143,6 +143,15 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_page_names_every_key_that_is_otherwise_in_a_federated_job() -> None:
+    section = PAGES["fedml.md"].partition("## Federated jobs")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([a-z_]+)`", section)) | set(
+        re.findall(r"^([a-z_]+):", section, re.M)
+    )
+    other = {name for name, kind in FEDERATED.items() if KEYS[name] is not kind}
+    assert other <= named
 
 
 def test_the_page_says_of_every_key_of_a_job_file_whether_it_is_honoured() -> None:

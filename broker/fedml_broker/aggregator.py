@@ -76,7 +76,7 @@ class Aggregator:
         `blobs`; it can write to the first only, and has no network.
 
         Args:
-            work_dir: Holds its log and whatever it writes.
+            work_dir: Holds its log and whatever it writes; called as the run is.
             timed: Is called with the seconds of each answer.
         """
         work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,6 +85,7 @@ class Aggregator:
         kept = ("PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "OPENBLAS_CORETYPE")
         environment = {name: os.environ[name] for name in kept if name in os.environ}
         environment |= {"HOME": str(work_dir), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment["FEDML_CURRENT_RUN_ID"] = work_dir.name
         environment["FEDML_HOME"] = str(home.parent)  # where `fedml data fetch` puts data sets
         facts = {
             "hidden": [str(home)],

@@ -190,7 +190,7 @@ class Driver:
         while not self.clients:
             bell = everything.fleet.bell()
             self.check_stop()
-            ask = match.Wanted(kind="federate", needs=self._needs, labels=wanted.labels)
+            ask = self.request.wanted()
             # By name, so that the same fleet gives the same clients, and with them the same data.
             candidates = sorted(
                 everything.fleet.candidates(self._tenant), key=lambda c: (c.name, c.device)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from sqlalchemy import Connection
@@ -18,7 +19,8 @@ from fedml_broker.blobs import Blobs
 from fedml_broker.dispatch import Dispatcher
 from fedml_broker.driver import Driver
 from fedml_broker.fleet import Fleet
-from fedml_broker.launch import NeedsBody, possible
+from fedml_broker.launch import NeedsBody, check_cluster, possible
+from fedml_broker.match import Fits
 from fedml_broker.observe import Observer
 from fedml_broker.packages import PackageRef, Uploaded
 from fedml_broker.problems import Problem
@@ -58,12 +60,33 @@ class EvaluateBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     central: bool = True
 
 
-class FederateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class MachinesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a federated run asks of each machine.
+
+    For `cluster` and `max_price_per_hour` see `LaunchRequest`.
+    """
+
+    clients: ClientsBody
+    needs: NeedsBody = NeedsBody()
+    cluster: str = ""
+    max_price_per_hour: float | None = None
+
+    def wanted(self) -> match.Wanted:
+        """The same, for `match`."""
+        return match.Wanted(
+            kind="federate",
+            needs=self.needs.needs(),
+            labels=self.clients.labels,
+            cluster=self.cluster,
+            max_price=self.max_price_per_hour,
+        )
+
+
+class FederateRequest(MachinesRequest, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A federated run, as `fedml federate` sends it. For `run` see `LaunchRequest`."""
 
     app: str
     package: PackageRef
-    clients: ClientsBody
     rounds: int
     name: str = "federate"
     seed: int = 0
@@ -73,7 +96,6 @@ class FederateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     groups: str = "{}"
     config: str = "{}"
     evaluate: EvaluateBody = EvaluateBody()
-    needs: NeedsBody = NeedsBody()
     run: str = ""
 
 
@@ -138,10 +160,32 @@ class Federation:
         """
         _check(request)
         package = await packages.check(self.blobs, request.package, f"u/{user.name}")
-        clients, needs = request.clients, request.needs.needs()
-        wanted = match.Wanted(kind="federate", needs=needs, labels=clients.labels)
-        possible(self.fleet, user.tenant, wanted, clients.count)
+        check_cluster(self.fleet, user.tenant, request.cluster)
+        possible(self.fleet, user.tenant, request.wanted(), request.clients.count)
         return package
+
+    def look(self, user: User, request: MachinesRequest) -> dict[str, Any]:
+        """Which machines would be the clients at this moment; nothing is started.
+
+        Raises:
+            Problem: 404 a cluster that reserves no machine.
+        """
+        check_cluster(self.fleet, user.tenant, request.cluster)
+        verdicts = match.verdicts(request.wanted(), self.fleet.candidates(user.tenant))
+        ready = [v.device for v in verdicts if v.fits is Fits.NOW][: request.clients.count]
+        chosen = ready if len(ready) == request.clients.count else []
+        machines = []
+        for verdict in verdicts:
+            rank = chosen.index(verdict.device) + 1 if verdict.device in chosen else None
+            why = verdict.why or ("it is ready" if rank else "would do, too")
+            told = {"device": verdict.device, "name": verdict.name, "fits": verdict.fits}
+            machines.append({**told, "why": why, "rank": rank})
+        return {
+            "needs": msgspec.to_builtins(request.needs),
+            "nodes": request.clients.count,
+            "taken": chosen[0] if chosen else None,
+            "machines": machines,
+        }
 
     async def resume(self) -> None:
         """Take up every run that has not ended."""

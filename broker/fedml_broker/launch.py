@@ -268,16 +268,7 @@ class Launcher:
                 422 numbers that cannot be.
         """
         check_priority(user, request.priority)
-        reserved = {one.cluster for one in self._fleet.candidates(user.tenant)}
-        if request.cluster and request.cluster not in reserved:
-            name = request.cluster
-            raise Problem(
-                404,
-                f"no machine is reserved as {name}",
-                "there is no such cluster, or it is stopped",
-                hint=f"`fedml cluster start {name}`, or first "
-                f"`fedml cluster create {name} --device MACHINE`",
-            )
+        check_cluster(self._fleet, user.tenant, request.cluster)
         if not (1 <= request.nodes <= MAX_NODES and request.restarts >= 0):
             raise Problem(
                 422,
@@ -553,6 +544,22 @@ def _wanted(request: LaunchRequest, needs: Needs) -> match.Wanted:
         container=request.container is not None,
         offline=request.network == "none",
     )
+
+
+def check_cluster(fleet: Fleet, tenant: str, name: str) -> None:
+    """Refuse the name of a cluster that reserves no machine; an empty one is none.
+
+    Raises:
+        Problem: 404.
+    """
+    if name and name not in {one.cluster for one in fleet.candidates(tenant)}:
+        raise Problem(
+            404,
+            f"no machine is reserved as {name}",
+            "there is no such cluster, or it is stopped",
+            hint=f"`fedml cluster start {name}`, or first "
+            f"`fedml cluster create {name} --device MACHINE`",
+        )
 
 
 def possible(fleet: Fleet, tenant: str, wanted: match.Wanted, count: int = 1) -> None:

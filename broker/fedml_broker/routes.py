@@ -35,7 +35,7 @@ from fedml_broker.audit import SignInRefused
 from fedml_broker.clusters import AutostopBody, ClusterRequest
 from fedml_broker.dashboard import guard
 from fedml_broker.devices import EnrolRequest, RecoverRequest, RenewRequest
-from fedml_broker.federate import FederateRequest
+from fedml_broker.federate import FederateRequest, MachinesRequest
 from fedml_broker.launch import LaunchRequest
 from fedml_broker.problems import Problem, as_problems
 from fedml_broker.storage import PutObject
@@ -139,6 +139,7 @@ def table(broker: "Broker") -> Sequence[Route]:
         Route("POST", "/v1/launch", MEMBER, run.launch, LaunchRequest),
         Route("POST", "/v1/launch/match", MEMBER, run.match_launch, LaunchRequest),
         Route("POST", "/v1/federate", MEMBER, run.federate, FederateRequest),
+        Route("POST", "/v1/federate/match", MEMBER, run.match_federate, MachinesRequest),
         Route("GET", "/v1/runs", VIEWER, run.list_runs),
         Route("GET", "/v1/queue", VIEWER, run.list_queue),
         Route("GET", "/v1/runs/{run}", VIEWER_OR_OWN, run.show_run),

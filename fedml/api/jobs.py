@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedml import jobfile, package
+from fedml import jobfile, package, runfile
 from fedml import launch as submit
 from fedml.api.account import Home, connect
 from fedml.api.answers import LaunchResult, RunId
@@ -81,10 +81,11 @@ def launch_look(
     return submit.look(connect(home=home), Path(job), any_resource=any_resource, cluster=cluster)
 
 
-def federate(file: Path | str, *, package: str = "", home: Home = None) -> Run:
-    """Submit a federated run; the run, which has only been queued. For `package` see `launch`."""
+def federate(file: Path | str, *, cluster: str = "", package: str = "", home: Home = None) -> Run:
+    """Submit a federated run; the run, which has only been queued. See `fedml.Run.submit`."""
     client = connect(home=home)
-    return Run.find(submit.federate(client, Path(file), package=package), at=client)
+    run = submit.federate(client, Path(file), cluster=cluster, package=package)
+    return Run.find(run, at=client)
 
 
 def build(file: Path | str, into: Path | str) -> Path:
@@ -180,7 +181,10 @@ def _reserve(client: Client, file: Path, cluster: str) -> None:
     """Machines for the job under this name, unless there are some."""
     if any(known.name == cluster for known in Cluster.list(at=client)):
         return
-    request, _ = jobfile.read_job(file)
-    Cluster.create(
-        cluster, count=request["nodes"], labels=request["labels"], at=client, **request["needs"]
-    )
+    if runfile.is_federated_job(file):
+        asked, _ = submit.read_run(file)
+        count, labels = asked["clients"]["count"], asked["clients"]["labels"]
+    else:
+        asked, _ = jobfile.read_job(file)
+        count, labels = asked["nodes"], asked["labels"]
+    Cluster.create(cluster, count=count, labels=labels, at=client, **asked["needs"])

@@ -16,6 +16,7 @@ from fedml.cli.options import (
     json_lines_option,
     no_effect,
     package_option,
+    strict_option,
 )
 from fedml.cli.tables import print_json, print_table, size, transfer
 from fedml.errors import BrokerRefused
@@ -41,6 +42,7 @@ from fedml.errors import BrokerRefused
     help="On the machines of this cluster.",
 )
 @no_effect("-g", "--group", why="`cluster` or `labels` choose machines")
+@strict_option
 @package_option
 @json_lines_option
 @home_option
@@ -50,11 +52,14 @@ def launch(
     dry_run: bool,
     any_resource: bool,
     cluster: str,
+    strict: bool,
     package: str,
     as_json: bool,
     home: Path,
 ) -> None:
     """Run the JOB file on a machine that matches.
+
+    With `job_type: federate` it is a federated run on several; see docs/fedml.md.
 
     The exit code is that of its commands. Ctrl-C asks whether the run is to be
     stopped too. Without a terminal it goes on. With --dry-run it is 6 if no
@@ -82,6 +87,7 @@ def launch(
             any_resource=any_resource,
             cluster=cluster,
             package=package,
+            strict=strict,
             told=told,
         )
     if as_json:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -145,11 +145,20 @@ def accept(source: Any, *, deployed: bool = False, strict: bool = False) -> Any:
         translation = translate(sections, deployed=deployed)
     except ConfigError as error:
         raise ConfigError(f"{called}: {error}", error.hint) from error
-    other = [note.text for note in translation.notes if note.kind is Kind.INSTEAD]
+    settle(translation.notes, called, strict=strict)
+    return {"name": Path(called).stem if called == str(source) else "fedml", **translation.run}
+
+
+def settle(notes: Sequence[Note], called: str, *, strict: bool) -> None:
+    """Warn of each note.
+
+    Raises:
+        ConfigError: `strict`, and something else would be done than was asked for.
+    """
+    other = [note.text for note in notes if note.kind is Kind.INSTEAD]
     if strict and other:
         raise ConfigError(f"{called}: {'; '.join(other)}", "leave out --strict to run it so")
-    tell(translation.notes, called)
-    return {"name": Path(called).stem if called == str(source) else "fedml", **translation.run}
+    tell(notes, called)
 
 
 def tell(notes: Iterable[Note], called: str) -> None:
@@ -281,17 +290,12 @@ def _named(
     flat: Flat, notes: Notes, present: Callable[[str], bool], *, deployed: bool
 ) -> dict[str, Any]:
     """What `fedml.named` is told."""
-    named, model = str(flat.need("dataset")), str(flat.need("model")).lower()
+    dataset = _dataset(flat, notes, present, deployed=deployed)
+    model = str(flat.need("model")).lower()
     try:
-        dataset, note, differs = _dataset(named, present, deployed=deployed)
         family = fedml.named.check(dataset, model)
-    except DataError as error:
-        text = str(error).removesuffix(f"; {error.hint}")
-        raise DataUnavailable(f"`dataset`: {text}", error.hint.removeprefix("run: ")) from error
     except ApplicationError as error:
         raise ConfigError(f"`model`: {error}") from error
-    if note:
-        (notes.instead if differs else notes.no_effect)(f"`dataset`: {note}")
     if family.note:
         notes.instead(f"`model`: {model}: {family.note}")
     config: dict[str, Any] = {
@@ -317,16 +321,35 @@ def method_of(flat: Flat, notes: Notes) -> str:
     return "hetero"
 
 
-def _dataset(
-    named: str, present: Callable[[str], bool], *, deployed: bool
-) -> tuple[str, str, bool]:
+def of_dataset(sections: Sections, *, deployed: bool) -> tuple[Note, ...]:
+    """What there is to tell of the data set that a configuration names.
+
+    Raises:
+        ConfigError: It names none.
+        DataUnavailable: Neither it nor anything near it is here.
+    """
+    notes = Notes()
+    _dataset(Flat(flatten(sections)), notes, is_here, deployed=deployed)
+    return tuple(notes.said)
+
+
+def _dataset(flat: Flat, notes: Notes, present: Callable[[str], bool], *, deployed: bool) -> str:
+    """The one of ours that stands for the one that is named."""
+    named = str(flat.need("dataset"))
     try:
-        return nearest(named, present)
-    except DatasetMissing:
-        if not deployed:
-            raise
-        # This machine need not have it: those that train must, and say so where they do not.
-        return nearest(named, lambda name: True)
+        try:
+            dataset, note, differs = nearest(named, present)
+        except DatasetMissing:
+            if not deployed:
+                raise
+            # This machine need not have it: those that train must, and say so where they do not.
+            dataset, note, differs = nearest(named, lambda name: True)
+    except DataError as error:
+        text = str(error).removesuffix(f"; {error.hint}")
+        raise DataUnavailable(f"`dataset`: {text}", error.hint.removeprefix("run: ")) from error
+    if note:
+        (notes.instead if differs else notes.no_effect)(f"`dataset`: {note}")
+    return dataset
 
 
 def _device(

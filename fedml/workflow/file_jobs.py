@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedml import api
+from fedml import api, runfile
 from fedml.errors import ConfigError
 from fedml.runs import Run
 from fedml.workflow.jobs import Job, JobStatus
@@ -27,7 +27,6 @@ class FileJob(Job):
     """
 
     kind: ClassVar[str]
-    _word: ClassVar[str]
 
     def __init__(
         self,
@@ -65,7 +64,8 @@ class FileJob(Job):
             ConfigError: Its file is wrong.
         """
         env = dict(self.env)
-        if self.kind != "federate" and self.input_data_dict:
+        federated = self.kind == "federate" or runfile.is_federated_job(self.file)
+        if self.input_data_dict and not federated:
             env.setdefault("FEDML_INPUTS", json.dumps(self.input_data_dict))
         return make_step(
             name or self.name,
@@ -92,7 +92,8 @@ class FileJob(Job):
                 "the broker hands it on, in a workflow all of whose jobs are files",
             )
         client = api.connect(home=self.home)
-        self.run_id = client.submit(self._word, sent_request(client, step))
+        word = "federate" if step.kind == "federate" else "launch"
+        self.run_id = client.submit(word, sent_request(client, step))
 
     def status(self) -> JobStatus:
         """Where its run is; without one, whether it will ever have one."""
@@ -116,17 +117,15 @@ class FileJob(Job):
 
 
 class LaunchJob(FileJob):
-    """A job file, as `fedml launch` takes it."""
+    """A job file, as `fedml launch` takes it: also one that is a federated run."""
 
     kind = "job"
-    _word = "launch"
 
 
 class DeployJob(FileJob):
     """A job file with `service`: it has finished when the service answers, and stays up."""
 
     kind = "deploy"
-    _word = "launch"
 
     def status(self) -> JobStatus:
         """Finished as soon as it answers."""
@@ -139,7 +138,6 @@ class DeployJob(FileJob):
 
 
 class FederateJob(FileJob):
-    """A run file, as `fedml federate` takes it."""
+    """A run file, or a file of FedML's, as `fedml federate` takes it."""
 
     kind = "federate"
-    _word = "federate"

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedml_broker.federate import ClientsBody, MachinesRequest
 from fedml_broker.match import (
     GIB,
     Candidate,
@@ -246,3 +247,16 @@ def test_reasons_of_many_machines_are_told_in_few_words() -> None:
     reasons = {f"m{i}": "offline" for i in range(5)} | {"x": "draining", "a": "no label gpu"}
     assert summary(reasons) == ("offline (m0, m1, m2 and 2 more); draining (x); no label gpu (a)")
     assert summary({}) == ""
+
+
+def test_each_machine_of_a_federated_run_is_of_its_cluster_and_its_price() -> None:
+    clients = ClientsBody(count=3, labels={"site": "lab"})
+    asked = MachinesRequest(clients=clients, cluster="ours", max_price_per_hour=2.0).wanted()
+    ours = replace(
+        MACHINE, cluster="ours", capacity=replace(CAPACITY, kinds=("federate",), price=2.0)
+    )
+    assert (never(asked, ours), now(asked, ours)) == ("", "")
+    dear = replace(ours, capacity=replace(ours.capacity, price=2.5))
+    assert never(asked, dear) == "costs 2.5 an hour, at most 2 is allowed"
+    assert never(asked, replace(ours, cluster="")) == "is not in the cluster ours"
+    assert never(asked, replace(ours, labels={})) == "no label site"

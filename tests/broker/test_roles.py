@@ -58,6 +58,7 @@ LEAST = {
     "POST /v1/launch": ("member", False),
     "POST /v1/launch/match": ("member", False),
     "POST /v1/federate": ("member", False),
+    "POST /v1/federate/match": ("member", False),
     "GET /v1/runs": ("viewer", False),
     "GET /v1/queue": ("viewer", False),
     "GET /v1/runs/{run}": ("viewer", False),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fedml import api
 from tests.fakes.nvml import GIB, environment
 from tests.place import Place, command
 
@@ -133,3 +134,102 @@ def test_a_busy_model_is_waited_for_though_another_gpu_is_free(place: Place) -> 
     assert "it would wait for one of them" in done.stderr
     place.client.call("POST", f"/v1/runs/{run}/stop")
     place.end(run)
+
+
+def test_a_federated_job_learns_what_its_configuration_alone_learns(place: Place) -> None:
+    done = launch(place, "federated", "--json")
+    warned = [line.partition("`")[2] for line in done.stderr.splitlines() if "warning" in line]
+    assert [line for line in warned if line.startswith("fedml_env` has no effect")]
+    assert [line for line in warned if line.startswith("bootstrap` has no effect: a federated")]
+    assert [line for line in warned if line.startswith("dataset`: mnist")]
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    found = place.client.call("GET", f"/v1/runs/{told[0]['run']}")
+    assert (found["kind"], found["name"], found["state"]) == ("federate", "job", "FINISHED")
+    accuracies = [r["metrics"]["devices.accuracy"] for r in found["rounds"] if r["model"]]
+    assert len(accuracies) == 3
+    assert accuracies[-1] > 0.5 > accuracies[0]
+    config = JOBS / "federated" / "silos" / "config" / "fedml_config.yaml"
+    alone = subprocess.run(
+        command("fedml", "federate", str(config), "--json"),
+        env={**os.environ, "FEDML_HOME": str(place.folder / "me")},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    alone_run = json.loads(alone.stdout.splitlines()[0])["run"]
+    assert place.model(told[0]["run"]) == place.model(alone_run)
+
+
+def test_scripts_of_a_federated_job_bring_data_model_and_training(place: Place) -> None:
+    run = json.loads(launch(place, "federated_own", "--json").stdout.splitlines()[0])["run"]
+    found = place.client.call("GET", f"/v1/runs/{run}")
+    assert found["name"] == "own-scripts"
+    # The server's script begins with 10; a round adds the mean of 2 and 2.5: the job file's shift,
+    # and the step of its command line times the number of the client.
+    means = [r["metrics"]["devices.w"] for r in found["rounds"] if r["model"]]
+    assert means == [10.0, 12.25, 14.5]
+    lines = {line for line in place.stdout(run).splitlines() if line.startswith("rank")}
+    assert lines == {f"rank {rank} of north: step 0.5, shift 2.0" for rank in (1, 2)}
+
+
+def test_a_script_with_a_model_of_its_own_trains_on_machines_that_have_what_it_asks_for(
+    place: Place,
+) -> None:
+    refused = launch(place, "federated_net", code=6)
+    assert "2 machines are asked for, 1 fit" in refused.stderr
+    assert "plain: has no GPU" in refused.stderr
+    done = launch(place, "federated_net", "--any-resource", "--json")
+    assert "`dataset`: mnist" in done.stderr
+    run = json.loads(done.stdout.splitlines()[0])["run"]
+    rounds = place.client.call("GET", f"/v1/runs/{run}")["rounds"]
+    accuracies = [r["metrics"]["devices.accuracy"] for r in rounds if r["model"]]
+    assert accuracies[-1] > 0.3 > accuracies[0]
+
+
+def test_a_dry_run_of_a_federated_job_names_its_clients(place: Place) -> None:
+    found = json.loads(launch(place, "federated", "--dry-run", "--json").stdout)
+    assert found["nodes"] == 2
+    assert [(m["name"], m["fits"], m["rank"]) for m in found["machines"]] == [
+        ("gpus", "now", 1),
+        ("plain", "now", 2),
+    ]
+
+
+def test_strict_refuses_a_federated_job_on_a_stand_in(place: Place) -> None:
+    before = place.client.call("GET", "/v1/runs")["runs"][0]["id"]
+    done = launch(place, "federated", "--strict", code=2)
+    assert "fedml_config.yaml: `dataset`: mnist" in done.stderr
+    assert place.client.call("GET", "/v1/runs")["runs"][0]["id"] == before
+
+
+def test_a_federated_job_trains_on_the_machines_of_its_cluster_alone(place: Place) -> None:
+    devices = [agent.device for agent in place.agents.values()]
+    place.client.call("POST", "/v1/clusters", {"name": "half", "devices": devices[:1]})
+    refused = launch(place, "federated_own", "-c", "half", code=6)
+    assert "2 machines are asked for, 1 fit" in refused.stderr
+    assert "gpus: is not in the cluster half" in refused.stderr
+    place.client.call("DELETE", "/v1/clusters/half")
+    place.client.call("POST", "/v1/clusters", {"name": "all", "devices": devices})
+    launch(place, "federated_own", "-c", "all")
+    nobody = launch(place, "federated_own", "-c", "nobody", code=6)
+    assert "no machine is reserved as nobody" in nobody.stderr
+    place.client.call("DELETE", "/v1/clusters/all")
+
+
+def test_python_packages_and_workflows_start_federated_jobs_too(
+    place: Place, tmp_path: Path
+) -> None:
+    job, home = JOBS / "federated_own" / "job.yaml", place.folder / "me"
+    built = api.federate_build(job, tmp_path)
+    run = api.launch(job, package=str(built), home=home).wait(check=True)
+    assert run.metrics[-1]["devices.w"] == 14.5
+
+    result = api.launch_job_on_cluster(job, "made", home=home)
+    assert result.result_code == 0, result.result_msg
+    assert result.result_object is not None
+    assert result.result_object.wait(check=True).details["spec"]["cluster"] == "made"
+    place.client.call("DELETE", "/v1/clusters/made")
+
+    flow = tmp_path / "flow.yaml"
+    flow.write_text(f"steps: {{train: {{job: {job}}}}}")
+    ended = api.workflow_run(flow, home=home).wait(check=True)
+    assert ended.run_of("train").details["kind"] == "federate"
+    assert ended.steps["train"]["outputs"]["values"]["devices.w"] == "14.5"

@@ -74,7 +74,7 @@ def _job(folder: Path, text: str) -> Path:
             "line 2: unknown key `service.prot`; did you mean `port`",
         ),
         ("job: echo\nservice: {}\nnetwork: none\n", "a service needs the network"),
-        ("job: echo\njob_type: federate\n", "line 2: `job_type` is 'federate', and cannot be"),
+        ("job: echo\njob_type: federate\n", "`job_type` is federate: a federated run, not a job"),
     ],
 )
 def test_a_wrong_job_file_is_told_where_and_what(tmp_path: Path, text: str, said: str) -> None:

@@ -45,6 +45,10 @@ class Handlers:
         """Start a federated run."""
         return await _run_once(self._broker.federation.submit(call.user, call.body))
 
+    async def match_federate(self, call: Call) -> Any:
+        """Which machines would be the clients of a federated run. Nothing is started."""
+        return self._broker.federation.look(call.user, call.body)
+
     async def list_runs(self, call: Call) -> Any:
         """The newest runs. Query: `limit`, and which of them.
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where FedML's scripts look for the data of `dataset: mnist`."""
