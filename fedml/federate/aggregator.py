@@ -27,6 +27,7 @@ from fedml.federate.layout import BadUpdate, SumBroken
 from fedml.federate.round import ServerRound, ServerVersion, check
 from fedml.federate.tensor_file import mapped, write
 from fedml.federate.treatment import Treatment, without_ours
+from fedml.protect.rules import require
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
 from fedml_protocol.federate import (
@@ -78,6 +79,8 @@ class Aggregator:
             case PlanRound(round=number, clients=clients, count=count):
                 # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
                 chosen = cohort.choose(self._opened.seed, number - 1, clients, count)
+                if self._treatment.rule is not None:  # while nobody has trained for nothing
+                    require(self._treatment.rule, self._treatment.mixing, len(chosen))
                 return RoundPlan(clients=tuple(chosen))
             case BeginRound():
                 return self._begin(question)

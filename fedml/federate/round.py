@@ -23,6 +23,7 @@ from fedml.federate.hierarchical import GroupedFold, Groups
 from fedml.federate.layout import BadUpdate, Given, admit
 from fedml.federate.treatment import Treatment, in_memory, without_ours
 from fedml.protect.robust import RobustFold
+from fedml.protect.rules import Rule, TooFewClients, require
 
 _BARREN = 1000  # updates in a row that count for nothing, after which nothing is hoped for
 
@@ -44,14 +45,34 @@ class Made(NamedTuple):
 
 
 def check(
-    algorithm: Algorithm, treatment: Treatment, groups: Groups | None, population: int
+    algorithm: Algorithm,
+    treatment: Treatment,
+    groups: Groups | None,
+    population: int,
+    *,
+    per_round: int = 0,
+    minimum: int = 0,
 ) -> None:
     """Refuse what cannot go together, before anything runs.
+
+    Args:
+        algorithm: Of the whole.
+        treatment: What is done to updates beside it.
+        groups: How clients are grouped.
+        population: How many clients there are.
+        per_round: How many answers a round takes; 0 is all.
+        minimum: With how many it may close; 0 is `per_round`.
 
     Raises:
         BadParameter: With the way out.
     """
     treatment.check(algorithm)
+    if treatment.rule is not None:
+        per_round = per_round or population
+        key = "clients.per_round" if per_round < population else "clients.count"
+        _require(treatment, treatment.rule, per_round, f"{key}: {per_round}")
+        if 0 < minimum < per_round:
+            _require(treatment, treatment.rule, minimum, f"clients.minimum: {minimum}")
     if groups is None:
         return
     groups.check(algorithm, population)
@@ -65,6 +86,17 @@ def check(
             "groups with rounds of their own and `treatment` exclude each other: leave one out, or "
             "let groups only add up (`groups.rounds: 1`, fedavg within)"
         )
+
+
+def _require(treatment: Treatment, rule: Rule, clients: int, said: str) -> None:
+    """Refuse a rule that so few clients cannot have, as a key of the run file says."""
+    try:
+        require(rule, treatment.mixing, clients)
+    except TooFewClients as error:
+        raise BadParameter(
+            f"treatment.robust: {error} in a round (`{said}`). Ask more clients, or expect fewer "
+            "liars"
+        ) from error
 
 
 class ServerRound:
@@ -141,7 +173,7 @@ class ServerRound:
 
         Raises:
             NobodyLearned: No update counts for anything.
-            TooFewClients: The rule wants more.
+            TooFewClients: The rule wants more than have answered.
             SumBroken: A file has changed since it was added; begin the round anew.
         """
         clients = len(self._fold.clients)

@@ -16,7 +16,6 @@ from fedml.federate.algorithm import Facts
 from fedml.federate.arrays import Arrays
 from fedml.federate.layout import BadUpdate
 from fedml.federate.round import Made, ServerRound
-from fedml.protect.rules import TooFewClients
 from fedml.simulation import grouped
 from fedml.simulation.devices import online
 from fedml.simulation.order import Done, Order, Task
@@ -144,10 +143,6 @@ def _each(
             done.append(one)
         left = run.settle(number, done, least=least)
         return left, this.finish()
-    except TooFewClients as error:
-        raise RunFailed(
-            f"round {number}: {error}", "a larger clients.per_round, or another rule"
-        ) from error
     finally:
         for file in files.values():
             file.unlink(missing_ok=True)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedml.errors import ConfigError, RunFailed
+from fedml.errors import ConfigError
 from fedml.protect.accountant import Accountant, Sampling
+from fedml.runfile import read_federated
 from fedml.simulation import Listener, Simulation, simulate
 from fedml.simulation.plan import read
 from tests.fedml.simulation import apps, deployed
@@ -164,10 +166,53 @@ def test_a_buffer_takes_compressed_updates_one_by_one(tmp_path: Path) -> None:
         np.testing.assert_allclose(lossy.model[name], array, atol=0.02)
 
 
-def test_a_rule_that_wants_more_clients_says_how_many(tmp_path: Path) -> None:
-    asked = plan(tmp_path, {"robust": {"rule": "krum", "byzantine": 2}})
-    with pytest.raises(RunFailed, match=r"round 1: krum .* needs at least 7 clients, there are 6"):
-        simulate(asked, debug=True)
+MIXED = {"robust": {"rule": "krum", "byzantine": 1, "mixing": {"kind": "bucketing", "size": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("treatment", "clients", "text"),
+    [
+        (
+            {"robust": {"rule": "krum", "byzantine": 2}},
+            {"count": 6},
+            r"krum with byzantine=2, keep=1 needs at least 7 clients, there are 6 in a round "
+            r"\(`clients.count: 6`\)",
+        ),
+        (
+            {"robust": {"rule": "krum", "byzantine": 1, "keep": 5}},
+            {"count": 9, "per_round": 5},
+            r"needs at least 6 clients, there are 5 in a round \(`clients.per_round: 5`\)",
+        ),
+        ({"robust": {"rule": "trimmed_mean", "trim": 2}}, {"count": 4}, "needs at least 5 clients"),
+        (
+            {"robust": {"rule": "mean", "byzantine": 2, "mixing": "nearest_neighbours"}},
+            {"count": 4},
+            "mean after nearest_neighbours with byzantine=2 needs at least 5 clients",
+        ),
+        # Five buckets for Krum: four of two, and one more.
+        (MIXED, {"count": 8}, "krum .* after bucketing with size=2 needs at least 9 clients"),
+        (
+            {"robust": {"rule": "krum", "byzantine": 1}},
+            {"count": 6, "minimum": 4},
+            r"needs at least 5 clients, there are 4 in a round \(`clients.minimum: 4`\)",
+        ),
+    ],
+)
+def test_a_rule_that_wants_more_clients_is_refused_before_anything_runs(
+    treatment: dict[str, Any], clients: dict[str, int], text: str, tmp_path: Path
+) -> None:
+    asked = plan(tmp_path, treatment, clients=clients, app="raise SystemExit('it was run')")
+    with pytest.raises(ConfigError, match=f"{text}.*Ask more clients, or expect fewer liars"):
+        read(asked)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(asked))
+    with pytest.raises(ConfigError, match=text):  # and so does `fedml federate`
+        read_federated(file)
+
+
+def test_a_rule_does_with_as_many_clients_as_it_needs(tmp_path: Path) -> None:
+    asked = plan(tmp_path, MIXED, clients={"count": 9}, rounds=1)
+    assert simulate(asked, debug=True).history[1]["answered"] == 9
 
 
 def test_what_cannot_be_clipped_is_refused_before_anything_runs(tmp_path: Path) -> None:
