@@ -24,9 +24,9 @@ from fedml.federate.application import Application, set_weights
 from fedml.federate.group_turns import GroupTurn, starts
 from fedml.federate.hierarchical import Groups
 from fedml.federate.layout import BadUpdate, SumBroken
-from fedml.federate.round import ServerRound, ServerVersion, check
+from fedml.federate.round import ServerRound, ServerVersion, algorithms_own, check
 from fedml.federate.tensor_file import mapped, write
-from fedml.federate.treatment import Treatment, without_ours
+from fedml.federate.treatment import Treatment
 from fedml.protect.rules import require
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
@@ -212,7 +212,7 @@ class Aggregator:
                 path = _written(out / f"sent-{g}.safetensors", own)
                 groups.append(GroupFiles(group=g, sent_path=path))
         else:
-            sent = self._algorithm.sent(model, without_ours(state))
+            sent = self._algorithm.sent(model, algorithms_own(state))
             sent = self._treatment.sent(sent, state)
         found = {f"train.{name}": value for name, value in metrics.items()}
         found |= told or {}

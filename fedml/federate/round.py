@@ -17,7 +17,8 @@ import numpy as np
 from fedml.federate import cohort
 from fedml.federate.aggregate import Fold
 from fedml.federate.algorithm import Algorithm, BadParameter, Facts, NobodyLearned, Update
-from fedml.federate.arrays import Arrays
+from fedml.federate.arrays import Arrays, without_tags
+from fedml.federate.census import CENSUS, facts_of
 from fedml.federate.exact_sum import WeightedMetrics
 from fedml.federate.hierarchical import GroupedFold, Groups
 from fedml.federate.layout import BadUpdate, Given, admit
@@ -136,7 +137,7 @@ class ServerRound:
         self._model, self._state = model, state
         self._asked, self._population = asked, population
         self._noise = noise
-        self._learned = 0
+        self._weights: dict[int, float] = {}
         self._fold: Fold | RobustFold | GroupedFold
         if groups:
             self._fold = GroupedFold(groups, treatment.layout(self.layout))
@@ -166,7 +167,7 @@ class ServerRound:
         if not isinstance(given, dict):
             source = self._treatment.incoming(client, given, self.layout)
         self._fold.add(client, source, weight, of_training(metrics))
-        self._learned += weight > 0
+        self._weights[client] = weight
 
     def finish(self) -> Made:
         """Nobody else comes: the next model.
@@ -177,7 +178,8 @@ class ServerRound:
             SumBroken: A file has changed since it was added; begin the round anew.
         """
         clients = len(self._fold.clients)
-        if not self._learned and self._treatment.rule is None:
+        rule = self._treatment.rule
+        if rule is None and not any(self._weights.values()):
             raise NobodyLearned(clients)
         population = max(self._population, clients)
         combined, own, told = self._treatment.combined(
@@ -190,11 +192,12 @@ class ServerRound:
         if isinstance(self._fold, GroupedFold):
             told |= self._fold.told()
         # A rule counts everybody, whatever weight is said.
-        facts = Facts(clients=self._learned or clients, population=population)
+        weights = dict.fromkeys(self._weights, 1.0) if rule is not None else self._weights
+        facts, remembered = facts_of(self._state, weights, population)
         model, state = self._algorithm.server_update(
-            self._model, without_ours(self._state), combined, facts
+            self._model, algorithms_own(self._state), combined, facts
         )
-        return Made(model, {**state, **own}, combined.metrics, told)
+        return Made(model, {**state, **own, **remembered}, combined.metrics, told)
 
 
 class ServerVersion:
@@ -269,6 +272,11 @@ class ServerVersion:
     def finish(self) -> Made:
         """The newest model, and what its updates came to."""
         return Made(self._model, self._state, self._metrics.means(), {})
+
+
+def algorithms_own(state: Arrays) -> Arrays:
+    """The algorithm's own part of a server's state."""
+    return without_tags(without_ours(state), [CENSUS])
 
 
 def of_training(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from fedml.errors import RunFailed
 from fedml.federate import cohort
-from fedml.federate.algorithm import Facts
 from fedml.federate.arrays import Arrays
+from fedml.federate.census import facts_of
 from fedml.federate.layout import BadUpdate
 from fedml.federate.round import Made, ServerRound
 from fedml.simulation import grouped
@@ -161,10 +161,10 @@ def _lies(run: Simulation, files: Mapping[int, Path]) -> Mapping[int, Arrays]:
 def _summed(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Made:
     """The next model of what the members added up."""
     combined = added_up(run, number, places, good)
-    learned = sum(one.weight > 0 for one in good)
-    facts = Facts(clients=learned, population=max(run.plan.clients, learned))
-    model, state = run.algorithm.server_update(run.model, run.state, combined, facts)
-    return Made(model, state, combined.metrics, {})
+    weights = {one.client: one.weight for one in good}
+    facts, remembered = facts_of(run.state, weights, run.plan.clients)
+    model, state = run.algorithm.server_update(run.model, run.server_state, combined, facts)
+    return Made(model, state | remembered, combined.metrics, {})
 
 
 def _cohort(run: Simulation, index: int) -> _Cohort:
