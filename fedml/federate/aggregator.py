@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Mapping
@@ -78,7 +79,11 @@ class Aggregator:
                 return self._first(Path(out))
             case PlanRound(round=number, clients=clients, count=count):
                 # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
-                chosen = cohort.choose(self._opened.seed, number - 1, clients, count)
+                seed = self._opened.seed
+                if self._treatment.privacy is not None:
+                    # What a small cohort hides rests on nobody knowing who was in it.
+                    seed = secrets.randbits(128)
+                chosen = cohort.choose(seed, number - 1, clients, count)
                 if self._treatment.rule is not None:  # while nobody has trained for nothing
                     require(self._treatment.rule, self._treatment.mixing, len(chosen))
                 return RoundPlan(clients=tuple(chosen))

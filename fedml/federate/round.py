@@ -114,6 +114,7 @@ class ServerRound:
         index: int,
         asked: int,
         population: int,
+        available: int | None = None,
         groups: Sequence[Sequence[int]] = (),
         noise: np.random.Generator | None = None,
     ) -> None:
@@ -128,6 +129,7 @@ class ServerRound:
             index: Which round, from 0.
             asked: How many clients were asked.
             population: How many there are.
+            available: From how many of them those who were asked were drawn; None is all.
             groups: That relay, each adding up its clients; without a rule only.
             noise: For the noise of privacy in a simulation, which is to be repeated; None is one
                 that nobody can repeat.
@@ -136,6 +138,9 @@ class ServerRound:
         self._algorithm, self._treatment = algorithm, treatment
         self._model, self._state = model, state
         self._asked, self._population = asked, population
+        self._available = population if available is None else available
+        # A cohort is drawn once for all stages of its round, which hit or miss a client together.
+        self._releases = algorithm.stages if index % algorithm.stages == 0 else 0
         self._noise = noise
         self._weights: dict[int, float] = {}
         self._fold: Fold | RobustFold | GroupedFold
@@ -186,7 +191,8 @@ class ServerRound:
             self._fold.result(),
             self._state,
             clients=clients,
-            rate=min(self._asked / population, 1.0),
+            rate=min(self._asked / max(self._available, clients), 1.0),
+            releases=self._releases,
             noise=self._noise,
         )
         if isinstance(self._fold, GroupedFold):

@@ -9,9 +9,11 @@ whose every round asks all clients needs neither: its Gaussians are one Gaussian
 
 * Poisson sampling (each client takes part with probability q; neighbours differ by one client):
   Mironov, Talwar, Zhang, "Renyi Differential Privacy of the Sampled Gaussian Mechanism", 2019.
-* Fixed-size cohorts, as `cohort.choose` draws them (neighbours differ in one client's data): Wang,
-  Balle, Kasiviswanathan, "Subsampled Renyi Differential Privacy and Analytical Moments Accountant",
-  AISTATS 2019, theorem 9.
+* Fixed-size cohorts, as `cohort.choose` draws them (neighbours differ in one client's data, which
+  moves the sum by up to twice the bound): Wang, Balle, Kasiviswanathan, "Subsampled Renyi
+  Differential Privacy and Analytical Moments Accountant", AISTATS 2019, theorem 9. This is what
+  runs use where a round asks only some. That one client is replaced by one who sends nothing is a
+  case of it; the bound of Poisson sampling, and so PLD, is none for such cohorts.
 * RDP to (epsilon, delta): Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential
   Privacy", NeurIPS 2020, proposition 12; the conversion of 2016 (Abadi et al., theorem 2) is kept
   to check old numbers.

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Cohort:
-    """Whose answers a round takes, how many were asked, and when on the clock it ends.
+    """Whose answers a round takes, how many were asked of how many, and when on the clock it ends.
 
     `epochs` are those of clients that have no time for all.
     """
 
     clients: tuple[int, ...]
     asked: int
+    available: int
     ends: float
     epochs: Mapping[int, int] = field(default_factory=dict)
 
@@ -53,7 +54,7 @@ def walk(run: Simulation) -> None:
         if run.plan.devices is None:
             known[run.turn // stages + 1] = _cohort(run, run.turn // stages + 1)
 
-    taken = _Cohort((), 0, run.clock)
+    taken = _Cohort((), 0, 0, run.clock)
     try:
         while run.turn < run.plan.rounds * stages:
             stage, index = run.turn % stages, run.turn // stages
@@ -125,6 +126,7 @@ def _each(
         index=run.turn,
         asked=taken.asked,
         population=run.plan.clients,
+        available=taken.available,
         groups=run.members,
         noise=cohort.server_generator(run.plan.seed, run.turn),
     )
@@ -177,7 +179,7 @@ def _cohort(run: Simulation, index: int) -> _Cohort:
     everybody = range(plan.clients)
     if devices is None:
         chosen = cohort.choose(plan.seed, index, everybody, plan.per_round)
-        return _Cohort(tuple(chosen), len(chosen), run.clock)
+        return _Cohort(tuple(chosen), len(chosen), plan.clients, run.clock)
     there, at = online(devices, everybody, run.clock)
     while len(there) < plan.minimum:
         later = min(
@@ -210,7 +212,7 @@ def _cohort(run: Simulation, index: int) -> _Cohort:
         ends = max(ends, deadline)  # it hopes for the others until then
     clients = tuple(sorted(c for _, c in taken))
     less = {client: epochs[client] for client in clients if client in epochs}
-    return _Cohort(clients, len(asked), ends, less)
+    return _Cohort(clients, len(asked), len(there), ends, less)
 
 
 def _fitting(run: Simulation, clients: Sequence[int], seconds: float) -> dict[int, int]:
