@@ -171,7 +171,8 @@ class Aggregator:
             else:
                 self._round.add(client, path, weight, metrics)
         except (BadUpdate, ValueError, OSError) as error:
-            cause = Cause(fault=Fault.TASK, message=f"its update was refused: {error}")
+            what = error.what if isinstance(error, BadUpdate) else error
+            cause = Cause(fault=Fault.TASK, message=f"its update was refused: {what}")
             return UpdateAdded(client=client, refusal=cause)
         return UpdateAdded(client=client, stepped=stepped)
 

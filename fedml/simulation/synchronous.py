@@ -141,7 +141,7 @@ def _each(
             try:
                 this.add(one.client, given, one.weight, one.metrics)
             except BadUpdate as error:
-                one = one._replace(cause=(f"its update was refused: {error}", ""))
+                one = one._replace(cause=(f"its update was refused: {error.what}", ""))
             done.append(one)
         left = run.settle(number, done, least=least)
         return left, this.finish()
