@@ -210,6 +210,10 @@ def test_without_rounds_too_clients_without_examples_count_for_nothing(
         ("return np.zeros((3, 6)), np.array([0, -1, 1])", "class -1"),
         ("return 'something'", "cannot train on a str"),
         ("return np.full((3, 6), np.nan), np.zeros(3, int)", "diverged or the data holds NaN"),
+        (
+            "from fedml.data import partition\n    partition.iid(3, client.count)",
+            "round 1: 3 examples cannot give 4 clients at least 1 each; use at most 3 clients$",
+        ),
     ],
 )
 def test_data_that_does_not_fit_names_the_client_and_what_is_wrong(
@@ -220,6 +224,7 @@ def test_data_that_does_not_fit_names_the_client_and_what_is_wrong(
         simulate(plan(tmp_path, app, evaluate={"devices": False}), engine="closed_form", debug=True)
     assert failed.value.client == 0
     assert failed.value.round == 1
+    assert failed.value.traceback == ""  # the text says it all
 
 
 def test_a_missing_learning_rate_says_where_to_put_it(tmp_path: Path) -> None:
