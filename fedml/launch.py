@@ -211,7 +211,7 @@ def read_run(file: Path, *, strict: bool = False) -> tuple[dict[str, Any], Path]
         ConfigError: It is wrong.
     """
     if runfile.is_fedml(file):
-        from fedml import translation  # brings NumPy, which a run file does not need
+        from fedml import translation  # needs NumPy, which a run file does without
 
         return _as_file(translation.accept(file, deployed=True, strict=strict))
     return runfile.read_federated(file)
