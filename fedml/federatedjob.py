@@ -77,7 +77,7 @@ def read(
     if own:
         files = packed_script.packed(client or server, sections, server=server, env=env)
         run = {k: v for k, v in run.items() if k != "workspace"} | {"app": packed_script.APP}
-    request, by_name = runfile.read_mapping(run, files)
+    request, by_name = runfile.read_mapping(run, config, files)
     request |= {"name": found.get("job_name") or run.get("name") or file.stem}
     request |= _machines(file, found)
     request["clients"]["labels"] = found.get("labels", {})

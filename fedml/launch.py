@@ -274,7 +274,7 @@ def read_run(
 
         return federatedjob.read(file, within, strict=strict)
     if within is None and runfile.is_fedml(file):
-        from fedml import translation  # brings NumPy, which a run file does not need
+        from fedml import translation  # needs NumPy, which a run file does without
 
-        return runfile.read_mapping(translation.accept(file, deployed=True, strict=strict))
+        return runfile.read_mapping(translation.accept(file, deployed=True, strict=strict), file)
     return runfile.read_federated(file, within=within)

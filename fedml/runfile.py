@@ -7,6 +7,7 @@ The tables below are the format: each key with what its value must be.
 import json
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,17 @@ def read_federated(file: Path, *, within: yaml.Node | None = None) -> tuple[dict
         request["groups"] = json.dumps(_groups(found))
     for key, default in (("name", file.stem), ("config", "{}"), ("algorithm_config", "{}")):
         request.setdefault(key, default)
+    _check(file, request)
     return request, workspace
 
 
 def read_mapping(
-    run: Mapping[str, Any], files: Mapping[str, str] | None = None
+    run: Mapping[str, Any], of: Path, files: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], Path]:
     """A mapping of a run file's keys, checked as a file is.
 
     Args:
+        of: The file that it was made of, which errors name.
         files: Texts that will be in the workspace, by name; one of them may be its `app`.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +112,37 @@ def read_mapping(
             (Path(folder) / name).write_text(written)
         file = Path(folder) / "run.yaml"
         file.write_text(json.dumps(run))
-        return read_federated(file)
+        try:
+            return read_federated(file)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(file), str(of)), error.hint) from error
+
+
+def _check(file: Path, request: Mapping[str, Any]) -> None:
+    """Refuse what cannot be before it is sent.
+
+    Where algorithms are not installed (the extra ``sim``), the broker finds it, only later.
+    """
+    if find_spec("numpy") is None:
+        return
+    from fedml.federate import algorithm
+    from fedml.federate.hierarchical import Groups
+    from fedml.federate.round import check
+    from fedml.federate.treatment import Treatment
+
+    clients = request["clients"]
+    settings = json.loads(request["algorithm_config"])
+    try:
+        check(
+            algorithm.create(request.get("algorithm", "fedavg"), settings),
+            Treatment.parse(request.get("treatment", "")),
+            Groups.parse(request.get("groups", "")),
+            clients["count"],
+            per_round=clients.get("per_round", 0),
+            minimum=clients.get("minimum", 0),
+        )
+    except (algorithm.UnknownAlgorithm, algorithm.BadParameter, TypeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def read_simulated(file: Path) -> tuple[dict[str, Any], Path]:

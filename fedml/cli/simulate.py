@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,7 @@ def simulate(
     folder = out or _folder(plan.name, resume=resume)
     # What the user's own code prints is talk.
     with (
+        ExitStack() as afterwards,
         _shown(as_json) as listener,
         _ends_on_sigterm(),
         redirect_stdout(sys.stderr),
@@ -112,7 +113,8 @@ def simulate(
                 if run.kept_turn >= 0:
                     report.write(folder)
                     goes_on = f"fedml simulate {file} --out {folder} --resume"
-                    click.echo(f"what was done is kept; {goes_on} goes on", err=True)
+                    said = f"what was done is kept; {goes_on} goes on"
+                    afterwards.callback(click.echo, said, err=True)
                 raise
             report.write(folder)
     if sweep:

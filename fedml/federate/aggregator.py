@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Mapping
@@ -24,9 +25,10 @@ from fedml.federate.application import Application, set_weights
 from fedml.federate.group_turns import GroupTurn, starts
 from fedml.federate.hierarchical import Groups
 from fedml.federate.layout import BadUpdate, SumBroken
-from fedml.federate.round import ServerRound, ServerVersion, check
+from fedml.federate.round import ServerRound, ServerVersion, algorithms_own, check
 from fedml.federate.tensor_file import mapped, write
-from fedml.federate.treatment import Treatment, without_ours
+from fedml.federate.treatment import Treatment
+from fedml.protect.rules import require
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.codec import parse
 from fedml_protocol.federate import (
@@ -77,7 +79,13 @@ class Aggregator:
                 return self._first(Path(out))
             case PlanRound(round=number, clients=clients, count=count):
                 # Rounds count from 1 on the wire; generators, as in the simulator, from 0.
-                chosen = cohort.choose(self._opened.seed, number - 1, clients, count)
+                seed = self._opened.seed
+                if self._treatment.privacy is not None:
+                    # What a small cohort hides rests on nobody knowing who was in it.
+                    seed = secrets.randbits(128)
+                chosen = cohort.choose(seed, number - 1, clients, count)
+                if self._treatment.rule is not None:  # while nobody has trained for nothing
+                    require(self._treatment.rule, self._treatment.mixing, len(chosen))
                 return RoundPlan(clients=tuple(chosen))
             case BeginRound():
                 return self._begin(question)
@@ -163,7 +171,8 @@ class Aggregator:
             else:
                 self._round.add(client, path, weight, metrics)
         except (BadUpdate, ValueError, OSError) as error:
-            cause = Cause(fault=Fault.TASK, message=f"its update was refused: {error}")
+            what = error.what if isinstance(error, BadUpdate) else error
+            cause = Cause(fault=Fault.TASK, message=f"its update was refused: {what}")
             return UpdateAdded(client=client, refusal=cause)
         return UpdateAdded(client=client, stepped=stepped)
 
@@ -209,7 +218,7 @@ class Aggregator:
                 path = _written(out / f"sent-{g}.safetensors", own)
                 groups.append(GroupFiles(group=g, sent_path=path))
         else:
-            sent = self._algorithm.sent(model, without_ours(state))
+            sent = self._algorithm.sent(model, algorithms_own(state))
             sent = self._treatment.sent(sent, state)
         found = {f"train.{name}": value for name, value in metrics.items()}
         found |= told or {}

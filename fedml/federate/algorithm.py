@@ -65,8 +65,8 @@ class UnsupportedByTraining(TypeError):
 class NobodyLearned(ValueError):
     """No client of a round has an example, so there is nothing to make a model of."""
 
-    def __init__(self, clients: int, whose: str = "") -> None:
-        super().__init__(f"{whose}none of {clients} clients has an example to learn from")
+    def __init__(self, clients: int) -> None:
+        super().__init__(f"none of {clients} clients has an example to learn from")
 
 
 class NothingToLearn(Exception):
@@ -291,13 +291,16 @@ class Facts:
     Attributes:
         clients: How many clients with examples are in the combined update, >= 1 (the |S| of the
             papers).
-        population: How many clients there are in all, >= clients (their N).
+        population: How many clients there are in all to learn from, >= clients (their N); see
+            `census`.
         staleness: Asynchronous only: model versions published since this client got its own.
+        counted: What `population` was for the last server update; 0 is the same.
     """
 
     clients: int = 1
     population: int = 1
     staleness: int = 0
+    counted: int = 0
 
     def __post_init__(self) -> None:
         if self.clients < 1 or self.population < self.clients:

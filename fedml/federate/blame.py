@@ -30,7 +30,7 @@ _MOST = 8000
 
 def says_all(error: BaseException) -> bool:
     """Whether its text is enough: code of ours raised it on purpose."""
-    from fedml.data.errors import DatasetMissing  # of use here only, and its package is large
+    from fedml.data.errors import DataError  # of use here only, and its package is large
 
     return isinstance(
         error,
@@ -38,7 +38,7 @@ def says_all(error: BaseException) -> bool:
         | BadData
         | BadParameter
         | BadUpdate
-        | DatasetMissing
+        | DataError
         | NobodyLearned
         | NotPrivate
         | TooFewClients

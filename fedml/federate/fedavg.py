@@ -19,7 +19,16 @@ from typing import ClassVar
 import numpy as np
 
 from fedml.federate.algorithm import Correction, Facts, Kind, Local, Need, Trained, Update, number
-from fedml.federate.arrays import Arrays, difference, learned, moved, tagged, untagged, zeros
+from fedml.federate.arrays import (
+    Arrays,
+    difference,
+    learned,
+    moved,
+    scaled,
+    tagged,
+    untagged,
+    zeros,
+)
 from fedml.federate.layout import Layout
 
 
@@ -117,6 +126,13 @@ def counted(model: Arrays, trained: Trained) -> Update:
         weight=float(trained.examples),
         metrics=trained.metrics,
     )
+
+
+def recounted(mean: Arrays, facts: Facts) -> Arrays:
+    """A mean over all clients, for as many as there now turn out to be (see `census`)."""
+    if facts.counted in (0, facts.population):
+        return mean
+    return scaled(mean, facts.counted / facts.population)
 
 
 def stepped(model: Arrays, step: Arrays, delta: Arrays, scale: float) -> Arrays:

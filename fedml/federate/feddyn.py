@@ -10,9 +10,9 @@ clients P of m::
     h       <- h - alpha / m * sum_{k in P} (theta_k - theta^{t-1})
     theta^t <- mean_{k in P} theta_k - h / alpha
 
-``g_k`` is client k's gradient at its own solution, and ``h`` the mean of all of them. The argmin is
-as good as the local training is long: every step's gradient gains
-``- g_k + alpha (theta - theta^{t-1})``.
+``g_k`` is client k's gradient at its own solution, and ``h`` the mean of all of them; where m turns
+out to be smaller, it is multiplied up first. The argmin is as good as the local training is long:
+every step's gradient gains ``- g_k + alpha (theta - theta^{t-1})``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedml.federate.arrays import (
     untagged,
     zeros,
 )
-from fedml.federate.fedavg import FedAvg, stepped
+from fedml.federate.fedavg import FedAvg, recounted, stepped
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,7 @@ class FedDyn(FedAvg):
     ) -> tuple[Arrays, Arrays]:
         """``h - alpha |P|/m mean Delta``, then ``theta + mean Delta - h / alpha``."""
         delta = combined.arrays
-        h = moved(untagged("h", state), delta, -self.alpha * facts.clients / facts.population)
+        h = recounted(untagged("h", state), facts)
+        h = moved(h, delta, -self.alpha * facts.clients / facts.population)
         step = {name: delta[name] - h[name] / self.alpha for name in h}
         return stepped(model, step, delta, self.server_lr), tagged("h", h)

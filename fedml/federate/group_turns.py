@@ -16,6 +16,7 @@ from typing import NamedTuple
 from fedml.federate.aggregate import Fold, combine
 from fedml.federate.algorithm import Algorithm, Facts, NobodyLearned, Trained, Update
 from fedml.federate.arrays import Arrays, tagged, untagged, without_tags
+from fedml.federate.census import CENSUS, facts_of
 from fedml.federate.fedavg import counted
 from fedml.federate.round import Made, of_training
 
@@ -61,7 +62,7 @@ class GroupTurn:
         self._group = {client: g for g, whole in enumerate(members) for client in whole}
         there = sorted({self._group[client] for client in clients})
         self._folds = {g: Fold(within.layout(model)) for g in there}
-        self._learned = dict.fromkeys(there, 0)
+        self._weights: dict[int, dict[int, float]] = {g: {} for g in there}
 
     def add(
         self, client: int, given: Arrays | str | Path, weight: float, metrics: Mapping[str, float]
@@ -69,7 +70,7 @@ class GroupTurn:
         """Take one client's update, in any order; see `round.ServerRound.add`."""
         g = self._group[client]
         self._folds[g].add(client, given, weight, of_training(metrics))
-        self._learned[g] += weight > 0
+        self._weights[g][client] = weight
 
     def turned(self) -> tuple[dict[int, Start], Arrays]:
         """Nobody else comes, and the groups go on: what from, and the state.
@@ -77,14 +78,13 @@ class GroupTurn:
         A group of which nobody has answered is not among them: it sits the rest of the round out.
 
         Raises:
-            NobodyLearned: No update of a group counts for anything.
             SumBroken: A file has changed since it was added; begin the turn anew.
         """
         state, starts = dict(self._state), {}
         for g in self._there():
             model, own, _ = self._step(g)
             state = kept(state, g, own)
-            starts[g] = Start(model, self._within.sent(model, own))
+            starts[g] = Start(model, self._within.sent(model, without_tags(own, [CENSUS])))
         return starts, state
 
     def finish(self, algorithm: Algorithm, turns: int) -> Made:
@@ -95,13 +95,15 @@ class GroupTurn:
             turns: That the round has had.
 
         Raises:
-            NobodyLearned: No update of a group counts for anything.
+            NobodyLearned: No update counts for anything.
             SumBroken: A file has changed since it was added; begin the turn anew.
         """
         state, updates, answered = dict(self._state), {}, {}
         for g in self._there():
             model, own, combined = self._step(g)
             state = kept(state, g, own)
+            if combined is None:
+                continue
             trained = Trained(
                 model=model,
                 examples=round(combined.weight),
@@ -110,24 +112,27 @@ class GroupTurn:
             )
             updates[g] = counted(self.model, trained)
             answered[g] = len(self._folds[g].clients)
+        if not updates:
+            raise NobodyLearned(sum(len(self._folds[g].clients) for g in self._there()))
         return between(algorithm, self.model, state, updates, answered, len(self._members))
 
     def _there(self) -> list[int]:
         return [g for g, fold in self._folds.items() if fold.clients]
 
-    def _step(self, g: int) -> tuple[Arrays, Arrays, Update]:
-        """A group's next model, what its server keeps, and its members' updates combined."""
-        model = self._models.get(g, self.model)
-        learned = self._learned[g]
-        if not learned:
-            raise NobodyLearned(len(self._folds[g].clients), f"group {g}: ")
-        combined = self._folds[g].result()
-        facts = Facts(clients=learned, population=max(len(self._members[g]), learned))
-        own = self._own(g)
-        return *self._within.server_update(model, own, combined, facts), combined
+    def _step(self, g: int) -> tuple[Arrays, Arrays, Update | None]:
+        """A group's next model, what its server keeps, and its members' updates combined.
 
-    def _own(self, g: int) -> Arrays:
-        return own_state(self._within, self.model, self._state, g)
+        These are None, and the model stays, where none of the members has an example.
+        """
+        model = self._models.get(g, self.model)
+        own = own_state(self._within, self.model, self._state, g)
+        if not any(self._weights[g].values()):
+            return model, own, None
+        combined = self._folds[g].result()
+        facts, remembered = facts_of(own, self._weights[g], len(self._members[g]))
+        own = without_tags(own, [CENSUS])
+        model, own = self._within.server_update(model, own, combined, facts)
+        return model, own | remembered, combined
 
 
 def own_state(within: Algorithm, model: Arrays, state: Arrays, group: int) -> Arrays:
@@ -142,7 +147,10 @@ def kept(state: Arrays, group: int, own: Arrays) -> Arrays:
 
 def starts(within: Algorithm, model: Arrays, state: Arrays, count: int) -> dict[int, Arrays]:
     """What ``within`` sends to each group's members beside the model, as a round begins."""
-    return {g: within.sent(model, own_state(within, model, state, g)) for g in range(count)}
+    return {
+        g: within.sent(model, without_tags(own_state(within, model, state, g), [CENSUS]))
+        for g in range(count)
+    }
 
 
 def between(
@@ -159,7 +167,7 @@ def between(
         algorithm: Between the groups.
         model: That the groups began from.
         state: Its state, with what the groups keep.
-        updates: Of each group that took part.
+        updates: Of each group that took part and has learned, one at least.
         answered: How many clients each of these has had to the end.
         count: How many groups there are.
     """

@@ -28,10 +28,10 @@ from fedml.federate.algorithm import (
     Algorithm,
     BadParameter,
     Correction,
-    Facts,
     Kind,
     Local,
     Need,
+    NothingToLearn,
     Trained,
     UnknownAlgorithm,
     UnsupportedByTraining,
@@ -41,7 +41,8 @@ from fedml.federate.algorithm import (
     number,
     require_support,
 )
-from fedml.federate.arrays import Arrays
+from fedml.federate.arrays import Arrays, without_tags
+from fedml.federate.census import CENSUS, facts_of
 from fedml.federate.cohort import choose, generator, server_generator
 from fedml.federate.exact_sum import PartialSum
 from fedml.federate.fedavg import FedAvg
@@ -235,6 +236,7 @@ class GroupRounds(ABC):
         weights in the last of its rounds.
 
         Raises:
+            NothingToLearn: Nobody had an example in the last of its rounds.
             UnsupportedByTraining: A correction was given; there is no single step to correct.
         """
         if correction is not None:
@@ -247,14 +249,20 @@ class GroupRounds(ABC):
         seed = _seed(rng)
         stages = self.algorithm.stages
         turns = self.rounds * stages
-        weight, metrics = 0.0, {}
+        weight, metrics = 0.0, dict[str, float]()
         for turn in range(turns):
             cohort = choose(seed, turn // stages, self.numbers, self._count)
-            sent = self.algorithm.sent(model, self.state)
-            combined, answered = self.ask(model, sent, seed, turn, cohort)
-            facts = Facts(clients=answered, population=max(self._population, answered))
-            model, self.state = self.algorithm.server_update(model, self.state, combined, facts)
+            own = without_tags(self.state, [CENSUS])
+            combined, weights = self.ask(model, self.algorithm.sent(model, own), seed, turn, cohort)
+            weight = 0.0
+            if combined is None:
+                continue
+            facts, remembered = facts_of(self.state, weights, self._population)
+            model, own = self.algorithm.server_update(model, own, combined, facts)
+            self.state = own | remembered
             weight, metrics = combined.weight, dict(combined.metrics)
+        if not weight:
+            raise NothingToLearn
         return Trained(model=model, examples=round(weight), steps=turns, metrics=metrics)
 
     def gradient(self, model: Arrays) -> tuple[Arrays, float]:
@@ -268,8 +276,8 @@ class GroupRounds(ABC):
     @abstractmethod
     def ask(
         self, model: Arrays, sent: Arrays, seed: int, turn: int, cohort: Sequence[int]
-    ) -> tuple[Update, int]:
-        """The updates of ``cohort`` combined, and how many of them count.
+    ) -> tuple[Update | None, Mapping[int, float]]:
+        """The updates of ``cohort`` combined, None where none of them counts, and their weights.
 
         Args:
             model: That each starts from.
@@ -342,9 +350,9 @@ class Group(GroupRounds):
 
     def ask(
         self, model: Arrays, sent: Arrays, seed: int, turn: int, cohort: Sequence[int]
-    ) -> tuple[Update, int]:
+    ) -> tuple[Update | None, Mapping[int, float]]:
         """See `GroupRounds`: one after the other."""
-        updates = []
+        updates = {}
         for client in cohort:
             before = self.client_states.get(client)
             update = client_part(
@@ -356,8 +364,9 @@ class Group(GroupRounds):
                 generator(seed, turn, client),
             )
             self.client_states[client] = update.client_state if update.weight else before
-            updates.append(update)
-        return combine(updates), sum(update.weight > 0 for update in updates)
+            updates[client] = update
+        weights = {client: update.weight for client, update in updates.items()}
+        return combine(updates.values()) if any(weights.values()) else None, weights
 
 
 def member_generator(

@@ -32,6 +32,7 @@ class BadUpdate(ValueError):
     Attributes:
         client: Whose it was.
         tensor: Which tensor is wrong, None when the update as a whole is.
+        what: The text without the client, for where he is named anyway.
     """
 
     def __init__(self, client: int, tensor: str | None, why: str) -> None:
@@ -39,6 +40,7 @@ class BadUpdate(ValueError):
         super().__init__(f"{where}: {why}")
         self.client = client
         self.tensor = tensor
+        self.what = why if tensor is None else f"tensor {tensor!r} {why}"
 
 
 class SumBroken(RuntimeError):

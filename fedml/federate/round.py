@@ -17,12 +17,14 @@ import numpy as np
 from fedml.federate import cohort
 from fedml.federate.aggregate import Fold
 from fedml.federate.algorithm import Algorithm, BadParameter, Facts, NobodyLearned, Update
-from fedml.federate.arrays import Arrays
+from fedml.federate.arrays import Arrays, without_tags
+from fedml.federate.census import CENSUS, facts_of
 from fedml.federate.exact_sum import WeightedMetrics
 from fedml.federate.hierarchical import GroupedFold, Groups
 from fedml.federate.layout import BadUpdate, Given, admit
 from fedml.federate.treatment import Treatment, in_memory, without_ours
 from fedml.protect.robust import RobustFold
+from fedml.protect.rules import Rule, TooFewClients, require
 
 _BARREN = 1000  # updates in a row that count for nothing, after which nothing is hoped for
 
@@ -44,14 +46,34 @@ class Made(NamedTuple):
 
 
 def check(
-    algorithm: Algorithm, treatment: Treatment, groups: Groups | None, population: int
+    algorithm: Algorithm,
+    treatment: Treatment,
+    groups: Groups | None,
+    population: int,
+    *,
+    per_round: int = 0,
+    minimum: int = 0,
 ) -> None:
     """Refuse what cannot go together, before anything runs.
+
+    Args:
+        algorithm: Of the whole.
+        treatment: What is done to updates beside it.
+        groups: How clients are grouped.
+        population: How many clients there are.
+        per_round: How many answers a round takes; 0 is all.
+        minimum: With how many it may close; 0 is `per_round`.
 
     Raises:
         BadParameter: With the way out.
     """
     treatment.check(algorithm)
+    if treatment.rule is not None:
+        per_round = per_round or population
+        key = "clients.per_round" if per_round < population else "clients.count"
+        _require(treatment, treatment.rule, per_round, f"{key}: {per_round}")
+        if 0 < minimum < per_round:
+            _require(treatment, treatment.rule, minimum, f"clients.minimum: {minimum}")
     if groups is None:
         return
     groups.check(algorithm, population)
@@ -65,6 +87,17 @@ def check(
             "groups with rounds of their own and `treatment` exclude each other: leave one out, or "
             "let groups only add up (`groups.rounds: 1`, fedavg within)"
         )
+
+
+def _require(treatment: Treatment, rule: Rule, clients: int, said: str) -> None:
+    """Refuse a rule that so few clients cannot have, as a key of the run file says."""
+    try:
+        require(rule, treatment.mixing, clients)
+    except TooFewClients as error:
+        raise BadParameter(
+            f"treatment.robust: {error} in a round (`{said}`). Ask more clients, or expect fewer "
+            "liars"
+        ) from error
 
 
 class ServerRound:
@@ -81,6 +114,7 @@ class ServerRound:
         index: int,
         asked: int,
         population: int,
+        available: int | None = None,
         groups: Sequence[Sequence[int]] = (),
         noise: np.random.Generator | None = None,
     ) -> None:
@@ -95,6 +129,7 @@ class ServerRound:
             index: Which round, from 0.
             asked: How many clients were asked.
             population: How many there are.
+            available: From how many of them those who were asked were drawn; None is all.
             groups: That relay, each adding up its clients; without a rule only.
             noise: For the noise of privacy in a simulation, which is to be repeated; None is one
                 that nobody can repeat.
@@ -103,8 +138,11 @@ class ServerRound:
         self._algorithm, self._treatment = algorithm, treatment
         self._model, self._state = model, state
         self._asked, self._population = asked, population
+        self._available = population if available is None else available
+        # A cohort is drawn once for all stages of its round, which hit or miss a client together.
+        self._releases = algorithm.stages if index % algorithm.stages == 0 else 0
         self._noise = noise
-        self._learned = 0
+        self._weights: dict[int, float] = {}
         self._fold: Fold | RobustFold | GroupedFold
         if groups:
             self._fold = GroupedFold(groups, treatment.layout(self.layout))
@@ -134,35 +172,38 @@ class ServerRound:
         if not isinstance(given, dict):
             source = self._treatment.incoming(client, given, self.layout)
         self._fold.add(client, source, weight, of_training(metrics))
-        self._learned += weight > 0
+        self._weights[client] = weight
 
     def finish(self) -> Made:
         """Nobody else comes: the next model.
 
         Raises:
             NobodyLearned: No update counts for anything.
-            TooFewClients: The rule wants more.
+            TooFewClients: The rule wants more than have answered.
             SumBroken: A file has changed since it was added; begin the round anew.
         """
         clients = len(self._fold.clients)
-        if not self._learned and self._treatment.rule is None:
+        rule = self._treatment.rule
+        if rule is None and not any(self._weights.values()):
             raise NobodyLearned(clients)
         population = max(self._population, clients)
         combined, own, told = self._treatment.combined(
             self._fold.result(),
             self._state,
             clients=clients,
-            rate=min(self._asked / population, 1.0),
+            rate=min(self._asked / max(self._available, clients), 1.0),
+            releases=self._releases,
             noise=self._noise,
         )
         if isinstance(self._fold, GroupedFold):
             told |= self._fold.told()
         # A rule counts everybody, whatever weight is said.
-        facts = Facts(clients=self._learned or clients, population=population)
+        weights = dict.fromkeys(self._weights, 1.0) if rule is not None else self._weights
+        facts, remembered = facts_of(self._state, weights, population)
         model, state = self._algorithm.server_update(
-            self._model, without_ours(self._state), combined, facts
+            self._model, algorithms_own(self._state), combined, facts
         )
-        return Made(model, {**state, **own}, combined.metrics, told)
+        return Made(model, {**state, **own, **remembered}, combined.metrics, told)
 
 
 class ServerVersion:
@@ -237,6 +278,11 @@ class ServerVersion:
     def finish(self) -> Made:
         """The newest model, and what its updates came to."""
         return Made(self._model, self._state, self._metrics.means(), {})
+
+
+def algorithms_own(state: Arrays) -> Arrays:
+    """The algorithm's own part of a server's state."""
+    return without_tags(without_ours(state), [CENSUS])
 
 
 def of_training(metrics: Mapping[str, float]) -> dict[str, float]:

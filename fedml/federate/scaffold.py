@@ -14,6 +14,8 @@ and on the server, over the clients S of N::
     x <- x + server_lr * mean Delta y_i
     c <- c + |S|/N * mean Delta c_i
 
+So ``c`` is the mean of all ``c_i``; where N turns out to be smaller, it is multiplied up first.
+
 Option II reads the mean local gradient off the path travelled. With plain SGD that path is K
 gradients long; with local momentum it is ``||a||_1`` (`algorithm.plain_steps`, which is FedNova's),
 up to 1 / (1 - momentum) times as long. Divided by K, ``c_i`` would be as many times too large, and
@@ -39,7 +41,7 @@ from fedml.federate.arrays import (
     without_tags,
     zeros,
 )
-from fedml.federate.fedavg import FedAvg, stepped
+from fedml.federate.fedavg import FedAvg, recounted, stepped
 from fedml.federate.layout import Layout
 
 
@@ -104,7 +106,7 @@ class Scaffold(FedAvg):
         """``x + server_lr mean Delta y`` and ``c + |S|/N mean Delta c``."""
         delta = without_tags(combined.arrays, ["control"])
         c = moved(
-            untagged("control", state),
+            recounted(untagged("control", state), facts),
             untagged("control", combined.arrays),
             facts.clients / facts.population,
         )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -254,6 +255,7 @@ class Treatment:
         *,
         clients: int,
         rate: float,
+        releases: int = 1,
         noise: np.random.Generator | None = None,
     ) -> tuple[Update, Arrays, dict[str, float]]:
         """After the rule or the mean: noise, our next state, and what is to be told.
@@ -262,7 +264,9 @@ class Treatment:
             update: What the fold made.
             state: The server's, with ours in it.
             clients: How many updates are in it.
-            rate: The share of all clients that was asked, in (0, 1].
+            rate: The share of clients that was asked of those who could have been, in (0, 1].
+            releases: How many means of these very clients to account for now; 0 where an earlier
+                stage of the round has done so.
             noise: For the noise of privacy; None is one that nobody can repeat.
 
         Returns:
@@ -279,8 +283,11 @@ class Treatment:
             accountant = Accountant(
                 spent=state[_RDP].tolist(), precision=float(state.get(_PRECISION, np.nan))
             )
-            sampling = Sampling.FIXED if rate < 1 else Sampling.POISSON
-            accountant.add(self.privacy.noise_multiplier, rate, sampling=sampling)
+            if releases:
+                # So many Gaussians on one sample are one Gaussian of less noise on it.
+                multiplier = self.privacy.noise_multiplier / math.sqrt(releases)
+                sampling = Sampling.FIXED if rate < 1 else Sampling.POISSON
+                accountant.add(multiplier, rate, sampling=sampling)
             own = {_CLIP: np.array(next_clip), **_remembered(accountant)}
             metrics = {
                 "privacy.epsilon": accountant.epsilon(self.delta),

@@ -9,9 +9,12 @@ whose every round asks all clients needs neither: its Gaussians are one Gaussian
 
 * Poisson sampling (each client takes part with probability q; neighbours differ by one client):
   Mironov, Talwar, Zhang, "Renyi Differential Privacy of the Sampled Gaussian Mechanism", 2019.
-* Fixed-size cohorts, as `cohort.choose` draws them (neighbours differ in one client's data): Wang,
-  Balle, Kasiviswanathan, "Subsampled Renyi Differential Privacy and Analytical Moments Accountant",
-  AISTATS 2019, theorem 9.
+* Fixed-size cohorts, as `cohort.choose` draws them (neighbours differ in one client's data, which
+  moves the sum by up to twice the bound): Balle, Barthe, Gaboardi, "Privacy Amplification by
+  Subsampling: Tight Analyses via Couplings and Divergences", NeurIPS 2018, for sampling without
+  replacement under substitution, here as RDP. This is what runs use where a round asks only some.
+  That one client is replaced by one who sends nothing is a case of it; the bound of Poisson
+  sampling, and so PLD, is none for such cohorts.
 * RDP to (epsilon, delta): Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential
   Privacy", NeurIPS 2020, proposition 12; the conversion of 2016 (Abadi et al., theorem 2) is kept
   to check old numbers.
@@ -26,6 +29,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
+from itertools import pairwise
 
 # Integers up to 64 for the exact sums, then sparser; and small fractions, for loose budgets.
 ORDERS: tuple[float, ...] = (
@@ -33,6 +38,8 @@ ORDERS: tuple[float, ...] = (
     *(float(i) for i in range(11, 65)),
     *(float(i) for i in (80, 96, 128, 192, 256, 384, 512, 768, 1024)),
 )
+
+_CELLS = 300  # intervals of an integral that is bounded from above: within a few thousandths
 
 
 class Sampling(StrEnum):
@@ -112,8 +119,16 @@ def rdp(
         raise ValueError(f"the noise multiplier must be > 0, got {noise_multiplier}")
     if not 0 < sampling_rate <= 1:
         raise ValueError(f"the sampling rate must be in (0, 1], got {sampling_rate}")
+    return [*_rdp(noise_multiplier, sampling_rate, tuple(orders), sampling)]
+
+
+@lru_cache(maxsize=64)
+def _rdp(
+    sigma: float, q: float, orders: tuple[float, ...], sampling: Sampling
+) -> tuple[float, ...]:
+    """The same as ever in each round of a run."""
     one = _rdp_poisson if sampling is Sampling.POISSON else _rdp_fixed
-    return [one(sampling_rate, noise_multiplier, order) for order in orders]
+    return tuple(one(q, sigma, order) for order in orders)
 
 
 def epsilon_of(
@@ -267,29 +282,53 @@ def _log_a_fraction(q: float, sigma: float, order: float) -> float:
 
 
 def _rdp_fixed(q: float, sigma: float, order: float) -> float:
-    """Wang et al. 2019, theorem 9, for the Gaussian; only integer orders >= 2 are known.
+    """From above, of a cohort of a fixed size in which one client's data is replaced.
 
-    Replacing one client's data moves the sum by up to twice the bound, so the noise counts half.
+    That moves the sum by up to ``mu = 2 / sigma`` deviations, so whole cohorts are as far apart as
+    two Gaussians, ``H_t = Phi(mu/2 - log(t)/mu) - t Phi(-mu/2 - log(t)/mu)`` in the divergence
+    ``H_t(A, B) = integral (A - t B)+``. For a share q of all, Balle et al. 2018 show that::
+
+        h(1 + q (t - 1)) = q H_t,  t >= 1
+
+    bounds both directions between neighbours, and with ``H_b(A, B) = 1 - b + b H_1/b(B, A)``::
+
+        E (A/B)^a = 1 + a (a - 1) integral_0^inf b^(a-2) (H_b(A, B) - (1 - b)+) db
+                 <= 1 + a (a - 1) integral_1^inf (b^(a-2) + b^(-a-1)) h(b) db
+
+    h is convex and falls. So on each interval its chord lies above it; times a power of b that
+    falls it is convex, and the trapezoid above that; times one that grows, the mean of the chord
+    times the integral of the power is (Chebyshev's inequality). What is cut off at the end is less
+    than rounding.
     """
     full = 2 * order / sigma**2
     if q == 1:
         return full
-    if order < 2 or not float(order).is_integer():
-        return math.inf
-    a = int(order)
+    mu = 2 / sigma
+    points = [_tilted(q, mu, (mu * order + 12) * mu * i / _CELLS) for i in range(_CELLS + 1)]
+    terms = []
+    for (b, h), (b_next, h_next) in pairwise(points):
+        width = b_next - b
+        wide = b + _log_expm1(width)  # log(e^b_next - e^b)
+        powers = [-order - 1]
+        if order < 2:
+            powers.append(order - 2)
+        else:
+            part = _log_expm1((order - 1) * width) + (order - 1) * b - math.log(order - 1)
+            terms.append(part + _log_sum([h, h_next]))
+        for power in powers:
+            terms += [wide + power * b + h, wide + power * b_next + h_next]
+    excess = math.log(order * (order - 1) / 2) + _log_sum(terms)
+    return min((math.log1p(math.exp(excess)) if excess < 50 else excess) / (order - 1), full)
 
-    def epsilon(j: int) -> float:
-        return 2 * j / sigma**2
 
-    # min{4 (e^eps(2) - 1), 2 e^eps(2)}; the third branch needs a finite eps(infinity).
-    e2 = epsilon(2)
-    second = min(math.log(4) + _log_expm1(e2), math.log(2) + e2)
-    terms = [0.0, 2 * math.log(q) + _log_choose(a, 2) + second]
-    terms += [
-        j * math.log(q) + _log_choose(a, j) + math.log(2) + (j - 1) * epsilon(j)
-        for j in range(3, a + 1)
-    ]
-    return min(_log_sum(terms) / (a - 1), full)
+def _tilted(q: float, mu: float, log_t: float) -> tuple[float, float]:
+    """``log(1 + q (t - 1))`` and ``log h`` there, see `_rdp_fixed`."""
+    left, right = _log_phi(mu / 2 - log_t / mu), _log_phi(-mu / 2 - log_t / mu)
+    if log_t < 1:
+        b = math.log1p(q * math.expm1(log_t))
+    else:
+        b = log_t + math.log(q + (1 - q) * math.exp(-log_t))
+    return b, math.log(q) + left + math.log(-math.expm1(log_t + right - left))
 
 
 def _log_choose(n: int, k: int) -> float:

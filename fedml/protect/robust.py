@@ -49,6 +49,7 @@ from fedml.protect.rules import (
     TooFewClients,
     TrimmedMean,
     medoid,
+    require,
     squared_distances,
 )
 
@@ -143,6 +144,7 @@ class RobustFold:
         """
         if self.layout is None or not self._sources:
             raise ValueError("no update to combine")
+        require(self._rule, self._mixing, len(self._sources))
         rows = _Rows([self._sources[client] for client in self.clients], self.layout)
         try:
             arrays = self._combined(rows)

@@ -8,7 +8,9 @@ every distance and every iterate of the usual methods follows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import Enum, auto
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -34,7 +36,14 @@ class TooFewClients(ValueError):
 
 @runtime_checkable
 class CoordinateRule(Protocol):
-    """A rule that looks at one coordinate at a time."""
+    """A rule that looks at one coordinate at a time.
+
+    Attributes:
+        least: Clients without whom it promises nothing.
+    """
+
+    @property
+    def least(self) -> int: ...
 
     def across(self, columns: Matrix) -> Matrix:
         """One value for each coordinate.
@@ -49,8 +58,15 @@ class CoordinateRule(Protocol):
 
 
 class CombinationRule(Protocol):
-    """A rule that gives each client a coefficient."""
+    """A rule that gives each client a coefficient.
 
+    Attributes:
+        origin: Where it measures from.
+        least: Clients without whom it promises nothing.
+    """
+
+    @property
+    def least(self) -> int: ...
     @property
     def origin(self) -> Origin: ...
 
@@ -69,10 +85,16 @@ class Mixing(Protocol):
         """Shape (k, n), rows that sum to 1: row j says what the j-th mixed update is made of."""
         ...
 
+    def least(self, left: int) -> int:
+        """How many updates it needs, to leave at least ``left`` to what comes after it."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Median:
     """The median of each coordinate (Yin et al., ICML 2018); of an even number, the mid-point."""
+
+    least = 1
 
     def across(self, columns: Matrix) -> Matrix:
         """See `CoordinateRule`."""
@@ -99,11 +121,14 @@ class TrimmedMean:
     def __post_init__(self) -> None:
         _count("trimmed_mean", "trim", self.trim)
 
+    @property
+    def least(self) -> int:
+        """One is left when the extremes are gone."""
+        return 2 * self.trim + 1
+
     def across(self, columns: Matrix) -> Matrix:
         """See `CoordinateRule`."""
         n, b = columns.shape[1], self.trim
-        if 2 * b >= n:
-            raise TooFewClients(f"trimming {b} on each side leaves nothing of {n} clients")
         if b:
             columns.partition(b, axis=1)
             columns = columns[:, b:]
@@ -118,6 +143,7 @@ class Mean:
     """The plain mean, which one liar can move anywhere: for comparison."""
 
     origin = Origin.ANYWHERE
+    least = 1
 
     def coefficients(self, gram: Doubles) -> Doubles:
         """See `CombinationRule`."""
@@ -132,7 +158,7 @@ class Krum:
 
     Attributes:
         byzantine: Liars expected, the paper's f, >= 0; needs n >= 2f + 3.
-        keep: How many of the best are averaged: 1 is Krum, more is Multi-Krum.
+        keep: How many of the best are averaged: 1 is Krum, more is Multi-Krum; needs n >= f + keep.
     """
 
     origin = Origin.ANYWHERE
@@ -144,14 +170,14 @@ class Krum:
         _count("krum", "byzantine", self.byzantine)
         _count("krum", "keep", self.keep, least=1)
 
+    @property
+    def least(self) -> int:
+        """``2f + 3``, and as many honest ones as are kept."""
+        return max(2 * self.byzantine + 3, self.byzantine + self.keep)
+
     def coefficients(self, gram: Doubles) -> Doubles:
         """See `CombinationRule`. Equal scores go to the lower-numbered client."""
         n, f = len(gram), self.byzantine
-        if n < 2 * f + 3 or self.keep > n - f:
-            raise TooFewClients(
-                f"krum with byzantine={f}, keep={self.keep} needs at least "
-                f"{max(2 * f + 3, self.keep + f)} clients, there are {n}"
-            )
         distances = squared_distances(gram)
         np.fill_diagonal(distances, np.inf)
         distances.sort(axis=1)
@@ -176,6 +202,7 @@ class GeometricMedian:
     """
 
     origin = Origin.ANYWHERE
+    least = 1
 
     iterations: int = 200
     tolerance: float = 1e-7
@@ -228,6 +255,7 @@ class CentredClipping:
     """
 
     origin = Origin.REFERENCE
+    least = 1
 
     radius: float
     iterations: int = 3
@@ -255,6 +283,7 @@ class NormClipping:
     """
 
     origin = Origin.REFERENCE
+    least = 1
 
     bound: float
 
@@ -284,14 +313,16 @@ class NearestNeighbours:
     def weights(self, gram: Doubles, rng: np.random.Generator) -> Doubles:
         """See `Mixing`."""
         n, f = len(gram), self.byzantine
-        if n <= 2 * f:
-            raise TooFewClients(f"mixing with byzantine={f} needs more than {2 * f} clients")
         distances = squared_distances(gram)
         np.fill_diagonal(distances, -1.0)  # each is its own nearest neighbour, whatever rounding
         nearest = np.argsort(distances, axis=1, kind="stable")[:, : n - f]
         out = np.zeros((n, n))
         np.put_along_axis(out, nearest, 1 / (n - f), axis=1)
         return out
+
+    def least(self, left: int) -> int:
+        """See `Mixing`: as many come out as go in."""
+        return max(2 * self.byzantine + 1, left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,8 +348,33 @@ class Bucketing:
             row[bucket] = 1 / len(bucket)
         return out
 
+    def least(self, left: int) -> int:
+        """See `Mixing`: all buckets but the last are full."""
+        return (left - 1) * self.size + 1
+
 
 Rule: TypeAlias = CoordinateRule | CombinationRule
+
+
+def require(rule: Rule, mixing: Sequence[Mixing], clients: int) -> None:
+    """Refuse a round of too few clients for a rule and the mixing before it.
+
+    Raises:
+        TooFewClients: With how many it takes.
+    """
+    least = rule.least
+    for step in reversed(mixing):
+        least = step.least(least)
+    if clients < least:
+        said = " after ".join(_said(part) for part in (rule, *reversed(mixing)))
+        raise TooFewClients(f"{said} needs at least {least} clients, there are {clients}")
+
+
+def _said(part: Any) -> str:
+    """A rule or a mixing as a run file has it."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(part).__name__).lower()
+    numbers = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in fields(part))
+    return f"{name} with {numbers}" if numbers else name
 
 
 def squared_distances(gram: Doubles) -> Doubles:

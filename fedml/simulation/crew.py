@@ -164,16 +164,19 @@ class Crew:
         done: dict[int, list[Done]] = {place: [] for place in busy}
         tries = dict.fromkeys(busy, 1)
         waiting = set(busy)
+        lost: dict[int, str] = {}
         while waiting:
             for place in self._next_to_hear(waiting):
                 try:
                     found, last = self.members[place].hear()
                 except EOFError:
-                    self._replace(place, tries, done[place], shares[place])
+                    lost[place] = self._replace(place, tries, done[place], shares[place])
                     done[place] = []
                     again = order._replace(careful=True)
                     self.members[place].begin(self._order_for(place, again, shares[place]))
                     continue
+                if found and place in lost:
+                    found = [found[0]._replace(note=lost.pop(place)), *found[1:]]
                 done[place] += found
                 self._learn(place, found)
                 if report is not None and found:
@@ -250,7 +253,12 @@ class Crew:
 
     def _replace(
         self, place: int, tries: dict[int, int], done: list[Done], share: tuple[int, ...]
-    ) -> None:
+    ) -> str:
+        """A new member in the place of a dead one; what to say of it.
+
+        Raises:
+            RunFailed: It is the second one over these clients.
+        """
         dead = self.members[place]
         dead.close()
         how = dead.wait()
@@ -265,6 +273,7 @@ class Crew:
         self.members[place] = self._hired()
         self.members[place].start(self._next(place))
         self.members[place].ready()
+        return f"a worker process died ({how}); its clients are run once more"
 
 
 class _Inside:

@@ -8,17 +8,17 @@ only add up their clients are no matter of this module: `federate.round` does th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedml.federate import cohort
-from fedml.federate.algorithm import Algorithm, Update
+from fedml.federate.algorithm import Algorithm, Update, client_part
 from fedml.federate.arrays import Arrays, untagged
 from fedml.federate.group_turns import GROUPS, between, kept
 from fedml.federate.hierarchical import GroupRounds
 from fedml.federate.round import Made
 from fedml.simulation.order import Done, Order, Task
-from fedml.simulation.sums import added_up
+from fedml.simulation.sums import added_up, barren
 
 if TYPE_CHECKING:
     from fedml.simulation.run import Simulation
@@ -64,8 +64,12 @@ def turn(
             evaluate=evaluate,
         )
         rng = cohort.generator(run.plan.seed, run.turn, g)
-        updates[g] = run.algorithm.client_update(run.model, sent, None, group, rng)
+        update = client_part(run.algorithm, run.model, sent, None, group, rng)
         state = kept(state, g, group.state or {})
+        if update.weight:
+            updates[g] = update
+    if not updates:
+        raise barren(number, len(left.clients))
     there = {g: len(left.clients & set(run.members[g])) for g in updates}
     made = between(run.algorithm, run.model, state, updates, there, len(run.members))
     return left.done(), made
@@ -127,7 +131,7 @@ class _CrewGroup(GroupRounds):
 
     def ask(
         self, model: Arrays, sent: Arrays, seed: int, turn: int, cohort: Sequence[int]
-    ) -> tuple[Update, int]:
+    ) -> tuple[Update | None, Mapping[int, float]]:
         """See `GroupRounds`."""
         run = self._run
         asked = [client for client in cohort if client in self._left.clients]
@@ -145,5 +149,7 @@ class _CrewGroup(GroupRounds):
         done = [one for _, each in shares for one in each]
         good = run.settle(self._number, done, least=self._left.least_of(asked))
         self._left.note(asked, good)
-        update = added_up(run, self._number, [place for place, _ in shares], good)
-        return update, sum(one.weight > 0 for one in good)
+        weights = {one.client: one.weight for one in good}
+        if not any(weights.values()):
+            return None, weights
+        return added_up(run, self._number, [place for place, _ in shares], good), weights

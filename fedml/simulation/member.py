@@ -38,7 +38,7 @@ from fedml.federate.application import (
     set_weights,
 )
 from fedml.federate.arrays import Arrays
-from fedml.federate.layout import Spec, admit
+from fedml.federate.layout import BadUpdate, Spec, admit
 from fedml.federate.local_sgd import Evaluation
 from fedml.federate.tensor_file import write
 from fedml.federate.treatment import Treatment
@@ -341,11 +341,14 @@ def cause_of(error: Exception, place: str = "") -> tuple[str, str]:
     if place and accelerator.is_out_of_memory(error):
         other = "" if place == "cpu" else ", or --device cpu"
         return f"out of memory on {place} with this client alone: a smaller batch_size{other}", ""
+    if isinstance(error, BadUpdate):
+        return error.what, ""
+    if blame.says_all(error) or isinstance(error, engines.Diverged):
+        return str(error), ""
     text = f"{type(error).__name__}: {error}"
     if "vmap" in text:  # only `stacked` uses it, and on a GPU that may have been our choice
         text = f"the model cannot be trained side by side, --engine inplace does without: {text}"
-    plain = blame.says_all(error) or isinstance(error, engines.Diverged)
-    return text, "" if plain else blame.trace(error)
+    return text, blame.trace(error)
 
 
 def _resident() -> int:

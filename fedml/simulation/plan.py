@@ -167,7 +167,14 @@ class Plan:
         """
         try:
             groups = Groups.parse(json.dumps(self.groups))
-            check(algorithm, treatment, groups, self.clients)
+            check(
+                algorithm,
+                treatment,
+                groups,
+                self.clients,
+                per_round=self.per_round,
+                minimum=self.minimum,
+            )
         except (BadParameter, TypeError) as error:
             raise ConfigError(str(error)) from error
         return groups
@@ -191,6 +198,16 @@ class Plan:
                 "kind: label_flip, or let groups only add up (groups.rounds: 1)",
             )
         return liars
+
+    def check(self) -> None:
+        """Refuse what cannot go together, before anything is loaded.
+
+        Raises:
+            ConfigError: With the ways out.
+        """
+        algorithm = self.create_algorithm()
+        groups = self.create_groups(algorithm, self.create_treatment())
+        self.create_liars(algorithm, groups)
 
     def identity(self) -> str:
         """What must be the same for a run to be resumed, as JSON."""
@@ -263,7 +280,9 @@ def read(
     values |= {key: value for key, value in settings.items() if value is not None}
     if not values["app"].is_file():
         raise ConfigError(f"there is no {values['app'].name} in {values['app'].parent}")
-    return Plan(**{key: value for key, value in values.items() if value is not None})
+    plan = Plan(**{key: value for key, value in values.items() if value is not None})
+    plan.check()
+    return plan
 
 
 def _read_mapping(source: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:

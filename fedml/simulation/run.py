@@ -24,7 +24,8 @@ from fedml.federate.arrays import Arrays, without_tags
 from fedml.federate.group_turns import GROUPS
 from fedml.federate.layout import Layout
 from fedml.federate.local_sgd import Evaluation
-from fedml.federate.treatment import Treatment, without_ours
+from fedml.federate.round import algorithms_own
+from fedml.federate.treatment import Treatment
 from fedml.protect.privacy import NotPrivate
 from fedml.simulation import (
     accelerator,
@@ -316,7 +317,7 @@ class Simulation:
     @property
     def server_state(self) -> Arrays:
         """What the algorithm itself keeps of `state`, beside the treatment and the groups."""
-        return without_tags(without_ours(self.state), [GROUPS])
+        return without_tags(algorithms_own(self.state), [GROUPS])
 
     def _sent(self) -> Arrays:
         if self.nested is not None:  # each group sends its own; this has its form

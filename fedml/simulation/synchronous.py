@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from fedml.errors import RunFailed
 from fedml.federate import cohort
-from fedml.federate.algorithm import Facts
 from fedml.federate.arrays import Arrays
+from fedml.federate.census import facts_of
 from fedml.federate.layout import BadUpdate
 from fedml.federate.round import Made, ServerRound
-from fedml.protect.rules import TooFewClients
 from fedml.simulation import grouped
 from fedml.simulation.devices import online
 from fedml.simulation.order import Done, Order, Task
@@ -30,13 +29,14 @@ _AHEAD = 16  # cohorts chosen at once: in the middle of a round, one takes twice
 
 @dataclass(frozen=True, slots=True)
 class _Cohort:
-    """Whose answers a round takes, how many were asked, and when on the clock it ends.
+    """Whose answers a round takes, how many were asked of how many, and when on the clock it ends.
 
     `epochs` are those of clients that have no time for all.
     """
 
     clients: tuple[int, ...]
     asked: int
+    available: int
     ends: float
     epochs: Mapping[int, int] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ def walk(run: Simulation) -> None:
             later = range(run.turn // stages + 1, run.plan.rounds)
             known.update((index, _cohort(run, index)) for index in later[:_AHEAD])
 
-    taken = _Cohort((), 0, run.clock)
+    taken = _Cohort((), 0, 0, run.clock)
     try:
         while run.turn < run.plan.rounds * stages:
             stage, index = run.turn % stages, run.turn // stages
@@ -129,6 +129,7 @@ def _each(
         index=run.turn,
         asked=taken.asked,
         population=run.plan.clients,
+        available=taken.available,
         groups=run.members,
         noise=cohort.server_generator(run.plan.seed, run.turn),
     )
@@ -143,14 +144,10 @@ def _each(
             try:
                 this.add(one.client, given, one.weight, one.metrics)
             except BadUpdate as error:
-                one = one._replace(cause=(f"its update was refused: {error}", ""))
+                one = one._replace(cause=(f"its update was refused: {error.what}", ""))
             done.append(one)
         left = run.settle(number, done, least=least)
         return left, this.finish()
-    except TooFewClients as error:
-        raise RunFailed(
-            f"round {number}: {error}", "a larger clients.per_round, or another rule"
-        ) from error
     finally:
         for file in files.values():
             file.unlink(missing_ok=True)
@@ -169,10 +166,10 @@ def _lies(run: Simulation, files: Mapping[int, Path]) -> Mapping[int, Arrays]:
 def _summed(run: Simulation, number: int, places: Sequence[int], good: Sequence[Done]) -> Made:
     """The next model of what the members added up."""
     combined = added_up(run, number, places, good)
-    learned = sum(one.weight > 0 for one in good)
-    facts = Facts(clients=learned, population=max(run.plan.clients, learned))
-    model, state = run.algorithm.server_update(run.model, run.state, combined, facts)
-    return Made(model, state, combined.metrics, {})
+    weights = {one.client: one.weight for one in good}
+    facts, remembered = facts_of(run.state, weights, run.plan.clients)
+    model, state = run.algorithm.server_update(run.model, run.server_state, combined, facts)
+    return Made(model, state | remembered, combined.metrics, {})
 
 
 def _cohort(run: Simulation, index: int) -> _Cohort:
@@ -185,7 +182,7 @@ def _cohort(run: Simulation, index: int) -> _Cohort:
     everybody = range(plan.clients)
     if devices is None:
         chosen = cohort.choose(plan.seed, index, everybody, plan.per_round)
-        return _Cohort(tuple(chosen), len(chosen), run.clock)
+        return _Cohort(tuple(chosen), len(chosen), plan.clients, run.clock)
     there, at = online(devices, everybody, run.clock)
     while len(there) < plan.minimum:
         later = min(
@@ -218,7 +215,7 @@ def _cohort(run: Simulation, index: int) -> _Cohort:
         ends = max(ends, deadline)  # it hopes for the others until then
     clients = tuple(sorted(c for _, c in taken))
     less = {client: epochs[client] for client in clients if client in epochs}
-    return _Cohort(clients, len(asked), ends, less)
+    return _Cohort(clients, len(asked), len(there), ends, less)
 
 
 def _fitting(run: Simulation, clients: Sequence[int], seconds: float) -> dict[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedml.federate.algorithm import create
+from fedml.federate.algorithm import NobodyLearned, create
 from fedml.federate.arrays import Arrays
 from fedml.federate.fedavg import FedAvg
 from fedml.federate.group_turns import GroupTurn, own_state, starts
@@ -55,9 +55,25 @@ def test_a_round_begins_with_what_each_group_sends() -> None:
     np.testing.assert_array_equal(sent[1]["control::w"], [5.0, 6.0])
 
 
-def test_a_group_that_learned_nothing_is_named() -> None:
+def test_a_group_that_has_no_example_goes_along_and_counts_for_nothing() -> None:
+    first = turn({}, {})
+    first.add(0, delta(1.0), 1.0, {})
+    first.add(3, delta(9.0), 0.0, {})
+    found, state = first.turned()
+    np.testing.assert_array_equal(found[1].model["w"], MODEL["w"])
+
+    second = turn(state, {g: start.model for g, start in found.items()}, clients=(0, 3))
+    second.add(0, delta(1.0), 1.0, {})
+    second.add(3, delta(9.0), 0.0, {})
+    made = second.finish(FedAvg(), turns=2)
+    # Group 0 alone: v = 1, then 0.5 * 1 + 1.
+    np.testing.assert_array_equal(made.model["w"], [3.5, 4.5])
+    assert made.told == {"groups.0.clients": 1.0}
+
+
+def test_groups_of_which_none_has_an_example_end_the_run() -> None:
     this = turn({}, {})
-    this.add(0, delta(1.0), 1.0, {})
+    this.add(0, delta(1.0), 0.0, {})
     this.add(3, delta(1.0), 0.0, {})
-    with pytest.raises(ValueError, match="group 1: none of 1 clients has an example"):
-        this.turned()
+    with pytest.raises(NobodyLearned, match="none of 2 clients has an example"):
+        this.finish(FedAvg(), turns=1)

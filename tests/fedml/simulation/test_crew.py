@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedml.errors import RunFailed
-from fedml.simulation import ClientFailed, simulate
+from fedml.simulation import ClientFailed, Listener, Simulation, simulate
 from fedml.simulation.arena import Arena
 from fedml.simulation.crew import divide
+from fedml.simulation.plan import read
 from tests.fedml.simulation import apps
 
 # A linear model whose client 2 does something else, as `config` says.
@@ -122,7 +123,7 @@ def test_a_round_goes_on_without_a_failed_client_where_the_minimum_allows_it(
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"nan": True}, "client 2, tensor 'w': holds NaN; training diverged"),
+        ({"nan": True}, "client 2 failed in round 1: tensor 'w' holds NaN; training diverged"),
         ({"shape": True}, "client 2 failed in round 1"),
     ],
 )
@@ -137,7 +138,16 @@ def test_a_bad_update_is_refused_and_its_client_named(
 
 def test_a_killed_worker_is_replaced_and_its_clients_are_run_again(tmp_path: Path) -> None:
     calm = simulate(plan(tmp_path / "calm"), workers=2)
-    killed = simulate(plan(tmp_path / "killed", dies=1), workers=2)
+    heard: list[str] = []
+
+    class Ears(Listener):
+        def say(self, text: str) -> None:
+            heard.append(text)
+
+    asked = read(plan(tmp_path / "killed", dies=1), workers=2)
+    killed = Simulation(asked, listener=Ears()).run()
+    said = "round 1: a worker process died (killed by signal 9); its clients are run once more"
+    assert heard.count(said) == 1
     assert all(np.array_equal(calm.model[n], killed.model[n]) for n in calm.model)
     assert left_behind() == []
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from fedml.federate import cohort
 from fedml.federate.algorithm import NobodyLearned
+from fedml.federate.hierarchical import assign
 from fedml.simulation import simulate
 from tests.fedml.simulation import apps, deployed
 from tests.fedml.simulation.bits import same_bits
@@ -87,3 +89,47 @@ def test_metrics_are_called_as_in_deployed_runs(tmp_path: Path) -> None:
     # The first model is evaluated on devices in the first round, the last one at the end by all.
     assert all("devices.accuracy" in row for row in result.history)
     assert result.metrics["devices.examples"] == sum(9 + 4 * k for k in range(6))
+
+
+BARREN = (
+    apps.OWN_TRAIN
+    + """
+trained = train
+def train(model, data, config, rng, correction=None):
+    if len(data["x"]) in config["barren"]:
+        return {"examples": 0}
+    return trained(model, data, config, rng, correction)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "barren"),
+    [
+        ({"algorithm": "scaffold"}, [1, 4]),
+        ({"algorithm": "feddyn", "algorithm_config": {"alpha": 0.05}}, [1, 4]),
+        # A group with one that has nothing, and one of nobody who has anything.
+        ({"groups": {"count": 3, "rounds": 2, "algorithm": "scaffold"}}, [1]),
+        ({"groups": {"count": 3, "rounds": 2, "algorithm": "scaffold"}}, "a group"),
+        ({"groups": {"count": 3}, "algorithm": "scaffold"}, "a group"),
+    ],
+)
+def test_clients_without_examples_leave_the_same_bits_on_both_sides(
+    more: dict[str, Any], barren: list[int] | str, tmp_path: Path
+) -> None:
+    app = apps.write(tmp_path / "app", BARREN)
+    if barren == "a group":
+        barren = assign(range(6), 3, cohort.server_generator(11, 0))[1]
+    sizes = [9 + 4 * int(client) for client in barren]
+    asked = plan(app, "fedavg", config={"lr": 0.2, "barren": sizes}, rounds=5)
+    asked |= {"clients": {"count": 6, "per_round": 5}, **more}
+    told: list[dict[str, float]] = []
+    models = deployed.run(app, tmp_path / "deployed", asked, told)
+    result = simulate(asked, engine="exact", workers=2)
+    assert same_bits(result.model, models[-1])
+    for row, said in zip(result.history[1:], told, strict=True):
+        assert {name for name in said if name.startswith("groups.")} == {
+            name for name in row if name.startswith("groups.")
+        }
+    full = {**asked, "config": {"lr": 0.2, "barren": []}}
+    assert not same_bits(result.model, simulate(full, engine="exact", workers=2).model)

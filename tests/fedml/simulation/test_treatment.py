@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedml.errors import ConfigError, RunFailed
+from fedml.errors import ConfigError
+from fedml.federate.aggregator import Aggregator
 from fedml.protect.accountant import Accountant, Sampling
+from fedml.runfile import read_federated
 from fedml.simulation import Listener, Simulation, simulate
 from fedml.simulation.plan import read
+from fedml_protocol.federate import OpenRun, PlanRound
 from tests.fedml.simulation import apps, deployed
 from tests.fedml.simulation.bits import same_bits
 
@@ -164,10 +168,104 @@ def test_a_buffer_takes_compressed_updates_one_by_one(tmp_path: Path) -> None:
         np.testing.assert_allclose(lossy.model[name], array, atol=0.02)
 
 
-def test_a_rule_that_wants_more_clients_says_how_many(tmp_path: Path) -> None:
-    asked = plan(tmp_path, {"robust": {"rule": "krum", "byzantine": 2}})
-    with pytest.raises(RunFailed, match=r"round 1: krum .* needs at least 7 clients, there are 6"):
-        simulate(asked, debug=True)
+def test_a_cohort_of_those_who_are_there_is_no_sample_of_all(tmp_path: Path) -> None:
+    asked = plan(tmp_path, {"privacy": {"noise_multiplier": 2.0}}, rounds=2)
+    asked["clients"] = {"count": 7, "per_round": 3}
+    away = "".join(f"{client},9000,9001\n" for client in (1, 3, 6))
+    (tmp_path / "app" / "trace.csv").write_text(f"client,start_s,end_s\n{away}")
+    asked["simulation"] = {"devices": {"trace": "trace.csv"}}
+    accountant = Accountant()
+    accountant.add(2.0, 3 / 4, 2, Sampling.FIXED)
+    spent = simulate(asked, debug=True).metrics["privacy.epsilon"]
+    assert spent == pytest.approx(accountant.epsilon(1e-5), rel=1e-12)
+
+
+@pytest.mark.parametrize("per_round", [3, 7])
+def test_both_stages_of_a_round_are_one_sample_of_clients(per_round: int, tmp_path: Path) -> None:
+    asked = plan(tmp_path, {"privacy": {"noise_multiplier": 4.0}}, app=apps.IMAGES, rounds=2)
+    asked |= {"algorithm": "mime", "clients": {"count": 7, "per_round": per_round}}
+    told: list[dict[str, float]] = []
+    deployed.run(tmp_path / "app" / "app.py", tmp_path / "deployed", asked, told)
+    result = simulate(asked, debug=True)
+    accountant = Accountant()
+    sampling = Sampling.FIXED if per_round < 7 else Sampling.POISSON
+    for said, row in zip(told[1::2], result.history[1:], strict=True):
+        # Two releases of noise 4 are one of 4 / sqrt(2), on the same sample.
+        accountant.add(8**0.5, per_round / 7, sampling=sampling)
+        spent = pytest.approx(accountant.epsilon(1e-5), rel=1e-12)
+        assert said["privacy.epsilon"] == row["privacy.epsilon"] == spent
+
+
+def test_who_is_asked_under_privacy_hangs_on_no_seed(tmp_path: Path) -> None:
+    def asked(treatment: dict[str, Any]) -> list[tuple[int, ...]]:
+        aggregator = Aggregator()
+        app = apps.write(tmp_path / "app", apps.LINEAR)
+        opened = OpenRun(
+            algorithm="fedavg",
+            seed=0,
+            app_dir=str(app.parent),
+            app=app.name,
+            clients=200,
+            treatment=json.dumps(treatment),
+        )
+        aggregator.answer(opened)
+        question = PlanRound(round=1, clients=tuple(range(200)), count=100)
+        return [aggregator.answer(question).clients for _ in range(2)]
+
+    first, again = asked({})
+    assert first == again
+    first, again = asked({"privacy": {"noise_multiplier": 1.0}})
+    assert len(first) == len(again) == 100
+    assert first != again
+
+
+MIXED = {"robust": {"rule": "krum", "byzantine": 1, "mixing": {"kind": "bucketing", "size": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("treatment", "clients", "text"),
+    [
+        (
+            {"robust": {"rule": "krum", "byzantine": 2}},
+            {"count": 6},
+            r"krum with byzantine=2, keep=1 needs at least 7 clients, there are 6 in a round "
+            r"\(`clients.count: 6`\)",
+        ),
+        (
+            {"robust": {"rule": "krum", "byzantine": 1, "keep": 5}},
+            {"count": 9, "per_round": 5},
+            r"needs at least 6 clients, there are 5 in a round \(`clients.per_round: 5`\)",
+        ),
+        ({"robust": {"rule": "trimmed_mean", "trim": 2}}, {"count": 4}, "needs at least 5 clients"),
+        (
+            {"robust": {"rule": "mean", "byzantine": 2, "mixing": "nearest_neighbours"}},
+            {"count": 4},
+            "mean after nearest_neighbours with byzantine=2 needs at least 5 clients",
+        ),
+        # Five buckets for Krum: four of two, and one more.
+        (MIXED, {"count": 8}, "krum .* after bucketing with size=2 needs at least 9 clients"),
+        (
+            {"robust": {"rule": "krum", "byzantine": 1}},
+            {"count": 6, "minimum": 4},
+            r"needs at least 5 clients, there are 4 in a round \(`clients.minimum: 4`\)",
+        ),
+    ],
+)
+def test_a_rule_that_wants_more_clients_is_refused_before_anything_runs(
+    treatment: dict[str, Any], clients: dict[str, int], text: str, tmp_path: Path
+) -> None:
+    asked = plan(tmp_path, treatment, clients=clients, app="raise SystemExit('it was run')")
+    with pytest.raises(ConfigError, match=f"{text}.*Ask more clients, or expect fewer liars"):
+        read(asked)
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(asked))
+    with pytest.raises(ConfigError, match=text):  # and so does `fedml federate`
+        read_federated(file)
+
+
+def test_a_rule_does_with_as_many_clients_as_it_needs(tmp_path: Path) -> None:
+    asked = plan(tmp_path, MIXED, clients={"count": 9}, rounds=1)
+    assert simulate(asked, debug=True).history[1]["answered"] == 9
 
 
 def test_what_cannot_be_clipped_is_refused_before_anything_runs(tmp_path: Path) -> None:
