@@ -37,7 +37,7 @@ test: $(STAMP) system ## set up and run the tests
 check: $(STAMP) ## format, lint, types, generated code, import table, docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy --strict protocol/fedml_protocol agent/fedml_agent broker/fedml_broker
+	$(BIN)/mypy --strict protocol/fedml_protocol agent/fedml_agent broker/fedml_broker fedml
 	$(BIN)/python protocol/generate.py --check
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_docs.py

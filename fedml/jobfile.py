@@ -206,7 +206,8 @@ def _service(file: Path, found: Mapping[str, Any]) -> dict[str, Any] | None:
     if found.get("network") == "none":
         raise ConfigError(f"{file}: a service needs the network, and `network` is none")
     port = said.get("port") or said.get("ports")
-    return ({} if port is None else {"port": port}) | said.get("readiness_probe", {})
+    probe: dict[str, Any] = said.get("readiness_probe", {})
+    return probe if port is None else {"port": port} | probe
 
 
 def _container(file: Path, found: Mapping[str, Any]) -> dict[str, Any] | None:

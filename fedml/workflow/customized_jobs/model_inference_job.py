@@ -54,7 +54,11 @@ class ModelInferenceJob(Job):
             with urllib.request.urlopen(asked, timeout=_ANSWER_S) as answer:  # noqa: S310
                 said = json.loads(answer.read())
         except (OSError, ValueError) as error:
-            words = error.read().decode(errors="replace") if _has_words(error) else ""
+            words = (
+                error.read().decode(errors="replace")
+                if isinstance(error, urllib.error.HTTPError)
+                else ""
+            )
             self.output_data_dict = {"error": True, "message": f"{url}: {error} {words}".rstrip()}
             return
         self.output_data_dict = dict(said) if isinstance(said, Mapping) else {"answer": said}
@@ -78,7 +82,3 @@ class ModelInferenceJob(Job):
         if len(rest) == 1 and isinstance(only := next(iter(rest.values())), Mapping):
             return url, only
         return url, rest
-
-
-def _has_words(error: BaseException) -> bool:
-    return isinstance(error, urllib.error.HTTPError)
