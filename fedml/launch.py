@@ -14,6 +14,7 @@ import yaml
 
 from fedml import jobfile, package, runfile, storage
 from fedml.client import Client, Told, silent
+from fedml.clusters import Cluster
 from fedml.errors import ConfigError
 from fedml.parts import send
 from fedml_protocol.errors import MalformedMessage
@@ -119,6 +120,27 @@ def look(
 
 # What `federate` and `look` ask of machines for a federated run.
 _OF_MACHINES = ("clients", "needs", "cluster", "max_price_per_hour")
+
+
+def reserve(
+    client: Client, job: Path, cluster: str, *, any_resource: bool = False
+) -> Cluster | None:
+    """Reserve under a name what a job file asks for; None: the name is known, nothing is done.
+
+    Raises:
+        ConfigError: The file is wrong.
+        BrokerRefused: Too few machines fit that nobody has reserved.
+        BrokerUnreachable: No answer.
+    """
+    if any(known.name == cluster for known in Cluster.list(at=client)):
+        return None
+    if runfile.is_federated_job(job):
+        asked = _asked(read_run(job)[0], any_resource=any_resource, cluster=cluster)
+        count, labels = asked["clients"]["count"], asked["clients"]["labels"]
+    else:
+        asked, _ = jobfile.read_job(job, any_resource=any_resource)
+        count, labels = asked["nodes"], asked["labels"]
+    return Cluster.create(cluster, count=count, labels=labels, at=client, **asked["needs"])
 
 
 def federate(

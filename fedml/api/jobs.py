@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedml import jobfile, package, runfile
 from fedml import launch as submit
+from fedml import package
 from fedml.api.account import Home, connect
 from fedml.api.answers import LaunchResult, RunId
-from fedml.client import Client
-from fedml.clusters import Cluster
 from fedml.errors import BrokerRefused, BrokerUnreachable, ConfigError, FedMLError
 from fedml.runs import Run
 
@@ -166,7 +164,7 @@ def _launched(
     try:
         client = connect(api_key, home=home)
         if cluster:
-            _reserve(client, Path(file), cluster)
+            submit.reserve(client, Path(file), cluster)
         run = Run.find(submit.launch(client, Path(file), cluster=cluster), at=client)
     except FedMLError as error:
         code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), _OTHER)
@@ -175,16 +173,3 @@ def _launched(
     text = f"{run.id} is queued" + (f" on {cluster}" if cluster else "")
     given = RunId(run.id)
     return LaunchResult(0, text, given, None, given, run)
-
-
-def _reserve(client: Client, file: Path, cluster: str) -> None:
-    """Machines for the job under this name, unless there are some."""
-    if any(known.name == cluster for known in Cluster.list(at=client)):
-        return
-    if runfile.is_federated_job(file):
-        asked, _ = submit.read_run(file)
-        count, labels = asked["clients"]["count"], asked["clients"]["labels"]
-    else:
-        asked, _ = jobfile.read_job(file)
-        count, labels = asked["nodes"], asked["labels"]
-    Cluster.create(cluster, count=count, labels=labels, at=client, **asked["needs"])

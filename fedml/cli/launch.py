@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fedml launch job.yaml`, and `fedml launch init`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from fedml.cli.options import (
     strict_option,
 )
 from fedml.cli.tables import print_json, print_table, size, transfer
+from fedml.client import Client
+from fedml.clusters import Cluster
 from fedml.errors import BrokerRefused
 
 
@@ -41,6 +44,9 @@ from fedml.errors import BrokerRefused
     shell_complete=remembered.clusters,
     help="On the machines of this cluster.",
 )
+@click.option(
+    "-y", "--yes", is_flag=True, help="Reserve machines for a cluster that is new; do not ask."
+)
 @no_effect("-g", "--group", why="`cluster` or `labels` choose machines")
 @strict_option
 @package_option
@@ -52,6 +58,7 @@ def launch(
     dry_run: bool,
     any_resource: bool,
     cluster: str,
+    yes: bool,
     strict: bool,
     package: str,
     as_json: bool,
@@ -72,6 +79,7 @@ def launch(
       fedml launch job.yaml --detach   # run it, print its id
       fedml launch job.yaml --dry-run  # where would it run, and why?
       fedml launch job.yaml -c lab     # on the machines reserved as `lab`
+      fedml launch job.yaml -c new -y  # reserve what it asks for, as `new`
       fedml launch job.yaml --json     # one JSON object a line, for scripts
     """
     client = connect(home)
@@ -79,6 +87,13 @@ def launch(
         found = submit.look(client, job, any_resource=any_resource, cluster=cluster)
         _show(found, as_json=as_json)
         return
+    if cluster and (yes or (sys.stdin.isatty() and _is_wanted(client, cluster))):
+        made = submit.reserve(client, job, cluster, any_resource=any_resource)
+        if made is not None:
+            back = f"`fedml cluster kill {cluster}` gives them back"
+            click.echo(
+                f"reserved as {cluster}: {', '.join(sorted(made.devices))}; {back}", err=True
+            )
     with transfer("workspace") as told:
         run = submit.launch(
             client,
@@ -96,6 +111,14 @@ def launch(
         click.echo(run)
     if stay:
         raise SystemExit(follow(client, run, as_json=as_json))
+
+
+def _is_wanted(client: Client, cluster: str) -> bool:
+    """Whether a name that no cluster has is meant; a slip must reserve nothing."""
+    if any(known.name == cluster for known in Cluster.list(at=client)):
+        return False
+    question = f"There is no cluster {cluster}. Reserve what the job asks for under this name?"
+    return click.confirm(question, abort=True, err=True)
 
 
 @launch.command()

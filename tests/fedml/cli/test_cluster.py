@@ -38,6 +38,22 @@ def test_a_cluster_that_is_not_there_or_is_stopped_is_told_as_such(fedml: Fedml)
     fedml("cluster", "kill", "off")
 
 
+def test_a_new_cluster_is_what_its_first_job_asks_for(fedml: Fedml) -> None:
+    job = fedml.file("job.yaml", "job: echo $FEDML_NUM_NODES\nnum_nodes: 2\n")
+    done = fedml("launch", job, "-c", "pair", "-y")
+    assert sorted(done.stdout.splitlines()) == ["[0 one] 2", "[1 two] 2"]
+    assert "reserved as pair: one, two; `fedml cluster kill pair` gives them back" in done.stderr
+    again = fedml("launch", job, "-c", "pair", "-y")
+    assert "FINISHED" in again.stderr
+    assert "reserved" not in again.stderr
+    # Who is too many for the machines that are left gets none of them.
+    said = fedml("launch", job, "-c", "more", "-y", code=6).stderr
+    assert "one: is kept for the cluster pair" in said
+    (left,) = json.loads(fedml("cluster", "list", "--json").stdout)
+    assert left["name"] == "pair"
+    fedml("cluster", "kill", "pair")
+
+
 def test_all_clusters_are_those_that_are_mine_to_change(fedml: Fedml, tmp_path: Path) -> None:
     call = fedml.place.client.call
     call("POST", "/v1/users", {"name": "cara", "role": "member"})
