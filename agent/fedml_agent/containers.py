@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs in containers: Podman or Docker, whichever this machine has, asked by its command line.
+"""Jobs in containers, run by Podman or Docker, as its owner says, asked by the command line.
 
 The engine is what such a job is locked in by, so its shim puts up no walls of its own: the task's
 program is `podman run` (or `docker run`), and what the job is lies in there.
@@ -30,6 +30,7 @@ from pathlib import Path
 from fedml_agent import records
 from fedml_agent.errors import AgentError
 from fedml_agent.namespaces import CGROUPS
+from fedml_agent.policy import ENGINES, Policy
 from fedml_agent.sandbox import Limits
 from fedml_protocol.launch import Container
 
@@ -94,25 +95,35 @@ class Engine:
 
 
 @functools.cache
-def found() -> Engine | str:
-    """The engine of this machine, or why there is none. It takes about 0.2 s the first time."""
+def found(chosen: str | None = None) -> Engine | str:
+    """The engine of this machine, or why there is none. It takes about 0.2 s the first time.
+
+    Args:
+        chosen: The one that its owner wants, of `ENGINES`; None: the first of them that works.
+    """
     reasons = []
-    for name, look in (("podman", _podman), ("docker", _docker)):
+    for name in ENGINES if chosen is None else (chosen,):
         if (program := shutil.which(name)) is None:
+            if chosen is not None:
+                reasons.append(f"{name} is not installed, and is what containers.engine says")
             continue
         try:
-            return look(program)
+            return (_podman if name == "podman" else _docker)(program)
         except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             reasons.append(f"{name} is installed, but: {said.strip().rpartition(chr(10))[2]}")
     return "; ".join(reasons) or NONE
 
 
-def here(*, allowed: bool) -> Engine | str:
+def here(policy: Policy) -> Engine | str:
     """The engine for jobs, or why none runs in a container; one that may not is not even asked."""
-    if not any(shutil.which(name) for name in ("podman", "docker")):
+    if not any(shutil.which(name) for name in ENGINES):
         return NONE
-    return found() if allowed else "its owner lets none run ([containers] in policy.toml)"
+    return (
+        found(policy.engine)
+        if policy.containers
+        else "its owner lets none run ([containers] in policy.toml)"
+    )
 
 
 def _ask(*words: str) -> str:
@@ -167,9 +178,9 @@ def full_name(image: str) -> str:
     return f"docker.io/{image}" if slash else f"docker.io/library/{image}"
 
 
-def cannot(*, allowed: bool) -> dict[str, str]:
+def cannot(policy: Policy) -> dict[str, str]:
     """The protections that a job in a container goes without here, each with its reason."""
-    engine = here(allowed=allowed)
+    engine = here(policy)
     if isinstance(engine, str) or engine.limits:
         return {}
     return {CGROUPS: f"{engine} cannot limit what a container uses"}

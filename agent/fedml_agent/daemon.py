@@ -72,7 +72,7 @@ class Daemon:
         self.journal = Journal(home.private / "journal.db")
         self.inventory = hardware.inventory(nvml=nvml)
         sandbox.cgroup_of_tasks()
-        containers.here(allowed=self.policy.containers)
+        containers.here(self.policy)
         sandbox.capabilities()  # tried now, not when the first offer waits
         self.room = Room(leasable(self.inventory, self.policy), slots(self.inventory, self.policy))
         self.nvml = nvml
@@ -235,7 +235,7 @@ class Daemon:
 
     async def _remove_containers(self) -> None:
         """What a dead shim has left running, and no task in the journal answers for."""
-        engine = containers.here(allowed=self.policy.containers)
+        engine = containers.here(self.policy)
         if isinstance(engine, str):
             return
         device = self.membership.device
@@ -249,7 +249,7 @@ class Daemon:
             try:
                 await self._renew_if_due()
                 # In a thread: an engine that was just let in is asked what it can do.
-                await asyncio.to_thread(containers.here, allowed=self.policy.containers)
+                await asyncio.to_thread(containers.here, self.policy)
                 told = report(self.inventory, self.policy, disk_free(self.home.root))
                 self.membership = await asyncio.to_thread(
                     login.hello, self.home, self.https(), told, self.version

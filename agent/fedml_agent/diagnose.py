@@ -228,9 +228,12 @@ class Diagnosis:
         return sandbox.Capability(True, by=self._agent["sandbox"].get(name, ""))
 
     def _look_at_containers(self) -> Finding:
-        engine = containers.found()
+        wanted = self._policy.engine
+        engine = containers.found(wanted)
         if isinstance(engine, str):
             hint = "only if jobs shall bring images: `apt-get install podman`, or start Docker"
+            if wanted is not None:
+                hint = f"mend {wanted}, or take the line `engine` out of policy.toml"
             return Finding(name="containers", state=NOTE, text=engine, next=hint)
         if not self._policy.containers:
             text = f"{engine} is here, and the policy lets no job bring an image"

@@ -217,7 +217,7 @@ class Intake:
         if refused is not None:
             return _REASONS.get(refused.rule, _PASSING)[refused.passing], str(refused)
         if isinstance(offer.spec, LaunchSpec) and offer.spec.container is not None:
-            engine = containers.here(allowed=policy.containers)
+            engine = containers.here(policy)
             if isinstance(engine, str):
                 return RejectReason.UNSUPPORTED, f"this machine runs no containers: {engine}"
         if room_name(offer) in self._room.taken:
@@ -243,9 +243,7 @@ class Intake:
             disk_free=disk_free(self._home.root),
             epsilon_spent=0.0,
             devices=self._devices,
-            cannot=sandbox.cannot()
-            if container is None
-            else containers.cannot(allowed=self._policy().containers),
+            cannot=sandbox.cannot() if container is None else containers.cannot(self._policy()),
             commands=launched,
             installs=isinstance(offer.spec, LaunchSpec) and bool(offer.spec.requirements.strip()),
             gpus=needs.gpus,

@@ -292,7 +292,7 @@ class Jobs:
 
     async def _pull(self, entry: Entry, container: Container) -> None:
         """Fetch the image; a stop meanwhile ends that."""
-        fetching = containers.pull(_engine(), container, self._home.private)
+        fetching = containers.pull(_engine(self._policy()), container, self._home.private)
         pulling = asyncio.get_running_loop().create_task(fetching, name=f"image.{entry.key[0]}")
         self._pulls[entry.key] = pulling
         try:
@@ -375,7 +375,7 @@ class Jobs:
         work: Path,
         deadline_s: float | None,
     ) -> TaskSpec:
-        engine, device = _engine(), self._home.membership().device
+        engine, device = _engine(self._policy()), self._home.membership().device
         env = {"HOME": containers.WORKSPACE, "TMPDIR": containers.SCRATCH, **extra}
         name, limits = container_name(device, entry), limits_of(entry, self._policy())
         words = containers.command(
@@ -551,7 +551,7 @@ def _service(entry: Entry) -> Service | None:
 
 def _owner(spec: LaunchSpec, policy: Policy) -> tuple[int, int] | None:
     """Who must own what a job works in; None: the agent. Of rootless engines it is root there."""
-    return None if spec.container is not None and _engine().rootless else _user(policy)
+    return None if spec.container is not None and _engine(policy).rootless else _user(policy)
 
 
 def _give_to(user: tuple[int, int], folder: Path) -> None:
@@ -565,8 +565,8 @@ def container_name(device: str, entry: Entry) -> str:
     return f"fedml-{device}-{entry.folder}"
 
 
-def _engine() -> containers.Engine:
-    engine = containers.found()
+def _engine(policy: Policy) -> containers.Engine:
+    engine = containers.found(policy.engine)
     if isinstance(engine, str):  # it was there when the offer was taken
         raise tending.TaskRefused(f"this machine runs no containers: {engine}")
     return engine

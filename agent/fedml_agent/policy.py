@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fedml_agent.namespaces import CGROUPS, HIDE, NETWORK, PIDS, READ_ONLY
 
 KINDS = ("launch", "federate")
+ENGINES = ("podman", "docker")  # the first that a machine has, unless its owner says which
 REQUIRABLE = (HIDE, READ_ONLY, NETWORK, PIDS, CGROUPS)
 
 
@@ -54,6 +55,7 @@ class Policy:
     jobs_network: bool = True
     services: bool = True
     containers: bool = False
+    engine: str | None = None
     images: tuple[str, ...] = ("*",)
     mounts: tuple[str, ...] = ()
     require: tuple[str, ...] = (HIDE,)

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from fedml_agent.errors import AgentError
-from fedml_agent.policy import KINDS, REQUIRABLE, Policy, window_texts
+from fedml_agent.policy import ENGINES, KINDS, REQUIRABLE, Policy, window_texts
 
 
 class PolicyError(AgentError):
@@ -202,6 +202,8 @@ services = true
 [containers]
 # May jobs bring a container image, which Podman or Docker runs here?
 allow = false
+# Which of the two runs them; not set: Podman, or Docker where there is no Podman.
+engine = "podman"
 # Which images: names with their registry; * stands for anything.
 images = ["docker.io/library/*"]
 # What of this machine containers may see when a job asks for it, exactly these paths: to read, or
@@ -351,6 +353,15 @@ def _read_hours(value: Any) -> tuple[tuple[int, int], ...]:
     return tuple(windows)
 
 
+def _read_engine(value: Any) -> str:
+    if value in ENGINES:
+        return str(value)
+    import difflib  # as in `_unknown`
+
+    near = difflib.get_close_matches(value.lower() if _is_text(value) else "", ENGINES, n=1)
+    raise ValueError(" or ".join(ENGINES) + (f" (did you mean {near[0]}?)" if near else ""))
+
+
 _BOOL = _Kind(_must(lambda value: isinstance(value, bool), "true or false"))
 _COUNT = _Kind(_must(_is_count, "a whole number >= 0"))
 _DEVICES = 'a list of GPU numbers and UUIDs, like [0, "GPU-…"]'
@@ -389,6 +400,7 @@ _SETTINGS: Mapping[str, tuple[str, _Kind]] = {
     "network.jobs": ("jobs_network", _BOOL),
     "network.services": ("services", _BOOL),
     "containers.allow": ("containers", _BOOL),
+    "containers.engine": ("engine", _Kind(_read_engine)),
     "containers.images": ("images", _TEXTS),
     "containers.mounts": ("mounts", _Kind(_must(_all(_is_mount), _MOUNTS, tuple))),
     "sandbox.require": (

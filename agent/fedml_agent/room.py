@@ -126,7 +126,7 @@ def report(inventory: Inventory, policy: Policy, disk_free: int) -> dict[str, An
 
 
 def _engine(policy: Policy) -> dict[str, str]:
-    engine = containers.here(allowed=policy.containers)
+    engine = containers.here(policy)
     if isinstance(engine, str):
         return {"engine": "", "no_engine": engine}
     return {"engine": str(engine), "no_engine": ""}

@@ -140,13 +140,17 @@ def test_a_machine_says_whether_jobs_may_bring_images(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(name="podman", program="podman", version="4.3.1", rootless=True, limits=True)
-    monkeypatch.setattr(containers, "found", lambda: "it has no container engine")
+    monkeypatch.setattr(containers, "found", lambda chosen: "it has no container engine")
     assert "apt-get install podman" in look(home)["containers"].next
-    monkeypatch.setattr(containers, "found", lambda: engine)
+    monkeypatch.setattr(containers, "found", lambda chosen: engine)
     assert "allow = true" in look(home)["containers"].next
     home.policy.write_text("containers.allow = true\n")
     found = look(home)["containers"]
     assert (found.state, "podman 4.3.1 (rootless)" in found.text) == (OK, True)
+    home.policy.write_text('[containers]\nallow = true\nengine = "docker"\n')
+    monkeypatch.setattr(containers, "found", lambda chosen: f"{chosen} is not installed")
+    found = look(home)["containers"]
+    assert (found.text, "mend docker" in found.next) == ("docker is not installed", True)
 
 
 def test_the_command_gives_json_and_an_exit_code(tmp_path: Path) -> None:

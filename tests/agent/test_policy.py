@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedml_agent.policy import (
+    ENGINES,
     KINDS,
     REQUIRABLE,
     Held,
@@ -404,6 +405,7 @@ policies = st.builds(
     jobs_network=st.booleans(),
     services=st.booleans(),
     containers=st.booleans(),
+    engine=st.sampled_from([None, *ENGINES]),
     images=some(st.sampled_from(["*", "a*", "b"])),
     mounts=some(st.sampled_from(["/a", "/a:rw", "/b"])),
     require=some(st.sampled_from(REQUIRABLE)),
@@ -495,6 +497,7 @@ TIGHTER: dict[str, Callable[[Any, Any], Any]] = {
     "jobs_network": lambda _, value: False,
     "services": lambda _, value: False,
     "containers": lambda _, value: False,
+    "engine": lambda draw, _: draw(st.sampled_from([None, *ENGINES])),  # as strict as another
     "images": fewer,
     "mounts": fewer,
     "require": lambda draw, value: (*value, *draw(some(st.sampled_from(REQUIRABLE)))),
@@ -567,6 +570,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         max_epsilon=2.0,
         log_hide=("SITE_LOGIN", "CORP_*"),
         user="fedml-task",
+        engine="podman",
         images=("docker.io/library/*",),
         mounts=("/srv/scans", "/scratch:rw"),
     )
@@ -580,6 +584,7 @@ def test_the_example_of_the_documentation_is_a_policy() -> None:
     assert parse(example).kinds == ("federate",)
     known["privacy"].discard("max_epsilon")  # these stand there as comments
     known["sandbox"].discard("user")
+    known["containers"].discard("engine")
     assert shown == known
 
 
@@ -595,6 +600,7 @@ def test_the_explained_file_shows_the_true_defaults() -> None:
         "cpus",
         "memory",
         "max_epsilon",
+        "engine",
         "user",
     ):
         line = next(one for one in EXPLAINED.splitlines() if one.startswith(f"{setting} = "))
@@ -669,6 +675,8 @@ def test_values_are_read_as_people_write_them(line: str, field: str, value: obje
         ('x = """\n[tasks]\nat_once = "a"\n"""\n[tasks]\nat_once = "a"\n', 6, "tasks.at_once must"),
         ('tasks.run_time = "-1h"\n', 1, 'must be a time like "90m"'),
         ("tasks.run_time = 60\n", 1, 'must be a time like "90m"'),
+        ('containers.engine = "dokcer"\n', 1, "must be podman or docker (did you mean docker?)"),
+        ("containers.engine = []\n", 1, "must be podman or docker, not []"),
         ('containers.mounts = ["scans"]\n', 1, "a list of absolute paths"),
         ("resources.processes = 0\n", 1, "a whole number > 0"),
         ('tasks.hours = "22-6"\n', 1, "must be times of day"),

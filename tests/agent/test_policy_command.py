@@ -91,6 +91,8 @@ def test_check_asks_for_a_container_a_network_and_another_tenants_user(home: Pat
     def refused(*words: str) -> list[str]:
         return [rule["rule"] for rule in check(home, *words)[1]["rules"] if not rule["ok"]]
 
+    assert check(home, *words)[1]["engine"]
+    assert "engine" not in check(home)[1]
     assert refused(*words, "--mount", "/srv/scans:rw") == ["containers.mounts"]
     assert refused(*words, "--image", "ghcr.io/a/b") == ["containers.images"]
     assert refused(*words, "--network") == ["network.jobs"]

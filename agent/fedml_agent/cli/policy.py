@@ -149,7 +149,7 @@ def check(
             disk_free=room.disk_free(next(p for p in home.root.parents if p.exists())),
             epsilon_spent=0.0,
             devices=room.all_names(inventory),
-            cannot=containers.cannot(allowed=found.containers) if image else sandbox.cannot(),
+            cannot=containers.cannot(found) if image else sandbox.cannot(),
             commands=kind == "launch",
             installs=requirements,
             gpus=gpus,
@@ -166,11 +166,15 @@ def check(
         raise click.UsageError(str(error)) from error
     rulings = list(rules.explain(found, request))
     taken = all(one.ok for one in rulings)
+    engine = str(containers.here(found)) if image else ""
     if as_json:
         said = {"taken": taken, "broken": found.broken, "rules": [one._asdict() for one in rulings]}
+        said |= {"engine": engine} if image else {}
         click.echo(json.dumps(said))
     else:
         _show(rulings)
+        if image:
+            click.echo(f"containers here: {engine}", err=True)
     if not taken:
         if not as_json:
             _say_why(next(one for one in rulings if not one.ok), found, request)
