@@ -23,6 +23,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,13 @@ trap 'got=1; kill -TERM -1' TERM INT
 while wait "$job"; code=$?; [ "$got" ]; do got=; done
 exit "$code"
 """
+
+
+# What the command says when nobody answers.
+_NO_DAEMON = (b"cannot connect to the docker daemon", b"error during connect", b"eof")
+_EVENTS_KEPT = 256
+_STOPPED = "its container was stopped from outside, with Docker's daemon it may be"
+_RESTARTED = "Docker's daemon, which ran its container, was restarted"
 
 
 class NoImage(AgentError):
@@ -310,6 +318,43 @@ def remove(engine: Engine, name: str) -> list[str]:
     """The words that end a container, if it is there, and forget it."""
     now = ["--time=0"] if engine.name == "podman" else []
     return [engine.program, "rm", "--force", *now, "--volumes", name]
+
+
+async def taken_away(engine: Engine, name: str) -> str:
+    """How a container that has just ended was ended from outside; "": nothing shows that it was.
+
+    Podman has no daemon. Docker's keeps its last events in memory, so one that does not know that
+    it has started this container is another one. No job reaches it, so none can make an event.
+    """
+    if engine.name != "docker":
+        return ""
+    words = ("events", "--since=0", f"--until={time.time():.3f}", "--format={{json .}}")
+    process = await asyncio.create_subprocess_exec(
+        engine.program,
+        *words,
+        env=engine_env(),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_ASK_S):
+            said, complaint = await process.communicate()
+    except TimeoutError:
+        return ""
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        gone = any(word in complaint.lower() for word in _NO_DAEMON)
+        return "Docker's daemon, which ran its container, is gone" if gone else ""
+    events = [json.loads(line) for line in said.splitlines()]
+    own = [e["Action"] for e in events if e["Actor"]["Attributes"].get("name") == name]
+    if "start" not in own:
+        # Full, it may have forgotten the start.
+        return _RESTARTED if len(events) < _EVENTS_KEPT else ""
+    return _STOPPED if "kill" in own else ""
 
 
 def remove_unknown(engine: Engine, agent: str, known: set[str]) -> list[str]:

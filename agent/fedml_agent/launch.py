@@ -33,7 +33,7 @@ from fedml_agent.room import disk_free, size_of
 from fedml_agent.secret_names import secrets_of
 from fedml_agent.tending import End, Ended, Gone, TaskSpec, Tended
 from fedml_agent.traces import Traces
-from fedml_agent.verdict import result_of, stopped
+from fedml_agent.verdict import may_be_taken_away, result_of, stopped
 from fedml_agent.version import VERSION
 from fedml_protocol.cause import Cause, Fault
 from fedml_protocol.launch import Container, LaunchSpec, Service
@@ -56,6 +56,7 @@ _RECORDS_S = 5.0
 # How long until a shim that does not answer is asked again.
 _SILENCE_S = 10.0
 _OUSTED_S = 5.0
+_ENDED_JUST_NOW_S = 60.0
 _LEAST = 1 << 20
 
 
@@ -491,7 +492,8 @@ class Jobs:
         began, ended = (end.record[when]["wall"] for when in ("started", "ended"))
         self._traces.ran(entry, began, ended, end.code)
         begun = (self._folder(entry) / "work" / containers.STARTED).exists()
-        result = result_of(entry, end, begun=begun)
+        outside = await self._taken_away(entry, end) if begun else ""
+        result = result_of(entry, end, begun=begun, outside=outside)
         if (why := self._ousted.pop(entry.key, None)) is not None:
             result = replace(result, state=TaskState.FAILED, cause=why)
         if result.state in (TaskState.FINISHED, TaskState.FAILED):
@@ -505,6 +507,21 @@ class Jobs:
                 cause = Cause(fault=Fault.MACHINE, message=f"what it left was not read: {error}")
                 result = replace(result, state=TaskState.FAILED, cause=result.cause or cause)
         self._reporter.ended(entry, result)
+
+    async def _taken_away(self, entry: Entry, end: Ended) -> str:
+        """How its container was ended from outside, if it has just ended and that can be shown."""
+        since_s = time.time() - end.record["ended"]["wall"]
+        engine = containers.here(self._policy())
+        # Later, a daemon that was restarted since proves nothing.
+        if (
+            isinstance(engine, str)
+            or since_s > _ENDED_JUST_NOW_S
+            or not may_be_taken_away(entry, end)
+        ):
+            return ""
+        return await containers.taken_away(
+            engine, container_name(self._home.membership().device, entry)
+        )
 
     async def upload(self, entry: Entry, *, again: bool) -> None:
         """Send the files that a result names; see `outputs.upload`."""

@@ -14,8 +14,25 @@ GIB = 1 << 30
 _ASK_MEMORY = "say in the job file what it needs (`computing.memory`): it then goes where that is"
 
 
-def result_of(entry: Entry, end: Ended, *, begun: bool = True) -> Result:
-    """What the broker is told of a job's end; `begun`: a container of its own began to run."""
+# What an engine's command ends with when its daemon goes, and a container that it takes along.
+_OF_ENGINE = (125, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
+
+
+def may_be_taken_away(entry: Entry, end: Ended) -> bool:
+    """Whether a job's container may have ended with its engine, and not by itself."""
+    by_itself = end.reason != "exited" or end.code not in _OF_ENGINE
+    return _container(entry) is not None and not by_itself
+
+
+def result_of(entry: Entry, end: Ended, *, begun: bool = True, outside: str = "") -> Result:
+    """What the broker is told of a job's end.
+
+    Args:
+        entry: The job.
+        end: Of its shim.
+        begun: A container of its own began to run.
+        outside: How that was ended from outside, if it was (`containers.taken_away`).
+    """
     cause: Cause | None = None
     state = TaskState.FINISHED
     if end.reason == "stopped":
@@ -42,6 +59,8 @@ def result_of(entry: Entry, end: Ended, *, begun: bool = True) -> Result:
             message=f"it was ended by {name}{memory}",
             hint=_ASK_MEMORY if end.oom != "no" else "",
         )
+    elif end.code and outside:
+        state, cause = TaskState.LOST, Cause(fault=Fault.MACHINE, message=outside)
     elif end.code and _container(entry) is not None:
         state, cause = TaskState.FAILED, _of_container(entry, end, begun)
     elif end.code:

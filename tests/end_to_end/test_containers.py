@@ -16,7 +16,7 @@ import subprocess
 import tarfile
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,13 @@ pytestmark = pytest.mark.skipif(not BUSYBOX.exists(), reason="busybox-static is 
 class Box:
     """An engine with a store of its own; `env`: what makes its command, and an agent, use that."""
 
-    def __init__(self, name: str, env: dict[str, str]) -> None:
-        self.name, self.env = name, env
+    def __init__(
+        self,
+        name: str,
+        env: dict[str, str],
+        restart: Callable[[signal.Signals], None] | None = None,
+    ) -> None:
+        self.name, self.env, self.restart = name, env, restart
 
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -99,18 +104,42 @@ def docker(folder: Path) -> Iterator[Box]:
     words = ["dockerd", f"--host=unix://{folder}/sock", f"--data-root={folder}/data"]
     words += [f"--exec-root={folder}/exec", f"--pidfile={folder}/pid", "--storage-driver=vfs"]
     words += ["--iptables=false", "--bridge=none"]
-    daemon, drain = subprocess.Popen(words, stderr=subprocess.PIPE, text=True), None
-    assert daemon.stderr is not None
-    try:
+    daemons: list[tuple[subprocess.Popen[str], threading.Thread]] = []
+
+    def start() -> str:
+        """The daemon's last words, if it does not serve."""
+        daemon = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        assert daemon.stderr is not None
         said = ""
         for line in daemon.stderr:
             said = line
             if "API listen on" in line:
                 break
-        else:
-            pytest.skip(f"Docker's daemon does not start here: {said[-300:]}")
         drain = threading.Thread(target=daemon.stderr.read)
         drain.start()
+        daemons.append((daemon, drain))
+        return "" if "API listen on" in said else said
+
+    def end(how: signal.Signals) -> None:
+        daemon, drain = daemons.pop()
+        daemon.send_signal(how)
+        daemon.wait(30)
+        drain.join(30)
+        assert daemon.stderr is not None
+        daemon.stderr.close()
+
+    def restart(how: signal.Signals) -> None:
+        end(how)
+        if how == signal.SIGKILL:  # a daemon does not find the way to the containerd of a dead one
+            pid = (folder / "exec" / "containerd" / "containerd.pid").read_text()
+            containerd = psutil.Process(int(pid))
+            containerd.kill()
+            containerd.wait(10)
+        assert start() == ""
+
+    try:
+        if said := start():
+            pytest.skip(f"Docker's daemon does not start here: {said[-300:]}")
         # Without Podman on it, as on a machine where only Docker is installed.
         (folder / "bin").mkdir()
         for part in reversed(os.environ["PATH"].split(":")):
@@ -118,15 +147,14 @@ def docker(folder: Path) -> Iterator[Box]:
                 (folder / "bin" / program.name).unlink(missing_ok=True)
                 (folder / "bin" / program.name).symlink_to(program)
         (folder / "bin" / "podman").unlink(missing_ok=True)
-        yield Box("docker", {"DOCKER_HOST": f"unix://{folder}/sock", "PATH": f"{folder}/bin"})
+        env = {"DOCKER_HOST": f"unix://{folder}/sock", "PATH": f"{folder}/bin"}
+        yield Box("docker", env, restart)
     finally:
-        daemon.terminate()
-        daemon.wait(30)
-        if drain is not None:
-            drain.join()
-        daemon.stderr.close()
-        # It stays mounted when the daemon ends, and then nobody can remove the folder.
-        subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True)
+        while daemons:
+            end(signal.SIGTERM)
+        # They stay mounted when a daemon ends, and then nobody can remove the folder.
+        for left in ("exec/netns/default", "data"):
+            subprocess.run(["umount", f"{folder}/{left}"], capture_output=True)
 
 
 ENGINES = {"podman": podman, "docker": docker}
@@ -285,6 +313,24 @@ def test_what_nobody_knows_any_more_is_ended_when_the_agent_starts(place: Place,
         place.wait(0.1)
     assert box.running() == ["anothers"]
     box("rm", "--force", "anothers")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_daemon_that_is_restarted_is_the_machines_fault_and_no_jobs(
+    place: Place, box: Box, how: signal.Signals
+) -> None:
+    if box.restart is None:
+        pytest.skip("Podman has no daemon")
+    run = job(place, "echo up; sleep 1000", retries=0)
+    printed(place, run, "up")
+    box.restart(how)
+    end = place.end(run)
+    assert (end["state"], end["cause"]["fault"]) == ("LOST", "machine"), end
+    assert "Docker's daemon" in end["cause"]["message"]
+    # With the same exit codes, and by themselves.
+    for command in ("exit 125", "kill -KILL $$", "exit 143"):
+        end = place.end(job(place, command))
+        assert (end["state"], end["cause"]["fault"]) == ("FAILED", "task"), end
 
 
 def test_an_image_that_nobody_has_is_told_in_the_engines_words(place: Place) -> None:
