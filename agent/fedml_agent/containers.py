@@ -349,8 +349,11 @@ async def taken_away(engine: Engine, name: str) -> str:
     if process.returncode:
         gone = any(word in complaint.lower() for word in _NO_DAEMON)
         return "Docker's daemon, which ran its container, is gone" if gone else ""
-    events = [json.loads(line) for line in said.splitlines()]
-    own = [e["Action"] for e in events if e["Actor"]["Attributes"].get("name") == name]
+    try:
+        events = [json.loads(line) for line in said.splitlines()]
+        own = [e["Action"] for e in events if e["Actor"]["Attributes"].get("name") == name]
+    except (ValueError, KeyError, TypeError):  # not Docker's words: they show nothing
+        return ""
     if "start" not in own:
         # Full, it may have forgotten the start.
         return _RESTARTED if len(events) < _EVENTS_KEPT else ""
