@@ -5,7 +5,7 @@ import hashlib
 import re
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -123,16 +123,28 @@ _OF_MACHINES = ("clients", "needs", "cluster", "max_price_per_hour")
 
 
 def reserve(
-    client: Client, job: Path, cluster: str, *, any_resource: bool = False
+    client: Client,
+    job: Path,
+    cluster: str,
+    *,
+    any_resource: bool = False,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> Cluster | None:
     """Reserve under a name what a job file asks for; None: the name is known, nothing is done.
+
+    Args:
+        client: The broker.
+        job: A job file.
+        cluster: The name.
+        any_resource: As for `launch`.
+        wanted: Asked whether a name that is not known is meant; nothing is done if not.
 
     Raises:
         ConfigError: The file is wrong.
         BrokerRefused: Too few machines fit that nobody has reserved.
         BrokerUnreachable: No answer.
     """
-    if any(known.name == cluster for known in Cluster.list(at=client)):
+    if any(known.name == cluster for known in Cluster.list(at=client)) or not wanted():
         return None
     if runfile.is_federated_job(job):
         asked = _asked(read_run(job)[0], any_resource=any_resource, cluster=cluster)

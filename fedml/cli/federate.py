@@ -6,11 +6,11 @@ from pathlib import Path
 import click
 
 from fedml import launch as submit
-from fedml.cli import remembered
 from fedml.cli.build import build_command
 from fedml.cli.file_or_verb import FileOrVerb, complete
 from fedml.cli.following import follow
 from fedml.cli.options import (
+    cluster_option,
     connect,
     home_option,
     json_lines_option,
@@ -28,14 +28,7 @@ from fedml.cli.tables import print_json, transfer
 )
 @click.option("--follow/--detach", "stay", default=True, help="Show rounds until the run ends.")
 @click.option("--logs", is_flag=True, help="Show what your code prints on the machines, too.")
-@click.option(
-    "-c",
-    "--cluster",
-    default="",
-    metavar="NAME",
-    shell_complete=remembered.clusters,
-    help="On the machines of this cluster.",
-)
+@cluster_option
 @strict_option
 @package_option
 @json_lines_option

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from fedml import launch as submit
-from fedml.cli import remembered
 from fedml.cli.file_or_verb import FileOrVerb, complete
 from fedml.cli.following import follow
 from fedml.cli.options import (
+    cluster_option,
     connect,
     home_option,
     json_lines_option,
@@ -20,8 +20,6 @@ from fedml.cli.options import (
     strict_option,
 )
 from fedml.cli.tables import print_json, print_table, size, transfer
-from fedml.client import Client
-from fedml.clusters import Cluster
 from fedml.errors import BrokerRefused
 
 
@@ -36,14 +34,7 @@ from fedml.errors import BrokerRefused
 @click.option(
     "--any-resource", is_flag=True, help="GPUs of any model, or none where no machine has them."
 )
-@click.option(
-    "-c",
-    "--cluster",
-    default="",
-    metavar="NAME",
-    shell_complete=remembered.clusters,
-    help="On the machines of this cluster.",
-)
+@cluster_option
 @click.option(
     "-y", "--yes", is_flag=True, help="Reserve machines for a cluster that is new; do not ask."
 )
@@ -87,8 +78,10 @@ def launch(
         found = submit.look(client, job, any_resource=any_resource, cluster=cluster)
         _show(found, as_json=as_json)
         return
-    if cluster and (yes or (sys.stdin.isatty() and _is_wanted(client, cluster))):
-        made = submit.reserve(client, job, cluster, any_resource=any_resource)
+    if cluster and (yes or sys.stdin.isatty()):
+        made = submit.reserve(
+            client, job, cluster, any_resource=any_resource, wanted=lambda: yes or _asks(cluster)
+        )
         if made is not None:
             back = f"`fedml cluster kill {cluster}` gives them back"
             click.echo(
@@ -113,10 +106,8 @@ def launch(
         raise SystemExit(follow(client, run, as_json=as_json))
 
 
-def _is_wanted(client: Client, cluster: str) -> bool:
+def _asks(cluster: str) -> bool:
     """Whether a name that no cluster has is meant; a slip must reserve nothing."""
-    if any(known.name == cluster for known in Cluster.list(at=client)):
-        return False
     question = f"There is no cluster {cluster}. Reserve what the job asks for under this name?"
     return click.confirm(question, abort=True, err=True)
 

@@ -57,6 +57,18 @@ def no_effect(*names: str, why: str) -> Callable[[F], F]:
     return click.option(*names, hidden=True, expose_value=False, callback=warn, help="No effect.")
 
 
+def cluster_option(function: F) -> F:
+    """`-c NAME`."""
+    return click.option(
+        "-c",
+        "--cluster",
+        default="",
+        metavar="NAME",
+        shell_complete=remembered.clusters,
+        help="On the machines of this cluster.",
+    )(function)
+
+
 def run_argument(function: F) -> F:
     """RUN, handed over as `run_id`; or `-r RUN`, or `-n NAME` for the newest so called, as FedML
     has it.

@@ -70,10 +70,6 @@ class Steps:
         _check("momentum", self.momentum, 0 <= self.momentum < 1)
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0)
 
-    def count(self, examples: int) -> int:
-        """Steps that so many examples make, in all epochs."""
-        return self.epochs * -(-examples // self.batch_size)
-
     def done(self, examples: int, epochs: int, loss: float) -> dict[str, float]:
         """What a training says; one that its deadline cut short tells how many epochs it had."""
         found = {

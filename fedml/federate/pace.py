@@ -18,7 +18,7 @@ class Pace:
         """Of so many epochs, how many are through in so many seconds; one is always tried."""
         if not self._epoch_s:
             return epochs
-        return max(1, min(epochs, int(seconds / self._epoch_s)))
+        return max(1, int(min(epochs, seconds / self._epoch_s)))
 
     @contextmanager
     def measured(self, epochs: int) -> Iterator[None]:

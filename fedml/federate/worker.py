@@ -195,7 +195,7 @@ class Worker:
         most = application.config.get("epochs")
         if isinstance(application.trainer, LocalSGD) or not isinstance(most, int) or most < 1:
             return 1, 1
-        return (self._pace.fitting(most, seconds) if math.isfinite(seconds) else most), most
+        return self._pace.fitting(most, seconds), most
 
     def _write_update(self, path: Path, arrays: Any) -> None:
         """Write over the update before, if the agent has deleted it: the broker has that one."""

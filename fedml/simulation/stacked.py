@@ -154,7 +154,7 @@ class Stacked:
             self._sum[name] += part.to(self._sum[name].device)
         passes = np.maximum(np.array(sizes) * steps.epochs, 1)
         return [
-            {"examples": float(n), "steps": float(steps.count(n)), "lr": steps.lr, "loss": loss}
+            steps.done(n, steps.epochs, loss)
             for n, loss in zip(sizes, (company.cost.cpu().numpy() / passes).tolist(), strict=True)
         ]
 
